@@ -1,0 +1,100 @@
+"""Files that are either whole or absent, on shared file systems, whoever dies when.
+
+Trade-offs accepted: a writer killed between its temporary file and the rename leaves a `.tmp-*` file behind (harmless,
+never read); every write costs two fsyncs (file and folder), so these calls are for small files that matter, not for data.
+Modes follow the umask, so a group that may read the folder may read the files; `private=True` makes a 0600 file.
+Exclusive creation uses link(2), which is atomic on NFS where O_EXCL historically was not (open(2), "O_EXCL").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+
+class CorruptFile(ValueError):
+    """A file of the workspace that cannot be read as what it should be; the message names it."""
+
+
+def _write_temporary(path: Path, data: bytes, private: bool) -> Path:
+    temporary = path.parent / f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and links in `folder` survive a crash of its server."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Replace `path` by `data` in one step: readers see the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _write_temporary(path, data, private)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    """`write_bytes` for UTF-8 text."""
+    write_bytes(path, text.encode(), private=private)
+
+
+def to_json(value: Any) -> str:
+    """JSON as people read it: indented, in the order given, with a final newline."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, value: Any, *, private: bool = False) -> None:
+    """`write_text` of `to_json(value)`."""
+    write_text(path, to_json(value), private=private)
+
+
+def create_exclusive(path: Path, data: bytes | str, *, private: bool = False) -> bool:
+    """Create `path` with `data` unless it exists. Of any number of callers on any hosts exactly one gets True.
+
+    The name appears with its whole content (link of a finished file), so a reader never sees it empty.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _write_temporary(path, data.encode() if isinstance(data, str) else data, private)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        # An NFS client may retry a link that succeeded and report EEXIST: the link count tells (link(2), "BUGS").
+        return os.stat(temporary).st_nlink == 2
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+    return True
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is no such file.
+    CorruptFile
+        When it is not JSON; the message names the file.
+    """
+    text = path.read_bytes()
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise CorruptFile(f"{path} is not valid JSON ({error}); {len(text)} bytes") from error
