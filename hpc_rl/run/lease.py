@@ -185,7 +185,12 @@ def acquire(folder: Path, name: str, ttl_s: float) -> Lease | None:
         return None
     pid = os.getpid()
     holder = Holder(
-        secrets.token_hex(6), socket.gethostname(), pid, _process_start(pid), os.environ.get("HPC_RL_JOB_ID", ""), time.time()
+        secrets.token_hex(6),
+        socket.gethostname(),
+        pid,
+        _process_start(pid),
+        os.environ.get("HPC_RL_JOB_ID", ""),
+        time.time(),
     )
     generation = state.generation + 1
     path = folder / f"{name}.lease.{generation:04d}"

@@ -93,11 +93,19 @@ class Ledger:
             event, name = entry.get("event"), entry.get("name", "")
             if event == "intent":
                 attempts[name] = Attempt(
-                    name, entry["round"], entry["stage"], entry["number"], entry["executor"], tuple(entry["depends_on"]), time=entry["time"]
+                    name,
+                    entry["round"],
+                    entry["stage"],
+                    entry["number"],
+                    entry["executor"],
+                    tuple(entry["depends_on"]),
+                    time=entry["time"],
                 )
             elif event == "submitted" and name in attempts:
                 known = attempts[name].job_ids or ()
-                attempts[name] = replace(attempts[name], job_ids=(*known, *(i for i in entry["job_ids"] if i not in known)))
+                attempts[name] = replace(
+                    attempts[name], job_ids=(*known, *(i for i in entry["job_ids"] if i not in known))
+                )
             elif event == "written_off" and name in attempts:
                 attempts[name] = replace(attempts[name], written_off=True)
             elif event == "cancelled" and name in attempts:

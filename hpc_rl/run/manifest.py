@@ -87,7 +87,9 @@ class StoredManifest(Manifest):
             whole = False
         if not whole:
             name = manifest_path(Workspace(self.root), self.round, self.stage, self.shard)
-            raise DamagedOutput(f"{path} is missing or changed since it was written. Remove {name} and launch again to redo it.")
+            raise DamagedOutput(
+                f"{path} is missing or changed since it was written. Remove {name} and launch again to redo it."
+            )
         return path
 
 
@@ -111,7 +113,9 @@ def describe_output(ws: Workspace, path: Path) -> Output:
 
 def write(ws: Workspace, manifest: Manifest) -> bool:
     """Declare a shard done. False when it was done already (then ours is void)."""
-    return atomic.create_exclusive(manifest_path(ws, manifest.round, manifest.stage, manifest.shard), manifest.to_json())
+    return atomic.create_exclusive(
+        manifest_path(ws, manifest.round, manifest.stage, manifest.shard), manifest.to_json()
+    )
 
 
 def read(ws: Workspace, round: int, stage: str, shard: int) -> StoredManifest:
@@ -120,7 +124,9 @@ def read(ws: Workspace, round: int, stage: str, shard: int) -> StoredManifest:
     data = atomic.read_json(path)
     try:
         if data["schema"] > SCHEMA:
-            raise atomic.CorruptFile(f"{path} was written by a newer hpc_rl (schema {data['schema']}, this one reads {SCHEMA})")
+            raise atomic.CorruptFile(
+                f"{path} was written by a newer hpc_rl (schema {data['schema']}, this one reads {SCHEMA})"
+            )
         data["outputs"] = tuple(Output(**output) for output in data["outputs"])
         return StoredManifest(**data, root=ws.root)
     except (TypeError, KeyError, AttributeError) as error:

@@ -1,0 +1,213 @@
+"""The first process of every job: starts the job body in the stage's own environment and records how it ended.
+
+`python -m hpc_rl.cluster.entry SPEC` is what an executor puts into an allocation. It translates ranks, opens the log,
+passes signals on (Slurm's USR2 before the time limit or a preemption, SIGTERM, Ctrl-C) and requeues the job when it was asked to
+leave early. Standard library only: it starts in tens of milliseconds, under any interpreter, and has nothing to crash on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hpc_rl.cluster.failures import Outcome, classify, last_error
+from hpc_rl.cluster.rendezvous import rank_environment
+from hpc_rl.run import atomic, manifest
+from hpc_rl.run.workspace import Workspace
+
+TAIL_BYTES = 20_000
+RESTARTS_IN_PLACE = 3
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One submission, as its jobs find it on disk.
+
+    Attributes
+    ----------
+    name
+        Unique to the submission: its Slurm job name, and what the ledger calls it.
+    body
+        Command line of the job body.
+    environment
+        Variables that the body gets on top of the job's own.
+    requeue_on_leave
+        Ask Slurm to run the job again when it was told to leave before its work was done.
+    service
+        Start the body again in place when it dies; a service's consumers wait for it.
+    grace_s
+        How long the body may take to leave before it is killed.
+    gpus
+        GPUs per rank, for the account of GPU time.
+    """
+
+    name: str
+    workspace: str
+    round: int
+    stage: str
+    shards: int
+    executor: str
+    body: tuple[str, ...]
+    environment: dict[str, str]
+    requeue_on_leave: bool = True
+    service: bool = False
+    grace_s: float = 30.0
+    gpus: float = 0.0
+
+    @property
+    def ws(self) -> Workspace:
+        """The workspace of the run."""
+        return Workspace(Path(self.workspace))
+
+    @property
+    def path(self) -> Path:
+        """Where this spec lies."""
+        return self.ws.attempts_dir(self.round, self.stage) / f"{self.name}.json"
+
+    def save(self) -> Path:
+        """Write it; returns its path."""
+        atomic.write_json(self.path, asdict(self))
+        return self.path
+
+
+@dataclass(frozen=True)
+class EndRecord:
+    """How one process of a submission ended. `cpu_s` and `gpu_s` are for reports."""
+
+    name: str
+    job_id: str
+    restart: int
+    rank: int
+    host: str
+    outcome: str
+    exit_code: int
+    error: str
+    log: str
+    started: float
+    ended: float
+    cpu_s: float
+    gpu_s: float
+
+
+def load_spec(path: Path) -> Spec:
+    """The spec in `path`."""
+    data: dict[str, Any] = atomic.read_json(path)
+    return Spec(**{**data, "body": tuple(data["body"])})
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies (prctl(2), PR_SET_PDEATHSIG): no body outlives its job."""
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+
+
+class Runner:
+    """Runs one body and hears the signals meant for it."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.ranks = rank_environment(os.environ)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.asked_to_leave = False
+        self.requeue = False
+        job, restart, rank = self.ranks["HPC_RL_JOB_ID"], self.ranks["HPC_RL_RESTART"], self.ranks["RANK"]
+        self.tag = f"{job}-{restart}" + (f"-rank{rank}" if self.ranks["WORLD_SIZE"] != "1" else "")
+        self.log = spec.ws.log_dir(spec.round, spec.stage) / f"{self.tag}.out"
+
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Tell the body to leave. USR2 is Slurm's early warning, after which the job may be queued again."""
+        self.requeue = self.requeue or number == signal.SIGUSR2
+        self.asked_to_leave = True
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            signal.signal(signal.SIGALRM, lambda *_: self.process and self.process.kill())
+            signal.setitimer(signal.ITIMER_REAL, self.spec.grace_s)
+
+    def run(self) -> int:
+        """Run the body to its end and record it; returns its exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            signal.signal(number, self.on_signal)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, **self.spec.environment, **self.ranks, "HPC_RL_ATTEMPT": self.spec.name}
+        left = RESTARTS_IN_PLACE if self.spec.service else 0
+        while True:
+            started = time.time()
+            with self.log.open("ab") as log:
+                self.process = subprocess.Popen(
+                    self.spec.body,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent,
+                )
+                if self.asked_to_leave:
+                    self.process.terminate()  # the signal came before there was a body
+                code = self.process.wait()
+            outcome = self.record(code, started)
+            if outcome in (Outcome.DONE, Outcome.BLOCKED, Outcome.LEFT) or not left:
+                return code
+            left -= 1
+            print(f"the service ended ({outcome.value}); starting it again, {left} restarts left", flush=True)
+
+    def record(self, code: int, started: float) -> Outcome:
+        """Write the end record of the body that has just ended."""
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - TAIL_BYTES))
+            tail = log.read().decode(errors="replace")
+        outcome = classify(code, tail, self.asked_to_leave)
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        ended = time.time()
+        error = "" if outcome is Outcome.DONE else last_error(tail)
+        spec = self.spec
+        record = EndRecord(
+            spec.name, self.ranks["HPC_RL_JOB_ID"], int(self.ranks["HPC_RL_RESTART"]), int(self.ranks["RANK"]), socket.gethostname(), outcome.value,
+            code, error, spec.ws.relative(self.log), started, ended, usage.ru_utime + usage.ru_stime, (ended - started) * spec.gpus,
+        )  # fmt: skip
+        atomic.write_json(spec.path.with_name(f"{spec.name}.end-{self.tag}-{int(started * 1000)}.json"), asdict(record))
+        print(
+            f"{spec.name} {self.tag}: {outcome.value}, exit code {code}, {ended - started:.1f} s. {error}", flush=True
+        )
+        return outcome
+
+
+def _requeue(job_id: str) -> None:
+    """Put this very job (or array element: its own id, never the bare array's) back into the queue (scontrol(1), requeue)."""
+    print(f"asking Slurm to run {job_id} again", flush=True)
+    subprocess.run(["scontrol", "requeue", job_id], check=False, timeout=60)
+
+
+def _cancel_waiting_siblings(spec: Spec) -> None:
+    """Cancel elements of this array that never started: the work has run out."""
+    subprocess.run(["scancel", "--state=PENDING", f"--name={spec.name}"], check=False, timeout=60)
+
+
+def run_spec(path: Path) -> int:
+    """Run the submission described in `path` as the process that we are; returns the body's exit code."""
+    spec = load_spec(path)
+    runner = Runner(spec)
+    code = runner.run()
+    if runner.ranks["RANK"] == "0" and spec.executor == "slurm" and shutil.which("scontrol"):
+        done = spec.shards > 0 and len(manifest.done_shards(spec.ws, spec.round, spec.stage)) >= spec.shards
+        if done and "SLURM_ARRAY_JOB_ID" in os.environ:
+            _cancel_waiting_siblings(spec)
+        if runner.requeue and spec.requeue_on_leave and not done:
+            _requeue(runner.ranks["HPC_RL_JOB_ID"])
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m hpc_rl.cluster.entry SPEC   (run by the executors; see docs/architecture.md)")
+    sys.exit(run_spec(Path(sys.argv[1])))

@@ -1,0 +1,34 @@
+"""Who am I among the ranks of this job: Slurm's environment variables translated into torch's. Standard library only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+
+def first_host(node_list: str) -> str:
+    """The first host of a Slurm node list: `gpu[03-05,9],cpu1` → `gpu03` (srun(1), SLURM_STEP_NODELIST)."""
+    match = re.match(r"^([^,\[]*)(?:\[(\d+)[^\]]*\])?([^,\[]*)", node_list)
+    return "".join(part or "" for part in match.groups()) if match else ""
+
+
+def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, HPC_RL_JOB_ID, HPC_RL_RESTART and HPC_RL_NODELIST_HEAD of this process.
+
+    Values that are set already win (torchrun, the local executor); outside of any job the process is rank 0 of 1.
+    Ranks come from the *step* (srun), so a batch script's own shell, which is no rank, is rank 0 of 1 too.
+    """
+    get = environ.get
+    in_step = get("SLURM_STEP_ID") not in (None, "", "4294967291") and "SLURM_PROCID" in environ
+    array_job = get("SLURM_ARRAY_JOB_ID")
+    job = f"{array_job}_{get('SLURM_ARRAY_TASK_ID')}" if array_job else get("SLURM_JOB_ID", "")
+    found = {
+        "RANK": get("SLURM_PROCID", "0") if in_step else "0",
+        "WORLD_SIZE": get("SLURM_STEP_NUM_TASKS", get("SLURM_NTASKS", "1")) if in_step else "1",
+        "LOCAL_RANK": get("SLURM_LOCALID", "0") if in_step else "0",
+        "LOCAL_WORLD_SIZE": re.split(r"[,(]", get("SLURM_STEP_TASKS_PER_NODE", "1"))[0] if in_step else "1",
+        "HPC_RL_JOB_ID": job,
+        "HPC_RL_RESTART": get("SLURM_RESTART_COUNT", "0"),
+        "HPC_RL_NODELIST_HEAD": first_host(get("SLURM_STEP_NODELIST", get("SLURM_JOB_NODELIST", ""))),
+    }
+    return {name: get(name) or value for name, value in found.items()}
