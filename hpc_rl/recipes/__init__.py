@@ -1,0 +1,28 @@
+"""Recipes: which stages a round has and what flows between them. No Slurm and no torch in here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from typing import Protocol, cast
+
+from hpc_rl.config.schema import Config
+from hpc_rl.orchestrate.graph import Graph, Stage, build_graph
+
+
+class Recipe(Protocol):
+    """What a recipe module offers."""
+
+    def stages(self, config: Config, round: int) -> Iterable[Stage]:
+        """The stages of a round (0 is the preparation), each after what it needs."""
+
+
+def load(name: str) -> Recipe:
+    """The recipe `name`: a module of this package, or any module by its dotted path."""
+    return cast(Recipe, importlib.import_module(name if "." in name else f"hpc_rl.recipes.{name}"))
+
+
+def graph_of(config: Config) -> Graph:
+    """The graph of the run that a config describes."""
+    recipe = load(config.recipe)
+    return build_graph(config.run.rounds, lambda round: recipe.stages(config, round))
