@@ -1,0 +1,61 @@
+"""Reading one picture the same way in every phase: upright, RGB, whatever the file holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+"""Endings, in lower case, of the files that count as pictures."""
+
+
+class UnreadableImage(ValueError):
+    """A file that should be a picture and cannot be decoded; the message names it."""
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name counts as a picture. Hidden ones never do (`._photo.jpg`, half-written files)."""
+    return not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+
+
+def load_image(path: Path) -> Image.Image:
+    """Decode a picture as people see it.
+
+    EXIF rotation is applied, transparency lies on white, palettes, grey, CMYK and 16-bit files become 8-bit RGB, and
+    of an animation the first frame counts. The size is left alone: the model's processor resizes within its pixel
+    limits.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file.
+
+    Returns
+    -------
+    PIL.Image.Image
+        Mode RGB, fully decoded, with no open file behind it.
+
+    Raises
+    ------
+    UnreadableImage
+        If the file is missing, truncated, no picture, or larger than Pillow's limit against decompression bombs.
+    """
+    try:
+        with Image.open(path) as opened:
+            return _rgb(ImageOps.exif_transpose(opened))
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(f"{path} is not a picture that Pillow can read") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # SyntaxError is what Pillow raises for some broken PNG and TIFF files.
+        raise UnreadableImage(f"{path} cannot be decoded: {error}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")  # 65535 -> 255
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")

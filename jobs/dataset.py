@@ -1,0 +1,57 @@
+"""Merge the categories' games into the run's data sets: train, new views, validation."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+from hpc_rl.data.image_folder import ImageFolderError
+from hpc_rl.data.lewis import SETS, image_root, merge_rows, read_rows, write_rows
+from hpc_rl.orchestrate.job import open_job
+from hpc_rl.run import atomic
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m jobs.dataset --workspace W --round 0`"""
+    job = open_job("dataset", argv)
+    data = job.config.data
+    asked = {"train": data.train_rows, "new_views": data.eval_rows.new_views, "validation": data.eval_rows.validation}
+    for shard in job.shards():
+        prepared = job.inputs(job.round, "prepare")
+        folder = job.ws.dataset_dir(job.round)
+        info = {
+            "image_root": str(image_root(job.ws, data.image_root)),
+            "k": data.k,
+            "split_seed": data.split_seed,
+            "negatives_from": data.negatives_from,
+            "categories": [manifest.made_from["category"] for manifest in prepared],
+            "embedding": prepared[0].made_from["embedding"],
+            "unreadable_pictures": sum(manifest.metrics["unreadable_pictures"] for manifest in prepared),
+            "sets": {},
+        }
+        metrics = {}
+        for name in SETS:
+            rows = merge_rows([read_rows(manifest.path(f"{name}.parquet")) for manifest in prepared], data.split_seed)
+            if asked[name] and not rows:
+                raise ImageFolderError(
+                    f"no category has a concept for the {name} games: with data.validation_fraction={data.validation_fraction} "
+                    f"none can be held out. Add concepts, raise the fraction, or set data.eval_rows.{name}=0."
+                )
+            if len(rows) < asked[name]:  # categories too small to hold a concept out give no validation games
+                print(f"{name}: {len(rows)} games instead of {asked[name]}", flush=True)
+            write_rows(folder / f"{name}.parquet", rows)
+            info["sets"][name] = {
+                "rows": len(rows),
+                "concepts": dict(sorted(Counter(f"{row.category}/{row.concept}" for row in rows).items())),
+            }
+            metrics[f"rows_{name}"] = len(rows)
+            metrics[f"concepts_{name}"] = len(info["sets"][name]["concepts"])
+        atomic.write_json(folder / "dataset_info.json", info)
+        paths = [folder / f"{name}.parquet" for name in SETS] + [folder / "dataset_info.json"]
+        shard.commit(paths, made_from={"split_seed": data.split_seed}, metrics=metrics)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
