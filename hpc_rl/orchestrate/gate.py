@@ -24,7 +24,9 @@ def missing(ws: Workspace, stages: Iterable[Stage]) -> list[StageId]:
     return [stage.id for stage in stages if not is_complete(ws, stage)]
 
 
-def wait_for_inputs(ws: Workspace, needs: Iterable[Stage], patience_s: float, sleep: Callable[[float], None] = time.sleep) -> list[StageId]:
+def wait_for_inputs(
+    ws: Workspace, needs: Iterable[Stage], patience_s: float, sleep: Callable[[float], None] = time.sleep
+) -> list[StageId]:
     """Wait until all of `needs` are complete; returns those that are not after waiting.
 
     A stage whose last attempt is known to have failed is given only a moment: waiting for it would hold GPUs for nothing.

@@ -1,10 +1,10 @@
 """What all job bodies share: arguments, the gate, the shards they claim, and manifests for what they made.
 
-    job = open_job("sample", argv)
-    for shard in job.shards():
-        path = shard.output("samples.parquet")
-        ...
-        shard.commit([path], made_from={"weights": hash}, metrics={"tokens": n})
+job = open_job("sample", argv)
+for shard in job.shards():
+    path = shard.output("samples.parquet")
+    ...
+    shard.commit([path], made_from={"weights": hash}, metrics={"tokens": n})
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class Shard:
             temporary.write_text(f'{{"done": {done}, "total": {total}}}\n')
             temporary.replace(path)
 
-    def commit(self, outputs: Sequence[Path], *, made_from: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> bool:
+    def commit(
+        self, outputs: Sequence[Path], *, made_from: Mapping[str, Any], metrics: Mapping[str, Any] | None = None
+    ) -> bool:
         """Declare the shard done: outputs are forced to disk and summed up, the manifest is written last.
 
         Returns False when another worker was faster; then ours is void and its files are removed.
@@ -86,7 +88,9 @@ class Shard:
         self.committed = manifest.write(ws, record)
         (job.folder / f"shard_{self.index:04d}.progress").unlink(missing_ok=True)
         if not self.committed:
-            log.warning("shard %d of %s was done by somebody else meanwhile; this copy is thrown away", self.index, job.stage.id)
+            log.warning(
+                "shard %d of %s was done by somebody else meanwhile; this copy is thrown away", self.index, job.stage.id
+            )
             for path in outputs:
                 if self.lease.token in path.name:
                     path.unlink(missing_ok=True)
@@ -125,7 +129,9 @@ class Job:
     def provenance(self) -> dict[str, Any]:
         """What every manifest says about where its outputs came from."""
         inputs = {
-            f"round_{need.round:02d}/{need.name}": [output.sha256 for m in self.inputs(need.round, need.name) for output in m.outputs]
+            f"round_{need.round:02d}/{need.name}": [
+                output.sha256 for m in self.inputs(need.round, need.name) for output in m.outputs
+            ]
             for need in self.stage.needs
         }
         return {
@@ -147,7 +153,9 @@ class Job:
             False for the ranks of a multi-node job that only follow: they get each undone shard in order, without a claim.
         """
         if not leader:
-            for index in sorted(set(range(self.stage.shards)) - manifest.done_shards(self.ws, self.round, self.stage.name)):
+            for index in sorted(
+                set(range(self.stage.shards)) - manifest.done_shards(self.ws, self.round, self.stage.name)
+            ):
                 yield Shard(self, index, None)
             return
         ttl_s = self.config.run.lease_ttl_s
@@ -191,7 +199,8 @@ class Job:
 def parse_arguments(default_stage: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments that every job body takes."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m jobs.{default_stage}", description=f"Job body of the stage {default_stage!r}: does one round's work in a workspace."
+        prog=f"python -m jobs.{default_stage}",
+        description=f"Job body of the stage {default_stage!r}: does one round's work in a workspace.",
     )
     parser.add_argument("--workspace", required=True, type=Path, help="the run's folder, as made by hpc_rl.launch")
     parser.add_argument("--round", required=True, type=int, help="the round to work for, 0 is the preparation")
@@ -211,7 +220,9 @@ def load(workspace: Path, round: int, stage: str) -> Job:
     try:
         config = configs.from_json(atomic.read_json(ws.config_path))
     except FileNotFoundError:
-        sys.exit(f"{ws.root} holds no run (no {ws.config_path.name}). Make one with: python -m hpc_rl.launch CONFIG --workspace {ws.root} --init")
+        sys.exit(
+            f"{ws.root} holds no run (no {ws.config_path.name}). Make one with: python -m hpc_rl.launch CONFIG --workspace {ws.root} --init"
+        )
     graph = recipes.graph_of(config)
     id = StageId(round, stage)
     if id not in graph.by_id:
@@ -235,7 +246,9 @@ def open_job(default_stage: str, argv: Sequence[str] | None = None) -> Job:
         raise SystemExit(0)
     patience_s = job.config.run.gate_patience_s
     absent = gate.wait_for_inputs(
-        job.ws, [job.graph[need] for need in job.stage.needs], job.config.cluster.file_system_lag_s if patience_s is None else patience_s
+        job.ws,
+        [job.graph[need] for need in job.stage.needs],
+        job.config.cluster.file_system_lag_s if patience_s is None else patience_s,
     )
     if absent:
         log.error("%s is blocked: %s not there", job.stage.id, ", ".join(f"{id} is" for id in absent))

@@ -40,6 +40,7 @@ class History:
     attempts: tuple[Attempt, ...] = ()
     paused: str = ""
     stopped: str = ""
+    resumed_at: float = 0.0
     skipped_lines: int = 0
 
     def of(self, round: int, stage: str) -> tuple[Attempt, ...]:
@@ -85,6 +86,7 @@ class Ledger:
         """Everything the ledger says, folded into attempts."""
         attempts: dict[str, Attempt] = {}
         paused = stopped = ""
+        resumed_at = 0.0
         skipped = 0
         for entry in self.lines():
             if entry is None:
@@ -116,4 +118,5 @@ class Ledger:
                 stopped = entry["why"]
             elif event == "resumed":
                 paused = stopped = ""
-        return History(tuple(attempts.values()), paused, stopped, skipped)
+                resumed_at = entry["time"]
+        return History(tuple(attempts.values()), paused, stopped, resumed_at, skipped)

@@ -1,0 +1,215 @@
+"""What to do next, as a pure function: graph − what is done − what is queued or running → submit the rest.
+
+`decide` looks at a `View` (manifests, ledger, queue, end records) and returns actions. It can be asked again at any time,
+by anyone: on a view that its own actions have led to, it asks for nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hpc_rl.cluster.base import Queued
+from hpc_rl.cluster.entry import EndRecord
+from hpc_rl.cluster.failures import Outcome, fingerprint
+from hpc_rl.orchestrate.graph import Graph, Kind, Stage, StageId
+from hpc_rl.run.ledger import Attempt, History
+
+BLOCKED_PER_ATTEMPT = 3
+
+
+@dataclass(frozen=True)
+class View:
+    """Everything that the decision rests on.
+
+    Attributes
+    ----------
+    done
+        Number of shards of each stage that have a manifest.
+    queue
+        What the scheduler still has of this run.
+    ends
+        End records by submission name.
+    """
+
+    graph: Graph
+    done: Mapping[StageId, int]
+    history: History
+    queue: Sequence[Queued]
+    ends: Mapping[str, Sequence[EndRecord]]
+
+    def is_done(self, id: StageId) -> bool:
+        """A stage with work is done when all its shards are; a service when all whom it serves are."""
+        stage = self.graph[id]
+        if stage.kind is Kind.SERVICE:
+            return all(self.is_done(served) for served in stage.serves)
+        return stage.has_work and self.done.get(id, 0) >= stage.shards
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How far ahead to queue, and how often to try."""
+
+    lookahead: int = 1
+    max_attempts: int = 5
+    control: bool = True  # advance by jobs; False where the launcher itself stays and advances
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Submit an attempt at a stage, after other submissions (by name, or by the stage submitted along with it)."""
+
+    stage: Stage
+    number: int
+    after_end: tuple[str | StageId, ...] = ()
+    after_start: tuple[str | StageId, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Cancel a submission (`waiting_only`: what of it has not started)."""
+
+    name: str
+    why: str
+    waiting_only: bool = False
+
+
+@dataclass(frozen=True)
+class WriteOff:
+    """An intent that no job came of."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do, in order, and how the run stands: `running`, `finished` or `stopped` (then `reason` says why)."""
+
+    actions: tuple[Submit | Cancel | WriteOff, ...] = ()
+    status: str = "running"
+    reason: str = ""
+
+
+@dataclass
+class _Planner:
+    view: View
+    policy: Policy
+    me: str
+    actions: list[Submit | Cancel | WriteOff] = field(default_factory=list)
+    current: dict[StageId, str | StageId] = field(default_factory=dict)
+    replaced: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.states: dict[str, Counter[str]] = {}
+        for job in self.view.queue:
+            self.states.setdefault(job.name, Counter())["waiting" if job.is_waiting else "running"] += 1
+
+    def is_live(self, attempt: Attempt) -> bool:
+        return attempt.name in self.states and attempt.name != self.me and attempt.name not in self.replaced
+
+    def place(self, stage: Stage) -> None:
+        """Keep, replace or submit the stage's job; remember what those that follow must wait for."""
+        after_end = tuple(self.current[need] for need in stage.needs if need in self.current)
+        after_start = tuple(self.current[used] for used in stage.uses if used in self.current)
+        live = [attempt for attempt in self.view.history.of(stage.round, stage.name) if self.is_live(attempt)]
+        if live:
+            attempt = live[-1]
+            wanted = {name for name in (*after_end, *after_start)}
+            if self.states[attempt.name]["running"] or wanted <= set(attempt.depends_on):
+                self.current[stage.id] = attempt.name
+                return
+            self.actions.append(Cancel(attempt.name, "what it waits for was submitted again"))
+            self.replaced.add(attempt.name)
+        number = 1 + max((a.number for a in self.view.history.of(stage.round, stage.name)), default=0)
+        self.actions.append(Submit(stage, number, after_end, after_start))
+        self.current[stage.id] = stage.id
+
+
+def decide(view: View, policy: Policy, me: str = "") -> Decision:
+    """What to do now.
+
+    Parameters
+    ----------
+    me
+        Name of the submission that the caller itself runs in, which is about to end.
+    """
+    plan = _Planner(view, policy, me)
+    for attempt in view.history.attempts:
+        if attempt.job_ids is None and not attempt.written_off and attempt.name not in plan.states:
+            plan.actions.append(WriteOff(attempt.name))
+    if view.history.paused:
+        return Decision(tuple(plan.actions), "paused", view.history.paused)
+
+    unfinished = [stage for stage in view.graph.work if not view.is_done(stage.id)]
+    if not unfinished:
+        return Decision((*plan.actions, *_cancel_waiting(view, plan, "the run is finished")), "finished")
+    reason = view.history.stopped or _hopeless(view, plan, unfinished, policy)
+    if reason:
+        return Decision((*plan.actions, *_cancel_waiting(view, plan, "the run stopped")), "stopped", reason)
+
+    first = min(stage.round for stage in unfinished)
+    for stage in view.graph.stages:
+        if stage.round < first and stage.kind is not Kind.CONTROL:
+            continue
+        if stage.kind is Kind.CONTROL:
+            # one more advance than rounds in the queue: if one is killed, the next one does its work
+            if policy.control and first <= stage.round <= first + max(1, policy.lookahead):
+                plan.place(stage)
+        elif stage.round > first + policy.lookahead:
+            continue
+        elif view.is_done(stage.id):
+            plan.actions += [
+                Cancel(a.name, "its work is done", waiting_only=True)
+                for a in view.history.of(stage.round, stage.name)
+                if plan.is_live(a) and plan.states[a.name]["waiting"]
+            ]
+        else:
+            plan.place(stage)
+    return Decision(tuple(plan.actions))
+
+
+def _cancel_waiting(view: View, plan: _Planner, why: str) -> list[Cancel]:
+    return [
+        Cancel(a.name, why, waiting_only=True)
+        for a in view.history.attempts
+        if plan.is_live(a) and plan.states[a.name]["waiting"]
+    ]
+
+
+def _hopeless(view: View, plan: _Planner, unfinished: Sequence[Stage], policy: Policy) -> str:
+    """Why the run must stop: one program error twice at a stage, or too many attempts at it. '' when it may go on."""
+    services = [stage for stage in view.graph.stages if stage.kind is Kind.SERVICE and not view.is_done(stage.id)]
+    for stage in (*unfinished, *services):
+        attempts = [
+            a
+            for a in view.history.of(stage.round, stage.name)
+            if not a.written_off and a.time >= view.history.resumed_at
+        ]
+        if not attempts or any(plan.is_live(a) for a in attempts):
+            continue
+        ends = [end for attempt in attempts for end in view.ends.get(attempt.name, ())]
+        errors = [
+            end
+            for end in ends
+            if end.outcome == Outcome.ERROR.value and end.rank == min(e.rank for e in ends if e.name == end.name)
+        ]
+        counts = Counter(fingerprint(end.error) for end in errors)
+        repeated = next((end for end in reversed(errors) if counts[fingerprint(end.error)] > 1), None)
+        if repeated:
+            return f"{stage.id} failed {counts[fingerprint(repeated.error)]} times with the same error: {repeated.error} (log: {repeated.log})"
+        tries = [a for a in attempts if not a.cancelled]
+        blocked = [a for a in tries if _only(view, a, Outcome.BLOCKED)]
+        if (
+            len(tries) - len(blocked) >= policy.max_attempts
+            or len(blocked) >= BLOCKED_PER_ATTEMPT * policy.max_attempts
+        ):
+            last = max(ends, key=lambda end: end.ended, default=None)
+            how = f"; the last one: {last.outcome}, {last.error} (log: {last.log})" if last else ""
+            return f"{stage.id} is not done after {len(tries)} attempts{how}"
+    return ""
+
+
+def _only(view: View, attempt: Attempt, outcome: Outcome) -> bool:
+    ends = view.ends.get(attempt.name, ())
+    return bool(ends) and all(end.outcome == outcome.value for end in ends)

@@ -1,0 +1,110 @@
+"""How a run stands, round by round and stage by stage: what `status` shows and the state file holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hpc_rl.cluster.failures import Outcome
+from hpc_rl.orchestrate.decide import View
+from hpc_rl.orchestrate.graph import Kind, Stage
+
+
+@dataclass(frozen=True)
+class StageOverview:
+    """One stage.
+
+    `state` is done, running, waiting (in the queue), failed (its last attempt did not end well), incomplete (nothing is queued for
+    it) or not yet (nothing was submitted). `shards_*` count work, `tasks_*` jobs or array elements in the queue.
+    """
+
+    round: int
+    stage: str
+    kind: str
+    state: str
+    shards_done: int
+    shards: int
+    tasks_running: int
+    tasks_waiting: int
+    attempts: int
+    job_ids: tuple[str, ...]
+    nodes: tuple[str, ...]
+    reason: str
+    last_error: str
+    log: str
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The whole run. `status` is finished, running, paused, stopped or idle (unfinished and nothing queued)."""
+
+    status: str
+    reason: str
+    rounds: int
+    stages: tuple[StageOverview, ...]
+
+
+def build(view: View) -> Overview:
+    """The overview of what a view shows."""
+    stages = tuple(_stage(view, stage) for stage in view.graph.stages)
+    history = view.history
+    if all(view.is_done(stage.id) for stage in view.graph.work):
+        status, reason = "finished", ""
+    elif history.stopped:
+        status, reason = "stopped", history.stopped
+    elif history.paused:
+        status, reason = "paused", history.paused
+    else:
+        status, reason = ("running", "") if view.queue else ("idle", "nothing of it is queued; launch again to go on")
+    return Overview(status, reason, view.graph.rounds, stages)
+
+
+def to_plain(overview: Overview) -> dict[str, Any]:
+    """The overview as JSON holds it: rounds, each with its stages."""
+    rounds: dict[int, list[dict[str, Any]]] = {}
+    for stage in overview.stages:
+        plain = asdict(stage)
+        rounds.setdefault(plain.pop("round"), []).append(plain)
+    return {
+        "status": overview.status,
+        "reason": overview.reason,
+        "last_round": overview.rounds,
+        "rounds": [{"round": number, "stages": stages} for number, stages in rounds.items()],
+    }
+
+
+def _stage(view: View, stage: Stage) -> StageOverview:
+    attempts = view.history.of(stage.round, stage.name)
+    names = {attempt.name for attempt in attempts}
+    jobs = [job for job in view.queue if job.name in names]
+    counts = Counter("waiting" if job.is_waiting else "running" for job in jobs)
+    ends = [end for attempt in attempts for end in view.ends.get(attempt.name, ()) if end.outcome != Outcome.DONE.value]
+    last = max(ends, key=lambda end: end.ended, default=None)
+    done = view.is_done(stage.id) if stage.kind is not Kind.CONTROL else bool(attempts) and not jobs
+    if done and not counts["running"]:
+        state = "done"
+    elif counts["running"]:
+        state = "running"
+    elif counts["waiting"]:
+        state = "waiting"
+    elif not attempts:
+        state = "not yet"
+    else:
+        state = "failed" if last else "incomplete"
+    return StageOverview(
+        round=stage.round,
+        stage=stage.name,
+        kind=stage.kind.value,
+        state=state,
+        shards_done=view.done.get(stage.id, 0),
+        shards=stage.shards,
+        tasks_running=counts["running"],
+        tasks_waiting=counts["waiting"],
+        attempts=len(attempts),
+        job_ids=tuple(i for attempt in attempts for i in attempt.job_ids or ()),
+        nodes=tuple(sorted({job.node for job in jobs if job.node})),
+        reason=next((job.reason for job in jobs if job.reason not in ("", "None")), ""),
+        last_error=f"{last.outcome}: {last.error}" if last else "",
+        log=last.log if last else "",
+    )

@@ -1,0 +1,223 @@
+"""The one verb: look at the run, decide, submit what is missing. Safe to call twice, from anywhere, at any time.
+
+Launch, resume, retry and "next round" are all this call. It works under the run's lease, so two callers take turns and
+the second finds nothing to do. If it dies at any point, the next call goes on from what it finds: an intent in the ledger
+without a job id is looked up in the queue by its unique name and either adopted or written off.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hpc_rl import config as configs
+from hpc_rl import recipes
+from hpc_rl.cluster.base import Executor
+from hpc_rl.cluster.entry import EndRecord
+from hpc_rl.config.schema import Config
+from hpc_rl.orchestrate import overview
+from hpc_rl.orchestrate.decide import Cancel, Decision, Policy, Submit, View, WriteOff, decide
+from hpc_rl.orchestrate.graph import Graph, StageId
+from hpc_rl.orchestrate.requests import build_request, submission_name
+from hpc_rl.run import atomic, manifest
+from hpc_rl.run.lease import acquire_patiently
+from hpc_rl.run.ledger import History, Ledger
+from hpc_rl.run.workspace import SCHEMA, Workspace
+
+RECONCILE_LEASE = "reconcile"
+
+
+class RunBusy(RuntimeError):
+    """Another process is reconciling the run and did not finish in time."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its workspace, its config, and the graph that follows from it."""
+
+    ws: Workspace
+    config: Config
+    graph: Graph
+
+    @classmethod
+    def load(cls, root: Path) -> Run:
+        """The run in a workspace; FileNotFoundError when there is none."""
+        ws = Workspace(root)
+        config = configs.from_json(atomic.read_json(ws.config_path))
+        return cls(ws, config, recipes.graph_of(config))
+
+
+@dataclass
+class Report:
+    """What a reconcile did."""
+
+    decision: Decision
+    submitted: dict[StageId, list[str]] = field(default_factory=dict)
+    cancelled: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def look(run: Run, executor: Executor, history: History | None = None) -> View:
+    """The run as it stands: one folder listing a stage, one question to the scheduler."""
+    history = Ledger(run.ws).history() if history is None else history
+    done = {stage.id: len(manifest.done_shards(run.ws, stage.round, stage.name)) for stage in run.graph.work}
+    incomplete = {stage.id for stage in run.graph.stages if not stage.has_work or done[stage.id] < stage.shards}
+    ends: dict[str, list[EndRecord]] = {}
+    for stage_id in sorted({StageId(a.round, a.stage) for a in history.attempts} & incomplete):
+        for end in end_records(run.ws, stage_id):
+            ends.setdefault(end.name, []).append(end)
+    queue = executor.queue([a.name for a in history.attempts if a.executor == executor.name and not a.written_off])
+    return View(run.graph, done, history, queue, ends)
+
+
+def end_records(ws: Workspace, id: StageId) -> list[EndRecord]:
+    """How the jobs of a stage ended so far, oldest first."""
+    folder = ws.attempts_dir(id.round, id.name)
+    if not folder.is_dir():
+        return []
+    paths = [folder / name for name in os.listdir(folder) if ".end-" in name and not name.startswith(".")]
+    return sorted((EndRecord(**atomic.read_json(path)) for path in paths), key=lambda end: end.ended)
+
+
+def reconcile(
+    run: Run,
+    executor: Executor,
+    code: Path,
+    policy: Policy,
+    me: str = "",
+    patience_s: float = 120.0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Bring the queue in line with what the run still needs.
+
+    Parameters
+    ----------
+    code
+        Snapshot of the code that new submissions import.
+    me
+        Name of the submission that we run in ourselves, '' outside of jobs.
+    patience_s
+        How long to wait for another reconcile that is under way.
+    say
+        Gets a line for each thing done.
+
+    Raises
+    ------
+    RunBusy
+        When the other one does not end in time.
+    ExecutorError
+        When the scheduler refuses; what was submitted before is in the ledger.
+    """
+    # a reconcile takes seconds; one without a heartbeat for 30 s is dead, and its place is taken
+    ttl_s = min(30.0, run.config.run.lease_ttl_s)
+    lease = acquire_patiently(run.ws.lease_folder, RECONCILE_LEASE, ttl_s, patience_s)
+    if lease is None:
+        raise RunBusy(
+            f"another process has been reconciling {run.ws.root} for {patience_s:.0f} s; try again, nothing is lost"
+        )
+    with lease:
+        ledger = Ledger(run.ws)
+        view = look(run, executor)
+        decision = decide(view, policy, me)
+        report = Report(decision)
+        if view.history.skipped_lines:
+            report.notes.append(
+                f"{view.history.skipped_lines} lines of {ledger.path.name} were cut off by a crash and are skipped"
+            )
+        _adopt(ledger, view)
+        try:
+            _carry_out(run, executor, code, decision, ledger, view, report, say)
+        finally:
+            _write_state(run, executor, report)
+    return report
+
+
+def _adopt(ledger: Ledger, view: View) -> None:
+    """Jobs whose sbatch was accepted but whose id nobody lived to write down: the queue knows them by name."""
+    for attempt in view.history.attempts:
+        ids = sorted({job.job_id.partition("_")[0] for job in view.queue if job.name == attempt.name})
+        if attempt.job_ids is None and ids:
+            ledger.append("submitted", name=attempt.name, job_ids=ids, adopted=True)
+
+
+def _carry_out(
+    run: Run,
+    executor: Executor,
+    code: Path,
+    decision: Decision,
+    ledger: Ledger,
+    view: View,
+    report: Report,
+    say: Callable[[str], None],
+) -> None:
+    ids: dict[str, list[str]] = {a.name: list(a.job_ids or ()) for a in view.history.attempts}
+    for job in view.queue:
+        ids.setdefault(job.name, [])
+        if (job_id := job.job_id.partition("_")[0]) not in ids[job.name]:
+            ids[job.name].append(job_id)
+    names: dict[StageId, str] = {}
+    if decision.status == "stopped" and not view.history.stopped:
+        ledger.append("stopped", why=decision.reason)
+    for action in decision.actions:
+        if isinstance(action, WriteOff):
+            ledger.append("written_off", name=action.name)
+        elif isinstance(action, Cancel):
+            executor.cancel([action.name], action.waiting_only)
+            if not action.waiting_only:
+                ledger.append("cancelled", name=action.name, why=action.why)
+            report.cancelled.append(action.name)
+            say(f"cancelled {action.name}: {action.why}")
+        elif isinstance(action, Submit):
+            stage = action.stage
+            name = names[stage.id] = submission_name(run.config, stage, action.number)
+
+            def resolved(after: tuple[str | StageId, ...]) -> list[str]:
+                return [names[a] if isinstance(a, StageId) else a for a in after]
+
+            after_end, after_start = resolved(action.after_end), resolved(action.after_start)
+            request = build_request(
+                run.ws, run.config, stage, name, executor.name, code,
+                after_end=tuple(i for a in after_end for i in ids[a]), after_start=tuple(i for a in after_start for i in ids[a]),
+            )  # fmt: skip
+            request.spec.save()
+            run.ws.log_dir(stage.round, stage.name).mkdir(parents=True, exist_ok=True)
+            ledger.append(
+                "intent",
+                name=name,
+                round=stage.round,
+                stage=stage.name,
+                number=action.number,
+                executor=executor.name,
+                depends_on=[*after_end, *after_start],
+            )
+            accepted = ids[name] = []
+
+            def on_accepted(job_id: str, name: str = name, accepted: list[str] = accepted) -> None:
+                ledger.append("submitted", name=name, job_ids=[job_id])
+                accepted.append(job_id)
+
+            executor.submit(request, on_accepted)
+            report.submitted[stage.id] = accepted
+            say(f"{stage.id}: submitted as {', '.join(accepted)}")
+
+
+def _write_state(run: Run, executor: Executor, report: Report) -> None:
+    """Write down how the run stands, for people and tools. A file that cannot be read is replaced: it is only a view."""
+    path, epoch = run.ws.state_path, 0
+    try:
+        epoch = int(atomic.read_json(path)["epoch"])
+    except FileNotFoundError:
+        pass
+    except (atomic.CorruptFile, KeyError, TypeError, ValueError) as error:
+        report.notes.append(f"{path.name} could not be read ({error}); it was rebuilt from manifests and ledger")
+    view = look(run, executor)
+    state = {
+        "schema": SCHEMA,
+        "epoch": epoch + 1,
+        "updated": round(time.time(), 3),
+        **overview.to_plain(overview.build(view)),
+    }
+    atomic.write_json(path, state)

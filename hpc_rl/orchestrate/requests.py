@@ -1,0 +1,83 @@
+"""From a stage of the graph and the config to a job request: resources, command line, environment."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from pathlib import Path
+
+from hpc_rl.cluster.base import JobRequest, Resources
+from hpc_rl.cluster.entry import Spec
+from hpc_rl.config.schema import Config
+from hpc_rl.orchestrate.graph import Kind, Stage
+from hpc_rl.run.workspace import Workspace
+
+
+def submission_name(config: Config, stage: Stage, number: int) -> str:
+    """A job name that is unique to one submission and tells people which: `lewis-r01-sample-a1-3f9c2d`."""
+    return f"{config.run.name}-r{stage.round:02d}-{stage.name}-a{number}-{secrets.token_hex(3)}"
+
+
+def build_request(
+    ws: Workspace,
+    config: Config,
+    stage: Stage,
+    name: str,
+    executor: str,
+    code: Path,
+    after_end: tuple[str, ...] = (),
+    after_start: tuple[str, ...] = (),
+) -> JobRequest:
+    """The request for one attempt at a stage.
+
+    Parameters
+    ----------
+    name, executor
+        Name of the submission, and which executor will get it.
+    code
+        Folder of the code snapshot.
+    after_end, after_start
+        Ids of jobs to wait for.
+    """
+    wanted = config.stage(stage.name)
+    body = [*(wanted.container or ()), str(wanted.python or sys.executable), "-m", stage.job]
+    body += ["--workspace", str(ws.root), "--round", str(stage.round)]
+    if stage.job != f"jobs.{stage.name}":
+        body += ["--stage", stage.name]
+    environment = {
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(wanted.cpus_per_task),
+        "HPC_RL_CODE": code.name,
+        **wanted.env,
+    }
+    spec = Spec(
+        name=name,
+        workspace=str(ws.root),
+        round=stage.round,
+        stage=stage.name,
+        shards=stage.shards,
+        executor=executor,
+        body=tuple(body),
+        environment=environment,
+        service=stage.kind is Kind.SERVICE,
+        grace_s=max(10.0, min(0.5 * config.cluster.signal_delay_s, 600.0)),
+        gpus=wanted.gpus_per_node / wanted.ranks,
+    )
+    resources = Resources(
+        nodes=wanted.nodes,
+        ranks_per_node=wanted.ranks,
+        tasks=min(wanted.tasks, stage.shards) if stage.kind is Kind.ARRAY else 1,
+        gpus_per_node=wanted.gpus_per_node,
+        cpus_per_task=wanted.cpus_per_task,
+        mem_gb=wanted.mem_gb,
+        time_min=wanted.time_min,
+        partition=wanted.partition,
+        account=wanted.account,
+        qos=wanted.qos,
+        constraint=wanted.constraint,
+        signal_delay_s=config.cluster.signal_delay_s,
+        setup=wanted.setup or (),
+        sbatch=wanted.sbatch,
+    )
+    return JobRequest(spec, stage.kind, resources, code, after_end, after_start)

@@ -1,0 +1,99 @@
+"""The Lewis game: a speaker describes an image, a listener must pick it out by the description (systems.md, L).
+
+    round 0   prepare (one shard per category) → dataset → evaluate: the untrained speaker
+    round r   sample → grade → train → evaluate                        with `train.rollouts: round`
+              train → evaluate: the trainer samples by itself          with `train.rollouts: live`
+
+grade, evaluate and a live train ask a listener service of their own, which is up only while they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.orchestrate.graph import Kind, Stage, StageId
+from hpc_rl.run import manifest
+from hpc_rl.run.workspace import Workspace
+
+
+def resolve(config: LewisConfig) -> LewisConfig:
+    """The config with what must be known to plan: the categories, which are the shards of `prepare`."""
+    data = config.data
+    if data.categories is not None:
+        return config
+    if data.scenes:
+        from hpc_rl.data import scenes  # numpy and Pillow: only for runs that render
+
+        found = scenes.categories()
+    else:
+        found = _categories_in(data.image_root)
+    return config.model_copy(update={"data": data.model_copy(update={"categories": tuple(found)})})
+
+
+def _categories_in(image_root: Path | None) -> list[str]:
+    """Names of the category folders under `<image_root>/<split>/`, sorted."""
+    assert image_root is not None, "the config has either scenes or an image_root"
+    splits = [folder for folder in Path(image_root).iterdir() if folder.is_dir()]
+    return sorted({category.name for split in splits for category in split.iterdir() if category.is_dir()})
+
+
+def stages(config: LewisConfig, round: int) -> Iterable[Stage]:
+    """The stages of a round, each after what it needs."""
+    if round == 0:
+        yield from _preparation(config)
+        return
+    live = config.train.rollouts == "live"
+    weights = StageId(round - 1, "train") if round > 1 else StageId(0, "dataset")
+    inputs = weights
+    if not live:
+        shards = ceil(config.sample.prompts_per_round / config.sample.shard_size)
+        yield Stage(StageId(round, "sample"), "jobs.sample", Kind.ARRAY, needs=(weights,), shards=shards)
+        inputs = StageId(round, "grade")
+        yield from _with_listener(
+            Stage(inputs, "jobs.grade", Kind.ARRAY, needs=(StageId(round, "sample"),), shards=shards)
+        )
+    train = Stage(StageId(round, "train"), "jobs.train", Kind.MULTINODE, needs=(inputs,))
+    yield from _with_listener(train) if live else (train,)
+    yield from _with_listener(Stage(StageId(round, "evaluate"), "jobs.evaluate", Kind.SINGLE, needs=(train.id,)))
+
+
+def _preparation(config: LewisConfig) -> Iterable[Stage]:
+    categories = config.data.categories
+    assert categories, "resolve() comes before planning"
+    prepare, dataset = StageId(0, "prepare"), StageId(0, "dataset")
+    yield Stage(prepare, "jobs.prepare", Kind.ARRAY, shards=len(categories))
+    yield Stage(dataset, "jobs.dataset", Kind.SINGLE, needs=(prepare,))
+    yield from _with_listener(Stage(StageId(0, "evaluate"), "jobs.evaluate", Kind.SINGLE, needs=(dataset,)))
+
+
+def _with_listener(stage: Stage) -> Iterable[Stage]:
+    """A stage and, before it, the listener that serves it and that starts when the stage may."""
+    listener = StageId(stage.round, f"{stage.name}.listener")
+    yield Stage(listener, "jobs.serve", Kind.SERVICE, needs=stage.needs, shards=0, serves=(stage.id,))
+    yield Stage(stage.id, stage.job, stage.kind, stage.needs, stage.shards, uses=(listener,))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of a role: a base model and, with LoRA, an adapter on top. `hash` tells them apart from any others."""
+
+    base: str
+    adapter: Path | None
+    hash: str
+
+
+def speaker_weights(ws: Workspace, config: LewisConfig, round: int) -> Weights:
+    """The speaker after `round` rounds, as the manifest of that round's training names it; round 0 is the model to start from."""
+    base = str(config.speaker.path)
+    if round == 0:
+        from hpc_rl.training.checkpoints import weights_hash  # not on the login node
+
+        return Weights(base, None, weights_hash(Path(base)))
+    made = manifest.read(ws, round, "train", 0)
+    folder = ws.checkpoint_dir("speaker", round)
+    digest = str(made.made_from["weights_out"])
+    return Weights(str(folder), None, digest) if config.speaker.lora is None else Weights(base, folder, digest)
