@@ -1,0 +1,293 @@
+"""How clients find a service: one record per replica in the workspace, and one token for the run.
+
+A server binds first and publishes afterwards, so a published address answers. `services/NAME/REPLICA.json` is replaced
+atomically and renewed by a heartbeat. What a record says is a hint: whether the server at that address is the one that
+wrote it is decided by the nonce, which its `/health` must repeat. The token lies beside the records in a file that only
+the user can read; records may be readable to the group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from hpc_rl.run import atomic
+
+TOKEN_FILE = "token"
+LOOPBACK = "127.0.0.1"
+ALL_ADDRESSES = "0.0.0.0"
+WILDCARDS = (ALL_ADDRESSES, "::")
+_SIOCGIFADDR = 0x8915
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One replica of a service, as published.
+
+    Attributes
+    ----------
+    service, replica
+        Whose record this is: `listener`, and a name unique to the replica (a requeued job keeps it).
+    host, port, url
+        Where it answers, as other nodes can reach it.
+    job_id, restart
+        The allocation it runs in, and how often that was requeued; "" outside of Slurm.
+    nonce
+        Drawn anew by each server process; its `/health` repeats it.
+    started, heartbeat
+        Seconds since the epoch, by the server's clock.
+    weights_hash
+        Which weights it serves.
+    state
+        `draining`: it finishes what it has and leaves; ask another one.
+    """
+
+    service: str
+    replica: str
+    host: str
+    port: int
+    url: str
+    job_id: str
+    restart: int
+    nonce: str
+    started: float
+    heartbeat: float
+    weights_hash: str
+    state: Literal["ready", "draining"]
+
+
+class UnroutableHost(RuntimeError):
+    """This host's name means nothing on the network; the message says which settings help."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server binds, and under which name others reach it."""
+
+    bind: str
+    published: str
+
+
+def choose_address(host: str | None, interface: str | None, in_allocation: bool) -> Address:
+    """Where to bind and what to publish.
+
+    Parameters
+    ----------
+    host
+        `services.listener.host`: bound and published as it is; a wildcard is bound, and the host's name published.
+    interface
+        `cluster.network_interface`: its IPv4 address is bound and published. On InfiniBand clusters the host's name
+        often belongs to another network than the one nodes talk over.
+    in_allocation
+        Whether clients may run on other hosts. Otherwise the service is reached over the loopback address only.
+
+    Raises
+    ------
+    UnroutableHost
+        When the host's name does not resolve, or there is no such interface.
+    """
+    if host and host not in WILDCARDS:
+        return Address(host, host)
+    if interface:
+        address = _interface_address(interface)
+        return Address(address, address)
+    if not in_allocation and not host:
+        return Address(LOOPBACK, LOOPBACK)
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        raise UnroutableHost(
+            f"the host name {name!r} does not resolve ({error}), so clients on other nodes would not find this "
+            "service; set cluster.network_interface (e.g. ib0), or services.listener.host"
+        ) from error
+    # The name often resolves to 127.0.1.1 on the host itself (Debian's /etc/hosts): binding that would shut others out.
+    return Address(host or ALL_ADDRESSES, name)
+
+
+def _interface_address(interface: str) -> str:
+    """IPv4 address of a network interface (netdevice(7), SIOCGIFADDR)."""
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        except OSError as error:
+            known = ", ".join(name for _, name in socket.if_nameindex())
+            raise UnroutableHost(
+                f"cluster.network_interface: {interface!r} has no IPv4 address here ({error}); this host has {known}"
+            ) from error
+    return socket.inet_ntoa(answer[20:24])
+
+
+def bind(address: str, port: int, port_range: tuple[int, int] | None = None) -> socket.socket:
+    """A listening TCP socket: on `port`, on the first free one of `port_range`, or on any free one (port 0).
+
+    Raises
+    ------
+    OSError
+        When the port, or every port of the range, is taken; the message names them.
+    """
+    family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+    ports = range(port_range[0], port_range[1] + 1) if port_range else (port,)
+    for candidate in ports:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((address, candidate))
+            sock.listen(1024)  # binding alone does not reserve a port: with SO_REUSEADDR two sockets may bind it
+        except OSError as error:
+            sock.close()
+            reason = error
+        else:
+            return sock
+    which = f"ports {ports[0]} to {ports[-1]}" if port_range else f"port {port}"
+    raise OSError(
+        reason.errno, f"{which} cannot be bound on {address}: {reason.strerror}; try services.listener.port: 0"
+    )
+
+
+def run_token(folder: Path) -> str:
+    """The token of a service in this run: drawn by whoever asks first (0600, created exclusively), then the same."""
+    path = folder / TOKEN_FILE
+    if not path.exists():
+        atomic.create_exclusive(path, secrets.token_urlsafe(32) + "\n", private=True)
+    return read_token(folder)
+
+
+def read_token(folder: Path) -> str:
+    """The token of a service; FileNotFoundError before its first server started."""
+    token = (folder / TOKEN_FILE).read_text().strip()
+    if not token:
+        raise atomic.CorruptFile(f"{folder / TOKEN_FILE} is empty; remove it and start the service again")
+    return token
+
+
+class Publication:
+    """A published record, kept alive by a heartbeat thread until `unpublish`.
+
+    Parameters
+    ----------
+    folder
+        `services/NAME` in the workspace.
+    endpoint
+        The record. A record of the same replica is replaced: it belonged to this job before it was requeued.
+    heartbeat_s
+        How often the record is renewed. Seconds.
+    """
+
+    def __init__(self, folder: Path, endpoint: Endpoint, heartbeat_s: float) -> None:
+        self.folder, self.endpoint, self.heartbeat_s = folder, endpoint, heartbeat_s
+        self.path = folder / f"{endpoint.replica}.json"
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._write(endpoint)
+        self._thread = threading.Thread(target=self._beat, name="handoff-heartbeat", daemon=True)
+        self._thread.start()
+
+    def _write(self, endpoint: Endpoint) -> None:
+        self.endpoint = replace(endpoint, heartbeat=time.time())
+        atomic.write_json(self.path, asdict(self.endpoint))
+
+    def _is_ours(self) -> bool:
+        """False once the same job, requeued elsewhere, has published a newer record."""
+        record = _read(self.path)
+        return record is None or record.nonce == self.endpoint.nonce
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self.heartbeat_s):
+            with self._lock:
+                if self._stop.is_set():
+                    return
+                try:
+                    if self._is_ours():
+                        self._write(self.endpoint)
+                except OSError:
+                    continue  # a hiccup of the file system; clients judge by the nonce, not by the age alone
+
+    def drain(self) -> None:
+        """Tell clients to go elsewhere."""
+        with self._lock:
+            if not self._stop.is_set() and self._is_ours():
+                self._write(replace(self.endpoint, state="draining"))
+
+    def unpublish(self) -> None:
+        """Take the record away, unless it is a newer server's."""
+        self._stop.set()
+        with self._lock:
+            if self._is_ours():
+                self.path.unlink(missing_ok=True)
+        self._thread.join()
+
+
+def publish(
+    folder: Path,
+    service: str,
+    replica: str,
+    host: str,
+    port: int,
+    *,
+    job_id: str = "",
+    restart: int = 0,
+    weights_hash: str = "",
+    nonce: str | None = None,
+    heartbeat_s: float = 10.0,
+) -> Publication:
+    """Publish a server that has bound its port already."""
+    now = time.time()
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    nonce = nonce or new_nonce()
+    record = Endpoint(service, replica, host, port, url, job_id, restart, nonce, now, now, weights_hash, "ready")
+    return Publication(folder, record, heartbeat_s)
+
+
+def new_nonce() -> str:
+    """What a server process is recognised by."""
+    return secrets.token_hex(16)
+
+
+def replica_name(environ: dict[str, str] | os._Environ[str]) -> str:
+    """A name that a requeued job keeps and that no other server of the run has."""
+    job = environ.get("HPC_RL_JOB_ID", "")
+    return f"job-{job}" if job else f"{socket.gethostname()}-{os.getpid()}"
+
+
+def discover(folder: Path, on_corrupt: Callable[[Path], None] | None = None) -> list[Endpoint]:
+    """All published replicas that take requests, those with the youngest heartbeat first.
+
+    The folder is listed and every record opened, which makes NFS clients ask the server for changes. Records that
+    cannot be read are handed to `on_corrupt` and left out.
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    found = []
+    for name in names:
+        if not name.endswith(".json") or name.startswith("."):
+            continue
+        endpoint = _read(folder / name)
+        if endpoint is None:
+            if on_corrupt is not None and (folder / name).exists():
+                on_corrupt(folder / name)
+        elif endpoint.state == "ready":
+            found.append(endpoint)
+    return sorted(found, key=lambda endpoint: -endpoint.heartbeat)
+
+
+def _read(path: Path) -> Endpoint | None:
+    """The record in `path`; None when it is gone or is no record."""
+    try:
+        data = json.loads(path.read_bytes())
+        return Endpoint(**data)
+    except (FileNotFoundError, ValueError, TypeError):
+        return None

@@ -1,0 +1,138 @@
+"""The handoff: records that appear whole, follow the job that owns them, and a token that is drawn once."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import stat
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from hpc_rl.run import atomic
+from hpc_rl.services import handoff
+
+
+def publish(folder: Path, replica: str = "job-7", port: int = 4711, **more: object) -> handoff.Publication:
+    options = {"heartbeat_s": 60.0, **more}
+    return handoff.publish(folder, "listener", replica, "node3", port, **options)  # type: ignore[arg-type]
+
+
+def test_a_published_server_is_discovered_until_it_leaves(tmp_path: Path) -> None:
+    assert handoff.discover(tmp_path / "services" / "listener") == []
+    publication = publish(tmp_path, job_id="7", restart=2, weights_hash="abc")
+    (found,) = handoff.discover(tmp_path)
+    assert found == publication.endpoint
+    assert (found.url, found.job_id, found.restart, found.weights_hash) == ("http://node3:4711", "7", 2, "abc")
+    publication.unpublish()
+    assert handoff.discover(tmp_path) == []
+
+
+def test_a_draining_server_is_not_offered(tmp_path: Path) -> None:
+    publication = publish(tmp_path)
+    publication.drain()
+    assert handoff.discover(tmp_path) == []
+    assert json.loads(publication.path.read_text())["state"] == "draining"
+    publication.unpublish()
+
+
+def test_the_heartbeat_renews_the_record_and_brings_it_back_when_it_is_lost(tmp_path: Path) -> None:
+    publication = publish(tmp_path, heartbeat_s=0.02)
+    first = publication.endpoint.heartbeat
+    publication.path.unlink()
+    deadline = time.monotonic() + 5
+    while not handoff.discover(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert handoff.discover(tmp_path)[0].heartbeat > first
+    publication.unpublish()
+    time.sleep(0.1)
+    assert handoff.discover(tmp_path) == []
+
+
+def test_an_old_server_leaves_the_record_of_its_requeued_successor_alone(tmp_path: Path) -> None:
+    old = publish(tmp_path, heartbeat_s=0.02)
+    new = publish(tmp_path, restart=1, port=4712)
+    time.sleep(0.1)
+    old.drain()
+    old.unpublish()
+    assert [(e.nonce, e.port) for e in handoff.discover(tmp_path)] == [(new.endpoint.nonce, 4712)]
+    new.unpublish()
+
+
+def test_the_youngest_heartbeat_comes_first_and_corrupt_records_are_named(tmp_path: Path) -> None:
+    a, b = publish(tmp_path, "a"), publish(tmp_path, "b")
+    (tmp_path / "c.json").write_text('{"service": "listener"')
+    (tmp_path / "d.json").write_text('{"service": "listener"}')
+    corrupt: list[Path] = []
+    assert [e.replica for e in handoff.discover(tmp_path, corrupt.append)] == ["b", "a"]
+    assert [path.name for path in corrupt] == ["c.json", "d.json"]
+    a.unpublish(), b.unpublish()
+
+
+def _draw(folder: str, queue: multiprocessing.Queue[str]) -> None:
+    queue.put(handoff.run_token(Path(folder)))
+
+
+def test_of_many_servers_that_start_at_once_all_get_the_same_private_token(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    queue: multiprocessing.Queue[str] = context.Queue()
+    processes = [context.Process(target=_draw, args=(str(tmp_path), queue)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    tokens = {queue.get(timeout=30) for _ in processes}
+    for process in processes:
+        process.join()
+    assert len(tokens) == 1 and tokens == {handoff.read_token(tmp_path)}
+    assert len(tokens.pop()) >= 32
+    assert stat.S_IMODE((tmp_path / handoff.TOKEN_FILE).stat().st_mode) == 0o600
+
+
+def test_an_empty_token_is_an_error_and_not_a_password(tmp_path: Path) -> None:
+    (tmp_path / handoff.TOKEN_FILE).write_text("\n")
+    with pytest.raises(atomic.CorruptFile, match="empty"):
+        handoff.run_token(tmp_path)
+
+
+def test_where_a_service_binds_and_what_it_publishes() -> None:
+    name = socket.gethostname()
+    assert handoff.choose_address(None, None, in_allocation=False) == handoff.Address("127.0.0.1", "127.0.0.1")
+    assert handoff.choose_address(None, None, in_allocation=True) == handoff.Address("0.0.0.0", name)
+    assert handoff.choose_address("0.0.0.0", None, in_allocation=False) == handoff.Address("0.0.0.0", name)
+    assert handoff.choose_address("10.1.2.3", "lo", in_allocation=True) == handoff.Address("10.1.2.3", "10.1.2.3")
+    assert handoff.choose_address(None, "lo", in_allocation=True) == handoff.Address("127.0.0.1", "127.0.0.1")
+
+
+def test_a_missing_interface_is_named_together_with_those_that_exist() -> None:
+    with pytest.raises(handoff.UnroutableHost, match=r"'ib7' has no IPv4 address here .* this host has .*lo"):
+        handoff.choose_address(None, "ib7", in_allocation=True)
+
+
+def test_the_first_free_port_of_a_range_is_taken() -> None:
+    with handoff.bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(OSError, match=f"port {port} cannot be bound on 127.0.0.1"):
+            handoff.bind("127.0.0.1", port)
+        with handoff.bind("127.0.0.1", 0, (port, port + 20)) as second:
+            assert port < second.getsockname()[1] <= port + 20
+        with pytest.raises(OSError, match=f"ports {port} to {port} cannot be bound"):
+            handoff.bind("127.0.0.1", 0, (port, port))
+
+
+def test_a_requeued_job_keeps_its_replica_name() -> None:
+    assert handoff.replica_name({"HPC_RL_JOB_ID": "12_3"}) == "job-12_3"
+    assert handoff.replica_name({}) == f"{socket.gethostname()}-{os.getpid()}"
+
+
+def test_readers_never_see_half_a_record(tmp_path: Path) -> None:
+    publication = publish(tmp_path, heartbeat_s=0.001)
+    corrupt: list[Path] = []
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        assert len(handoff.discover(tmp_path, corrupt.append)) == 1
+    publication.unpublish()
+    assert not corrupt
+    assert threading.active_count() < 20
