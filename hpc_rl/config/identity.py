@@ -1,0 +1,83 @@
+"""What makes two configs the same experiment: the JSON that jobs read, its hash, and the keys in which two differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hpc_rl.config.schema import Config
+
+CIRCUMSTANCES: tuple[str, ...] = (
+    "cluster",
+    "local",
+    "logging",
+    "services",
+    "stages",
+    "run.name",
+    "run.workspace",
+    "run.rounds",
+    "run.lookahead",
+    "run.max_attempts",
+    "run.lease_ttl_s",
+    "run.linger_s",
+    "run.gate_patience_s",
+    "sample.gpu_memory_utilization",
+    "train.deepspeed",
+    "train.backend",
+    "train.save_steps",
+    "train.keep_checkpoints",
+    "evaluate.batch_size",
+    "evaluate.sample_texts_to_log",
+)
+"""What may change while a run goes on: where and how patiently it runs, not what it computes.
+
+`run.rounds` is among them so that a run can be extended. So is `train.deepspeed`: the ZeRO stages compute the same, and
+offload is the way out when a GPU is too small. Of `stages` one number counts, the ranks of `train`: they scale the batch.
+"""
+
+WORLD_SIZE = "stages.train.world_size"
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The resolved config as JSON data, in the order of the schema, with every default written out."""
+    return config.model_dump(mode="json")
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The experiment as flat `dotted key: value` pairs, sorted: `to_json` without `CIRCUMSTANCES`."""
+    flat = dict(_flatten(to_json(config), ""))
+    kept = {key: value for key, value in flat.items() if not _is_circumstance(key)}
+    if "train" in config.stages:
+        kept[WORLD_SIZE] = config.stages["train"].world_size
+    return dict(sorted(kept.items()))
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 of the experiment, in hex. Equal for configs that differ only in `CIRCUMSTANCES`."""
+    text = json.dumps(identity(config), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differing_keys(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
+    """The fields in which two experiments differ, as (dotted key, value in `a`, value in `b`); None where one has none.
+
+    Empty exactly when the hashes are equal.
+    """
+    in_a, in_b = identity(a), identity(b)
+    keys = sorted({*in_a, *in_b})
+    absent = object()
+    return [(key, in_a.get(key), in_b.get(key)) for key in keys if in_a.get(key, absent) != in_b.get(key, absent)]
+
+
+def _is_circumstance(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in CIRCUMSTANCES)
+
+
+def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, child in value.items():
+            yield from _flatten(child, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value

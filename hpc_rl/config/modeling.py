@@ -1,0 +1,76 @@
+"""The models of a config: where they lie, how they are loaded, how LoRA is put on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hpc_rl.config.base import Fault, ModelPath, PositiveFloat, PositiveInt, Section
+
+LISTENER_QUESTION = (
+    'Does this description "{coarse}. {detailed}" accurately describe the main subject in the image? Answer yes or no.'
+)
+"""L3."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters. L17: 2B and 7B models r 64, alpha 128; 14B and more r 128, alpha 256; dropout 0.001."""
+
+    r: PositiveInt = 64
+    """Rank. LORA_RANK sets it."""
+    alpha: PositiveFloat = 128
+    """Scale: the adapter's output counts alpha / r. LORA_ALPHA sets it."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.001
+    """Dropout on the adapter's input while training."""
+    target_modules: str | tuple[str, ...] = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    """Modules that get an adapter: a regular expression that the whole name must match, or a list of name endings."""
+
+
+class VisionModelConfig(Section):
+    """A vision-language model in a Hugging Face folder."""
+
+    path: ModelPath
+    """Model folder (config.json, safetensors, tokenizer, processor). Nothing is downloaded."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Number type of weights and activations."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention code. auto: flash_attention_2 where it is installed, else sdpa, and the log says which (L19)."""
+    min_pixels: PositiveInt = 3136
+    """Smaller images are scaled up to this many pixels; the same in every phase (L19)."""
+    max_pixels: PositiveInt = 401408
+    """Larger images are scaled down to this many pixels; the same in every phase (L19)."""
+
+    def faults(self) -> Iterator[Fault]:
+        """Pixel limits that exclude each other."""
+        if self.min_pixels > self.max_pixels:
+            yield Fault(("min_pixels",), f"{self.min_pixels} is above max_pixels", f"at most {self.max_pixels}")
+
+
+class SpeakerConfig(VisionModelConfig):
+    """The model that describes the target image; the one that is trained."""
+
+    lora: LoraConfig | None = None
+    """Train adapters (L17), or null to train all weights."""
+    freeze_vision: bool = True
+    """Leave the vision tower as it is."""
+
+
+class ListenerConfig(VisionModelConfig):
+    """The model that picks the target among the candidates; frozen and served."""
+
+    question: str = LISTENER_QUESTION
+    """What it is asked about each candidate (L3); `{coarse}` and `{detailed}` are the parts of the description."""
+
+    def faults(self) -> Iterator[Fault]:
+        """A question that cannot be filled in, or that would not show the listener the description."""
+        yield from super().faults()
+        expected = "a text with {coarse} and {detailed}; other braces doubled"
+        try:
+            text = self.question.format(coarse="\0", detailed="\1")
+        except (KeyError, IndexError, ValueError) as error:
+            yield Fault(("question",), f"{self.question!r} cannot be filled in ({error!r})", expected)
+            return
+        if "\0" not in text and "\1" not in text:
+            yield Fault(("question",), f"{self.question!r} does not show the listener the description", expected)
