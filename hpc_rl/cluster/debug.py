@@ -38,7 +38,15 @@ class DebugExecutor:
             print(f"[debug] {spec.stage}: one rank here instead of {ranks}", flush=True)
         module, arguments = _body(spec.body)
         os.environ.update(
-            {**spec.environment, "HPC_RL_JOB_ID": job_id, "HPC_RL_RESTART": "0", "HPC_RL_ATTEMPT": spec.name, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+            {
+                **spec.environment,
+                "HPC_RL_JOB_ID": job_id,
+                "HPC_RL_RESTART": "0",
+                "HPC_RL_ATTEMPT": spec.name,
+                "RANK": "0",
+                "WORLD_SIZE": "1",
+                "LOCAL_RANK": "0",
+            }
         )
         main: Callable[[list[str]], int] = importlib.import_module(module).main
         if request.kind is Kind.SERVICE:
@@ -62,7 +70,11 @@ class DebugExecutor:
     def queue(self, names: Iterable[str]) -> Sequence[Queued]:
         """Services that still run; everything else has ended when `submit` returns."""
         wanted = set(names)
-        return [Queued(name, name, "RUNNING") for name, thread in self._services.items() if name in wanted and thread.is_alive()]
+        return [
+            Queued(name, name, "RUNNING")
+            for name, thread in self._services.items()
+            if name in wanted and thread.is_alive()
+        ]
 
     def cancel(self, names: Iterable[str], waiting_only: bool = False) -> None:
         """Nothing ever waits here, and a service leaves when its consumers are done."""

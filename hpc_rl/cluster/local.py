@@ -166,7 +166,11 @@ class LocalExecutor:
             }  # fmt: skip
             task.processes.append(
                 subprocess.Popen(
-                    _command(request), env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+                    _command(request),
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    start_new_session=True,
                     preexec_fn=die_with_parent,
                 )  # fmt: skip
             )

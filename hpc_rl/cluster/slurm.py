@@ -82,8 +82,11 @@ class SlurmExecutor:
 
     def submit(self, request: JobRequest, on_accepted: Callable[[str], None]) -> None:
         """One sbatch for a stage, or one per `array_limit` elements; each accepted id is reported at once."""
+        accepted: set[str] = set()
         for elements in self._chunks(request):
-            on_accepted(self._sbatch(request, elements))
+            job_id = self._sbatch(request, elements, accepted)
+            accepted.add(job_id)
+            on_accepted(job_id)
 
     def queue(self, names: Iterable[str]) -> Sequence[Queued]:
         """See `Executor.queue`."""
@@ -107,13 +110,10 @@ class SlurmExecutor:
         limit = self.array_limit if ask or self._array_limit is not None else 1000
         return [min(limit, tasks - first) for first in range(0, tasks, limit)]
 
-    def _sbatch(self, request: JobRequest, elements: int | None) -> str:
+    def _sbatch(self, request: JobRequest, elements: int | None, known: set[str]) -> str:
         """sbatch with patience. A call that got no answer may have been accepted: its name tells, before it is tried again."""
         executor, command = self._executor(request), _command(request)
         pause_s, deadline = 1.0, time.monotonic() + SUBMIT_PATIENCE_S
-        before = (
-            {job.job_id.split("_")[0] for job in self.queue([request.spec.name])} if elements is not None else set()
-        )
         while True:
             try:
                 with _scrubbed_environment():
@@ -130,7 +130,7 @@ class SlurmExecutor:
                     raise ExecutorError(
                         f"sbatch did not accept {request.spec.name} within {SUBMIT_PATIENCE_S:.0f} s: {message.strip()}"
                     ) from error
-            accepted = {job.job_id.split("_")[0] for job in self.queue([request.spec.name])} - before
+            accepted = {job.job_id.split("_")[0] for job in self.queue([request.spec.name])} - known
             if accepted:
                 return accepted.pop()
             time.sleep(pause_s)

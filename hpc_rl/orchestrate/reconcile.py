@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hpc_rl import config as configs
 from hpc_rl import recipes
-from hpc_rl.cluster.base import Executor
+from hpc_rl.cluster.base import Executor, Queued
 from hpc_rl.cluster.entry import EndRecord
 from hpc_rl.config.schema import Config
 from hpc_rl.orchestrate import overview
@@ -89,6 +89,7 @@ def reconcile(
     policy: Policy,
     me: str = "",
     patience_s: float = 120.0,
+    resume: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Bring the queue in line with what the run still needs.
@@ -101,6 +102,8 @@ def reconcile(
         Name of the submission that we run in ourselves, '' outside of jobs.
     patience_s
         How long to wait for another reconcile that is under way.
+    resume
+        Go on with a run that is paused or stopped.
     say
         Gets a line for each thing done.
 
@@ -120,7 +123,11 @@ def reconcile(
         )
     with lease:
         ledger = Ledger(run.ws)
-        view = look(run, executor)
+        history = ledger.history()
+        if resume and (history.paused or history.stopped):
+            ledger.append("resumed")
+            history = ledger.history()
+        view = look(run, executor, history)
         decision = decide(view, policy, me)
         report = Report(decision)
         if view.history.skipped_lines:
@@ -131,7 +138,7 @@ def reconcile(
         try:
             _carry_out(run, executor, code, decision, ledger, view, report, say)
         finally:
-            _write_state(run, executor, report)
+            _write_state(run, _view_after(run, view, report), report)
     return report
 
 
@@ -204,7 +211,16 @@ def _carry_out(
             say(f"{stage.id}: submitted as {', '.join(accepted)}")
 
 
-def _write_state(run: Run, executor: Executor, report: Report) -> None:
+def _view_after(run: Run, view: View, report: Report) -> View:
+    """The view that the actions led to, without asking the scheduler again."""
+    history = Ledger(run.ws).history()
+    kept = [job for job in view.queue if not (job.name in report.cancelled and job.is_waiting)]
+    names = {i: a.name for a in history.attempts for i in a.job_ids or ()}
+    new = [Queued(names[i], i, "PENDING") for ids in report.submitted.values() for i in ids]
+    return replace(view, history=history, queue=[*kept, *new])
+
+
+def _write_state(run: Run, view: View, report: Report) -> None:
     """Write down how the run stands, for people and tools. A file that cannot be read is replaced: it is only a view."""
     path, epoch = run.ws.state_path, 0
     try:
@@ -213,7 +229,6 @@ def _write_state(run: Run, executor: Executor, report: Report) -> None:
         pass
     except (atomic.CorruptFile, KeyError, TypeError, ValueError) as error:
         report.notes.append(f"{path.name} could not be read ({error}); it was rebuilt from manifests and ledger")
-    view = look(run, executor)
     state = {
         "schema": SCHEMA,
         "epoch": epoch + 1,

@@ -22,6 +22,12 @@ def load(name: str) -> Recipe:
     return cast(Recipe, importlib.import_module(name if "." in name else f"hpc_rl.recipes.{name}"))
 
 
+def resolve(config: Config) -> Config:
+    """The config with what planning needs to know filled in by its recipe (`resolve` of the module, where it has one)."""
+    fill_in = getattr(load(config.recipe), "resolve", None)
+    return config if fill_in is None else cast(Config, fill_in(config))
+
+
 def graph_of(config: Config) -> Graph:
     """The graph of the run that a config describes."""
     recipe = load(config.recipe)

@@ -1,0 +1,175 @@
+"""`python -m hpc_rl.launch CONFIG`: start a run, or go on with it. On a cluster it submits and returns; you can log off."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpc_rl import config as configs
+from hpc_rl import recipes
+from hpc_rl.cluster.base import ExecutorError
+from hpc_rl.cluster.choose import executor_name, make_executor, slurm_problems
+from hpc_rl.config import ConfigError
+from hpc_rl.config.checks import check
+from hpc_rl.config.schema import Config
+from hpc_rl.orchestrate import plan
+from hpc_rl.orchestrate.decide import Policy
+from hpc_rl.orchestrate.reconcile import Run, RunBusy, look, reconcile
+from hpc_rl.orchestrate.start import OtherConfig, open_run
+from hpc_rl.run.atomic import CorruptFile
+from hpc_rl.run.code import snapshot
+from hpc_rl.run.lease import Lease, acquire, look as look_at_lease
+from hpc_rl.run.ledger import Ledger
+
+DRIVER_LEASE = "driver"
+
+
+def say(line: str) -> None:
+    """One line of progress, with the time."""
+    print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hpc_rl.launch",
+        description="Start a run, or go on with it where it stands. Launching a run that is under way changes nothing.",
+        epilog="Then: python -m hpc_rl.status WORKSPACE · python -m hpc_rl.report WORKSPACE · python -m hpc_rl.cancel WORKSPACE",
+    )
+    parser.add_argument("config", type=Path, help="YAML file, e.g. configs/tiny/lewis.yaml")
+    parser.add_argument("--workspace", type=Path, help="folder of the run (default: run.workspace in the config)")
+    parser.add_argument(
+        "--executor", choices=("slurm", "local", "debug"), help="where jobs run (default: slurm where there is sbatch)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a field, e.g. run.rounds=5; may be repeated",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show rounds, stages, dependencies and resources; submit and write nothing",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="with --dry-run: show the exact scripts")
+    parser.add_argument(
+        "--init", action="store_true", help="make the workspace and stop: for those who submit slurm_templates/ by hand"
+    )
+    parser.add_argument(
+        "--watch", action="store_true", help="stay and advance the run from here, where compute nodes may not submit"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 when the run is submitted or finished, 1 when it stopped, 2 when it cannot start, 130 after Ctrl-C."""
+    arguments = parse(argv)
+    overrides = [*arguments.set, *([f"cluster.executor={arguments.executor}"] if arguments.executor else [])]
+    try:
+        loaded = configs.load_with_places(arguments.config, overrides, workspace=arguments.workspace)
+        problems = check(loaded.config)
+        config = loaded.config if problems else recipes.resolve(loaded.config)
+        name = executor_name(config)
+        if name == "slurm" and not (arguments.dry_run or arguments.init or problems):
+            problems = slurm_problems(config)
+        if problems:
+            raise ConfigError(problems)
+        for note in loaded.notes:
+            say(note)
+        if arguments.dry_run:
+            plan.show(config, name, arguments.verbose)
+            return 0
+        return start(config, name, arguments)
+    except (ConfigError, OtherConfig, RunBusy, ExecutorError, CorruptFile) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def start(config: Config, executor: str, arguments: argparse.Namespace) -> int:
+    """Open the run and hand it to the executor."""
+    run, notes = open_run(config, arguments.config)
+    for note in notes:
+        say(note)
+    if arguments.init:
+        print(f"workspace: {run.ws.root}\nNow: sbatch slurm_templates/prepare.sbatch {run.ws.root}")
+        return 0
+    policy = Policy(
+        config.run.lookahead, config.run.max_attempts, control=executor == "slurm" and config.cluster.advance == "jobs"
+    )
+    if executor == "slurm" and policy.control and not arguments.watch:
+        return submit(run, policy)
+    lease = acquire(run.ws.lease_folder, DRIVER_LEASE, config.run.lease_ttl_s)
+    if lease is None:
+        holder = look_at_lease(run.ws.lease_folder, DRIVER_LEASE).holder
+        print(f"already running: {holder} drives {run.ws.root}. Nothing was changed.\n{plan.commands(run.ws.root)}")
+        return 0
+    with lease:
+        return drive(run, executor, policy, lease)
+
+
+def submit(run: Run, policy: Policy) -> int:
+    """Submit what the run needs next and return."""
+    executor = make_executor(run.config, "slurm")
+    view = look(run, executor)
+    waiting_for_nothing = view.history.paused or view.history.stopped
+    control = {a.name for a in view.history.attempts if a.stage == "advance"}
+    if not waiting_for_nothing and any(job.name in control for job in view.queue):
+        jobs = sorted({job.job_id.partition("_")[0] for job in view.queue})
+        print(
+            f"already running: jobs {', '.join(jobs)} of {run.ws.root}. Nothing was changed.\n{plan.commands(run.ws.root)}"
+        )
+        return 0
+    report = reconcile(run, executor, snapshot(run.ws), policy, resume=True, say=say)
+    for note in report.notes:
+        say(note)
+    if report.decision.status == "finished":
+        print(f"the run in {run.ws.root} is finished.\n{plan.commands(run.ws.root)}")
+        return 0
+    if report.decision.status == "stopped":
+        print(f"the run stopped: {report.decision.reason}", file=sys.stderr)
+        return 1
+    if not report.submitted:
+        print(
+            f"already running: another launch of {run.ws.root} was faster. Nothing was changed.\n{plan.commands(run.ws.root)}"
+        )
+        return 0
+    ids = [i for ids in report.submitted.values() for i in ids]
+    print(
+        f"submitted {len(ids)} jobs: {', '.join(ids)}\nworkspace: {run.ws.root}\n{plan.commands(run.ws.root)}\nyou can log off."
+    )
+    return 0
+
+
+def drive(run: Run, name: str, policy: Policy, lease: Lease) -> int:
+    """Run or advance the run from this process until it ends."""
+    from hpc_rl import report
+    from hpc_rl.cluster.local import LocalExecutor
+    from hpc_rl.orchestrate.follow import follow
+
+    executor = make_executor(run.config, name)
+    say(f"run {run.config.run.name} in {run.ws.root}, executor {name}. {lease.holder} drives it; Ctrl-C pauses it.")
+    print(plan.commands(run.ws.root))
+    try:
+        decision = follow(run, executor, snapshot(run.ws), policy, say, poll_s=10.0)
+    except KeyboardInterrupt:
+        say("interrupted: telling the jobs to leave" if name != "slurm" else "interrupted: jobs that are queued go on")
+        if isinstance(executor, LocalExecutor):
+            executor.shutdown()
+            Ledger(run.ws).append("paused", why="interrupted by Ctrl-C")
+        print(f"nothing is lost; go on with the same command. {plan.commands(run.ws.root)}")
+        return 130
+    if decision.status == "finished":
+        report.show(run)
+        print(plan.commands(run.ws.root))
+        return 0
+    print(f"the run {decision.status}: {decision.reason}\nlaunch again to go on.", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

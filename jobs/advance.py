@@ -1,0 +1,38 @@
+"""Job body `advance`: reconcile from inside the cluster. It ends each round and submits what comes next."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpc_rl.cluster.choose import make_executor
+from hpc_rl.orchestrate.decide import Policy
+from hpc_rl.orchestrate.job import parse_arguments
+from hpc_rl.orchestrate.reconcile import Run, reconcile
+from hpc_rl.run.code import source_root
+
+
+def say(line: str) -> None:
+    """One line into the job's log."""
+    print(line, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 when the queue is in line with what the run needs, 1 when the run had to stop."""
+    arguments = parse_arguments("advance", argv)
+    run = Run.load(Path(arguments.workspace))
+    policy = Policy(run.config.run.lookahead, run.config.run.max_attempts)
+    # new jobs import the code that this one runs on: the snapshot of the last launch
+    report = reconcile(
+        run, make_executor(run.config, "slurm"), source_root(), policy, me=os.environ.get("HPC_RL_ATTEMPT", ""), say=say
+    )
+    for note in report.notes:
+        say(note)
+    say(f"the run is {report.decision.status}. {report.decision.reason}")
+    return 1 if report.decision.status == "stopped" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
