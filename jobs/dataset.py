@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import Counter
 from collections.abc import Sequence
 
+from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.data.image_folder import ImageFolderError
 from hpc_rl.data.lewis import SETS, image_root, merge_rows, read_rows, write_rows
 from hpc_rl.orchestrate.job import open_job
 from hpc_rl.run import atomic
 
+log = logging.getLogger("hpc_rl")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jobs.dataset --workspace W --round 0`"""
     job = open_job("dataset", argv)
+    assert isinstance(job.config, LewisConfig)
     data = job.config.data
     asked = {"train": data.train_rows, "new_views": data.eval_rows.new_views, "validation": data.eval_rows.validation}
     for shard in job.shards():
@@ -33,13 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics = {}
         for name in SETS:
             rows = merge_rows([read_rows(manifest.path(f"{name}.parquet")) for manifest in prepared], data.split_seed)
-            if asked[name] and not rows:
+            if not rows:
                 raise ImageFolderError(
-                    f"no category has a concept for the {name} games: with data.validation_fraction={data.validation_fraction} "
-                    f"none can be held out. Add concepts, raise the fraction, or set data.eval_rows.{name}=0."
+                    f"no category has a concept for the {name} games: data.k={data.k} and "
+                    f"data.validation_fraction={data.validation_fraction} hold none out. Add concepts, or raise it."
                 )
             if len(rows) < asked[name]:  # categories too small to hold a concept out give no validation games
-                print(f"{name}: {len(rows)} games instead of {asked[name]}", flush=True)
+                log.warning("%s: %d games instead of %d", name, len(rows), asked[name])
             write_rows(folder / f"{name}.parquet", rows)
             info["sets"][name] = {
                 "rows": len(rows),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
+from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.data import scenes
 from hpc_rl.data.embedding import Embedder, embed_concepts
 from hpc_rl.data.games import build_games, share_of
@@ -12,11 +14,15 @@ from hpc_rl.data.image_folder import catalog
 from hpc_rl.data.lewis import SETS, image_root, write_rows
 from hpc_rl.orchestrate.job import open_job
 
+log = logging.getLogger("hpc_rl")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jobs.prepare --workspace W --round 0`"""
     job = open_job("prepare", argv)
+    assert isinstance(job.config, LewisConfig)
     data = job.config.data
+    assert data.categories is not None, "categories are resolved at launch"
     root = image_root(job.ws, data.image_root)
     numbers = {"train": data.train_rows, "new_views": data.eval_rows.new_views, "validation": data.eval_rows.validation}
     embedder = None
@@ -34,10 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             split_seed=data.split_seed,
             new_views_per_concept=data.new_views_per_concept,
             skip_unreadable=data.unreadable_image == "skip",
-            need_new_views=numbers["new_views"] > 0,
         )
         for path in found.skipped:
-            print(f"left out, unreadable: {root / path}", flush=True)
+            log.warning("left out, unreadable: %s", root / path)
         embedder = embedder or Embedder(
             data.embedding.path or job.config.speaker.path,
             min_pixels=job.config.speaker.min_pixels,

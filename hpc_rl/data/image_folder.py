@@ -16,10 +16,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from glob import escape as glob_escape
 from pathlib import Path
 from typing import TypeVar
 
-from hpc_rl.data.images import UnreadableImage, is_image_name, load_image
+from hpc_rl.data.images import UnreadableImage, check_header, is_image_name, load_image
 from hpc_rl.run.seeds import derive
 
 T = TypeVar("T")
@@ -127,7 +128,6 @@ def catalog(
     split_seed: int,
     new_views_per_concept: int,
     skip_unreadable: bool,
-    need_new_views: bool = True,
 ) -> Catalog:
     """List one category, decode every picture once, and split it.
 
@@ -147,8 +147,6 @@ def catalog(
         Used only where there is no `test` split.
     skip_unreadable : bool
         Leave unreadable pictures out (and name them in the result) instead of raising.
-    need_new_views : bool
-        Whether games on new views will be built, so that every training concept must have them.
 
     Raises
     ------
@@ -173,7 +171,7 @@ def catalog(
             new = seeded_order(train, split_seed, "new_views", category, name)[:new_views_per_concept]
             train = [path for path in train if path not in set(new)]
         concept = Concept(category, name, name in held_out, tuple(train), tuple(sorted(new)))
-        _check_views(root, concept, has_test, need_new_views)
+        _check_views(root, concept, has_test)
         concepts.append(concept)
     return Catalog(category, tuple(concepts), tuple(skipped))
 
@@ -195,31 +193,51 @@ def _readable(root: Path, folder: str, skip_unreadable: bool, skipped: list[str]
     for name in names:
         try:
             load_image(root / folder / name)
-        except UnreadableImage as error:
+        except UnreadableImage:
             if not skip_unreadable:
-                raise UnreadableImage(f"{error}. Replace or remove it, or set data.unreadable_image=skip.") from error
+                raise
             skipped.append(f"{folder}/{name}")
         else:
             readable.append(f"{folder}/{name}")
     return readable
 
 
-def _check_views(root: Path, concept: Concept, has_test: bool, need_new_views: bool) -> None:
-    wanted = {"validation" if concept.held_out else "training": concept.train_views}
-    if need_new_views and not concept.held_out:
-        wanted["new-view"] = concept.new_views
+def _check_views(root: Path, concept: Concept, has_test: bool) -> None:
+    wanted = {"validation": concept.train_views}
+    if not concept.held_out:
+        wanted = {"training": concept.train_views, "new-view": concept.new_views}
     for purpose, views in wanted.items():
         if len(views) < 2:
             place = f"{concept.category}/{concept.name}"
             where = f"{root}/train/{place}" + (f" and {root}/test/{place}" if has_test else "")
-            remedy = f"Add pictures to {where}, or remove the concept"
-            if purpose == "new-view":
-                remedy += (
-                    ", or set data.eval_rows.new_views=0"
-                    if has_test
-                    else ", or set data.new_views_per_concept to 2 or more"
-                )
+            setting = "" if has_test else ", change data.new_views_per_concept (the pictures set aside for new views)"
             raise ImageFolderError(
                 f"concept {place} has {len(views)} readable picture(s) for {purpose} games, which show two of them "
-                f"(the target and another view of it). {remedy}."
+                f"(the target and another view of it). Add pictures to {where}{setting}, or remove the concept."
             )
+
+
+def check_folder(root: Path, categories: Sequence[str], *, k: int, skip_unreadable: bool) -> None:
+    """The checks that need no decoding, for the login node before anything is submitted.
+
+    Looks at every folder name, and at the first bytes of every picture unless unreadable ones are to be skipped. A
+    picture that is cut off further down is found by `catalog`, in the `prepare` stage.
+
+    Raises
+    ------
+    ImageFolderError
+        If a category is missing or has fewer than k concepts.
+    UnreadableImage
+        For the first file that is called a picture and does not begin like one.
+    """
+    known = list_categories(root)
+    for category in categories:
+        if category not in known:
+            raise ImageFolderError(f"no category {category!r} in {root / 'train'}; there are: {', '.join(known)}")
+        names = _folders(root / "train" / category)
+        split_concepts(names, category, k=k, fraction=0.0, seed=0)
+        if skip_unreadable:
+            continue
+        for path in sorted(root.glob(f"*/{glob_escape(category)}/*/*")):
+            if is_image_name(path.name):
+                check_header(path)

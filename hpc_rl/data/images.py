@@ -10,6 +10,10 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 """Endings, in lower case, of the files that count as pictures."""
 
 
+# What Pillow raises for broken files; SyntaxError for some PNG and TIFF.
+_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
 class UnreadableImage(ValueError):
     """A file that should be a picture and cannot be decoded; the message names it."""
 
@@ -44,11 +48,25 @@ def load_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as opened:
             return _rgb(ImageOps.exif_transpose(opened))
-    except UnidentifiedImageError as error:
-        raise UnreadableImage(f"{path} is not a picture that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # SyntaxError is what Pillow raises for some broken PNG and TIFF files.
-        raise UnreadableImage(f"{path} cannot be decoded: {error}") from error
+    except _BROKEN as error:
+        raise _unreadable(path, error) from error
+
+
+def check_header(path: Path) -> None:
+    """Look at the first bytes of a picture only; raises UnreadableImage if they are not those of one."""
+    try:
+        with Image.open(path):
+            pass
+    except _BROKEN as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UnreadableImage:
+    reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error)
+    return UnreadableImage(
+        f"{path} cannot be read: {reason}. Replace or remove it, or set data.unreadable_image=skip to leave such "
+        "files out."
+    )
 
 
 def _rgb(image: Image.Image) -> Image.Image:
