@@ -20,6 +20,7 @@ NAMES: Mapping[str, str] = {
     "LISTENER_CHUNK_DELAY": "services.listener.client.chunk_delay_s",
     "LISTENER_MAX_RETRIES": "services.listener.client.max_retries",
     "LISTENER_BACKOFF_FACTOR": "services.listener.client.backoff_factor",
+    "LOG_PATH": "logging.prediction_log",
     "DEBUG_MODE": "logging.debug",
     "WANDB_MODE": "logging.wandb.mode",
     "WANDB_PROJECT": "logging.wandb.project",

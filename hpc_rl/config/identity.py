@@ -34,7 +34,7 @@ CIRCUMSTANCES: tuple[str, ...] = (
 """What may change while a run goes on: where and how patiently it runs, not what it computes.
 
 `run.rounds` is among them so that a run can be extended. So is `train.deepspeed`: the ZeRO stages compute the same, and
-offload is the way out when a GPU is too small. Of `stages` one number counts, the ranks of `train`: they scale the batch.
+offload is the way out when a GPU is too small. Of `stages` only the ranks of `train` count: they multiply the batch.
 """
 
 WORLD_SIZE = "stages.train.world_size"

@@ -99,7 +99,7 @@ class LocalConfig(Section):
 
 
 class StageConfig(Section):
-    """Resources of one stage's jobs. What is null comes from `cluster`."""
+    """Resources of one stage's jobs. What is null comes from `cluster`; "" means none, although `cluster` has one."""
 
     nodes: PositiveInt = 1
     """Nodes of one job; more than one only for `train`."""
@@ -172,6 +172,8 @@ class LoggingConfig(Section):
     """Write TensorBoard events to `tb/` in the workspace."""
     wandb: WandbConfig = WandbConfig.model_construct()
     """Weights & Biases."""
+    prediction_log: FilePath | None = None
+    """JSON lines: time, step, prompt, description, scores, reward (L22). null = in the workspace. LOG_PATH sets it."""
     debug: bool = False
     """Per-rank debug files with raw completions and rewards (L24), and debug messages. DEBUG_MODE sets it."""
     log_every_steps: PositiveInt = 1
@@ -206,13 +208,12 @@ class Config(Section):
         return self.cluster.file_system_lag_s if patience is None else patience
 
     def stage(self, name: str) -> StageConfig:
-        """Resources of a stage with everything that it inherits from `cluster` filled in."""
+        """Resources of a stage with everything that it inherits from `cluster` filled in, and "" turned into None."""
         own, site = self.stages.get(name) or StageConfig(), self.cluster
-        inherited = {
-            key: getattr(site, key)
-            for key in ("partition", "account", "qos", "constraint", "setup", "python", "container")
-            if getattr(own, key) is None
-        }
+        inherited = {}
+        for key in ("partition", "account", "qos", "constraint", "setup", "python", "container"):
+            value = getattr(own, key)
+            inherited[key] = getattr(site, key) if value is None else None if value == "" else value
         merged = {"env": {**site.env, **own.env}, "sbatch": {**site.sbatch, **own.sbatch}}
         return own.model_copy(update=inherited | merged)
 
