@@ -17,14 +17,12 @@ from hpc_rl.config.checks import check
 from hpc_rl.config.schema import Config
 from hpc_rl.orchestrate import plan
 from hpc_rl.orchestrate.decide import Policy
-from hpc_rl.orchestrate.reconcile import Run, RunBusy, look, reconcile
+from hpc_rl.orchestrate.reconcile import DRIVER_LEASE, Run, RunBusy, look, reconcile
 from hpc_rl.orchestrate.start import OtherConfig, open_run
 from hpc_rl.run.atomic import CorruptFile
 from hpc_rl.run.code import snapshot
 from hpc_rl.run.lease import Lease, acquire, look as look_at_lease
 from hpc_rl.run.ledger import Ledger
-
-DRIVER_LEASE = "driver"
 
 
 def say(line: str) -> None:
@@ -112,6 +110,10 @@ def start(config: Config, executor: str, arguments: argparse.Namespace) -> int:
         return drive(run, executor, policy, lease)
 
 
+def _snapshot(run: Run) -> Path:
+    return snapshot(run.ws, recipes.own_packages(run.config.recipe))
+
+
 def submit(run: Run, policy: Policy) -> int:
     """Submit what the run needs next and return."""
     executor = make_executor(run.config, "slurm")
@@ -124,7 +126,7 @@ def submit(run: Run, policy: Policy) -> int:
             f"already running: jobs {', '.join(jobs)} of {run.ws.root}. Nothing was changed.\n{plan.commands(run.ws.root)}"
         )
         return 0
-    report = reconcile(run, executor, snapshot(run.ws), policy, resume=True, say=say)
+    report = reconcile(run, executor, _snapshot(run), policy, resume=True, say=say)
     for note in report.notes:
         say(note)
     if report.decision.status == "finished":
@@ -155,7 +157,7 @@ def drive(run: Run, name: str, policy: Policy, lease: Lease) -> int:
     say(f"run {run.config.run.name} in {run.ws.root}, executor {name}. {lease.holder} drives it; Ctrl-C pauses it.")
     print(plan.commands(run.ws.root))
     try:
-        decision = follow(run, executor, snapshot(run.ws), policy, say, poll_s=10.0)
+        decision = follow(run, executor, _snapshot(run), policy, say, poll_s=10.0)
     except KeyboardInterrupt:
         say("interrupted: telling the jobs to leave" if name != "slurm" else "interrupted: jobs that are queued go on")
         if isinstance(executor, LocalExecutor):

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hpc_rl.cluster.base import ExecutorError, Queued
-from hpc_rl.launch import DRIVER_LEASE
 from hpc_rl.orchestrate import overview
 from hpc_rl.orchestrate.overview import Overview, StageOverview
-from hpc_rl.orchestrate.reconcile import Run, look
+from hpc_rl.orchestrate.reconcile import DRIVER_LEASE, Run, look
 from hpc_rl.run import atomic
 from hpc_rl.run.lease import look as look_at_lease
 

@@ -8,7 +8,6 @@ leave early. Standard library only: it starts in tens of milliseconds, under any
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import resource
 import shutil
@@ -121,6 +120,7 @@ class Runner:
         self.process: subprocess.Popen[bytes] | None = None
         self.asked_to_leave = False
         self.requeue = False
+        self.cpu_before_s = 0.0
         job, restart, rank = self.ranks["HPC_RL_JOB_ID"], self.ranks["HPC_RL_RESTART"], self.ranks["RANK"]
         self.tag = f"{job}-{restart}" + (f"-rank{rank}" if self.ranks["WORLD_SIZE"] != "1" else "")
         self.log = spec.ws.log_dir(spec.round, spec.stage) / f"{self.tag}.out"
@@ -142,7 +142,7 @@ class Runner:
         environment = {**os.environ, **self.spec.environment, **self.ranks, "HPC_RL_ATTEMPT": self.spec.name}
         left = RESTARTS_IN_PLACE if self.spec.service else 0
         while True:
-            started = time.time()
+            started, self.cpu_before_s = time.time(), _cpu_of_children_s()
             with self.log.open("ab") as log:
                 self.process = subprocess.Popen(
                     self.spec.body,
@@ -167,19 +167,23 @@ class Runner:
             log.seek(max(0, self.log.stat().st_size - TAIL_BYTES))
             tail = log.read().decode(errors="replace")
         outcome = classify(code, tail, self.asked_to_leave)
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         ended = time.time()
         error = "" if outcome is Outcome.DONE else last_error(tail)
         spec = self.spec
         record = EndRecord(
             spec.name, self.ranks["HPC_RL_JOB_ID"], int(self.ranks["HPC_RL_RESTART"]), int(self.ranks["RANK"]), socket.gethostname(), outcome.value,
-            code, error, spec.ws.relative(self.log), started, ended, usage.ru_utime + usage.ru_stime, (ended - started) * spec.gpus,
+            code, error, spec.ws.relative(self.log), started, ended, _cpu_of_children_s() - self.cpu_before_s, (ended - started) * spec.gpus,
         )  # fmt: skip
         atomic.write_json(spec.path.with_name(f"{spec.name}.end-{self.tag}-{int(started * 1000)}.json"), asdict(record))
         print(
             f"{spec.name} {self.tag}: {outcome.value}, exit code {code}, {ended - started:.1f} s. {error}", flush=True
         )
         return outcome
+
+
+def _cpu_of_children_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _requeue(job_id: str) -> None:

@@ -17,9 +17,11 @@ from hpc_rl.orchestrate import overview
 from hpc_rl.orchestrate.decide import Decision, Policy
 from hpc_rl.orchestrate.overview import StageOverview
 from hpc_rl.orchestrate.reconcile import Run, look, reconcile
+from hpc_rl.run import manifest
 from hpc_rl.run.ledger import Ledger
 
 PROGRESS_EVERY_S = 10.0
+LOOK_EVERY_S = 1.0
 LOCAL_POLL_S = 0.2
 
 
@@ -42,7 +44,7 @@ def follow(
         for note in report.notes:
             say(note)
         if report.decision.status != "running":
-            watch.look(executor)
+            watch.look(executor, at_once=True)
             if local:
                 local.shutdown()
             return report.decision
@@ -79,34 +81,33 @@ class _Watch:
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
         self.run, self.say = run, say
         self.states: dict[tuple[int, str], str] = {}
-        self.began: dict[tuple[int, str], float] = {}
-        self.last = self.progress = 0.0
-        self.first_look = True
+        self.looked = self.progress = -PROGRESS_EVERY_S
 
-    def look(self, executor: Executor) -> None:
-        if time.monotonic() - self.last < 1.0:
+    def look(self, executor: Executor, at_once: bool = False) -> None:
+        """Say what changed since the last look; at most once a second unless `at_once`."""
+        now = time.monotonic()
+        if now - self.looked < LOOK_EVERY_S and not at_once:
             return
-        self.last = time.monotonic()
+        self.looked = now
         stages = [s for s in overview.build(look(self.run, executor)).stages if s.kind not in ("service", "control")]
-        for stage in stages:
-            key, state = (stage.round, stage.stage), stage.state
-            before = self.states.get(key)
-            self.states[key] = state
-            if self.first_look or before == state:
-                continue
-            if state == "running":
-                self.began.setdefault(key, time.monotonic())
-                self.say(f"{_title(stage)} started")
-            elif state == "done":
-                took_s = time.monotonic() - self.began.get(key, time.monotonic())
-                self.say(f"{_title(stage)} done in {took_s:.0f} s")
-            elif state == "failed":
-                self.say(f"{_title(stage)} {stage.last_error} (log: {stage.log})")
-        self.first_look = False
+        before, self.states = self.states, {(s.round, s.stage): s.state for s in stages}
+        for stage in stages if before else ():
+            if before[stage.round, stage.stage] != stage.state:
+                self._changed(stage)
         running = [s for s in stages if s.state == "running"]
-        if running and time.monotonic() - self.progress > PROGRESS_EVERY_S:
-            self.progress = time.monotonic()
+        if running and now - self.progress > PROGRESS_EVERY_S:
+            self.progress = now
             self.say(" · ".join(f"{_title(s)} {s.shards_done}/{s.shards}" for s in running))
+
+    def _changed(self, stage: StageOverview) -> None:
+        if stage.state == "running":
+            self.say(f"{_title(stage)} started")
+        elif stage.state == "done":
+            made = [manifest.read(self.run.ws, stage.round, stage.stage, shard) for shard in range(stage.shards)]
+            took_s = max(m.ended for m in made) - min(m.started for m in made)
+            self.say(f"{_title(stage)} done in {took_s:.0f} s")
+        elif stage.state == "failed":
+            self.say(f"{_title(stage)}: {stage.last_error} (log: {self.run.ws.root / stage.log})")
 
 
 def _title(stage: StageOverview) -> str:

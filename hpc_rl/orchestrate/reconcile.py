@@ -28,6 +28,8 @@ from hpc_rl.run.ledger import History, Ledger
 from hpc_rl.run.workspace import SCHEMA, Workspace
 
 RECONCILE_LEASE = "reconcile"
+DRIVER_LEASE = "driver"
+"""Held by a launcher that stays with its run: one at a time."""
 
 
 class RunBusy(RuntimeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Protocol, cast
 
 from hpc_rl.config.schema import Config
@@ -20,6 +21,15 @@ class Recipe(Protocol):
 def load(name: str) -> Recipe:
     """The recipe `name`: a module of this package, or any module by its dotted path."""
     return cast(Recipe, importlib.import_module(name if "." in name else f"hpc_rl.recipes.{name}"))
+
+
+def own_packages(name: str) -> list[Path]:
+    """Folders of the packages that a recipe brings along: what the code snapshot needs beside ours."""
+    package = name.partition(".")[0]
+    if "." not in name or package == "hpc_rl":
+        return []
+    found = importlib.import_module(package).__file__
+    return [Path(found).parent] if found else [Path(next(iter(importlib.import_module(package).__path__)))]
 
 
 def resolve(config: Config) -> Config:
