@@ -1,0 +1,160 @@
+"""Writes docs/config.md from the schema: `python -m tools.config_reference`. A test checks that the page is current."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from hpc_rl.config.base import Section
+from hpc_rl.config.checks import AUTO_IN_DEEPSPEED
+from hpc_rl.config.environment import NAMES
+from hpc_rl.config.identity import CIRCUMSTANCES
+from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.config.walk import describe, section_at
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
+LONG = 60
+"""Defaults of more characters stand below their table."""
+
+INTRO = """\
+# Config reference
+
+Made by `python -m tools.config_reference` from the classes in `hpc_rl/config/`; do not edit.
+
+A config is one YAML file. Only what differs from the defaults needs to stand in it. Keys that do not exist, keys given
+twice and values of the wrong type are errors that name the file, the line and the nearest valid key, all at once and
+before anything is submitted.
+
+## Who sets a field
+
+Later ones win:
+
+1. the default below
+2. files named by `extends:` (one, or a list; relative to the file that says it; later files of a list win). Mappings are
+   merged key by key; lists, values and null replace what was there
+3. the YAML file itself
+4. `.env` in the current directory
+5. environment variables (table below); an empty one counts as not set, and one whose section is null here (LORA_RANK
+   without `speaker.lora`) changes nothing and says so
+6. `--set key.path=value`, the value being YAML: `--set sample.shard_size=8`, `--set speaker.lora=null`
+7. `--workspace`, `--executor`
+
+Fields of type *path* may contain `~`, `$VAR`, `${VAR}` and `${VAR:-default}`, taken from the environment or `.env`.
+Relative paths start at the current directory, so the shipped configs are launched from the root of the repository. The
+workspace keeps the resolved config with absolute paths; jobs read that one and nothing else.
+"""
+
+IDENTITY = """\
+## What may change while a run goes on
+
+A workspace belongs to one experiment. Launching another one into it is refused, with the keys that differ. These fields
+are circumstances, not part of the experiment, and may be changed at any time:
+
+{circumstances}
+
+Of `stages` one number does belong to the experiment: nodes × ranks of `train`, because it multiplies the batch.
+`train.deepspeed` may change: ZeRO stages and offload divide memory differently but compute the same.
+"""
+
+CHECKS = """\
+## What is checked before anything is submitted
+
+- The workspace can be written to. With executor slurm it lies beneath one of `cluster.shared_roots` where these are given;
+  otherwise it must not be on {types}, nor beneath {folders} (unless `cluster.allow_local_workspace`).
+- Model folders exist and have `config.json` and `*.safetensors`.
+- `data.image_root` has the layout `<split>/<category>/<concept>/*` with at least `data.k` concepts in each category. Of
+  its pictures at most about {look_at} are looked at, equally many of each concept: the header, and the whole picture where
+  the file does not end as its format should. The `prepare` stage decodes all of them.
+- The DeepSpeed JSON leaves to the config what the config has; these keys are absent or `"auto"`:
+
+{auto}
+"""
+
+
+def field_docs(cls: type[Section]) -> dict[str, str]:
+    """The text under each field of a section, in the class or in those it comes from."""
+    docs: dict[str, str] = {}
+    for base in reversed([c for c in cls.__mro__ if issubclass(c, Section) and c is not Section]):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(tree, ast.ClassDef)
+        for statement, after in zip(tree.body, tree.body[1:], strict=False):
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and is_text:
+                docs[statement.target.id] = inspect.cleandoc(after.value.value)
+    return docs
+
+
+def sections(cls: type[Section], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], type[Section]]]:
+    """All sections with their key paths, each before those within it."""
+    yield path, cls
+    for name in cls.model_fields:
+        inner, inner_path = section_at(cls, (name,)), (*path, name)
+        if inner is None and name == "stages":
+            inner, inner_path = section_at(cls, (name, "…")), (*path, name, "NAME")
+        if inner is not None:
+            yield from sections(inner, inner_path)
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    parts = [INTRO, "## Fields\n"]
+    for path, cls in sections(LewisConfig):
+        parts.append(_section(path, cls))
+    rows = [f"| `{name}` | `{field}` |" for name, field in NAMES.items()]
+    parts.append("\n".join(["## Environment variables\n", "| variable | field |", "|---|---|", *rows, ""]))
+    parts.append(IDENTITY.format(circumstances=", ".join(f"`{key}`" for key in CIRCUMSTANCES)))
+    parts.append(_checks())
+    return "\n".join(parts)
+
+
+def _checks() -> str:
+    from hpc_rl.config.check_images import LOOK_AT
+    from hpc_rl.config.check_storage import NODE_LOCAL_FOLDERS, NODE_LOCAL_TYPES
+
+    return CHECKS.format(
+        types=", ".join(sorted(NODE_LOCAL_TYPES)),
+        folders=", ".join(map(str, NODE_LOCAL_FOLDERS)),
+        look_at=LOOK_AT,
+        auto="\n".join(f"  - `{key}` ({owner})" for key, owner in AUTO_IN_DEEPSPEED.items()),
+    )
+
+
+def _section(path: tuple[str, ...], cls: type[Section]) -> str:
+    docs = field_docs(cls)
+    title = f"### `{'.'.join(path)}`" if path else "### Top level"
+    lines = [f"{title}\n", f"{inspect.cleandoc(cls.__doc__ or '')}\n"]
+    if path == ("stages", "NAME"):
+        names = ", ".join(f"`{name}`" for name in LewisConfig.stage_names or ())
+        lines.append(f"NAME is one of {names}.\n")
+    lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
+    below = []
+    for name, info in cls.model_fields.items():
+        default = _default(info)
+        if len(default) > LONG:
+            below.append(f"\nDefault of `{name}`:\n\n> {default.strip('`')}")
+            default = "below"
+        meaning = docs[name].replace("\n", " ")
+        cells = (f"`{name}`", describe(info), default, meaning)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join([*lines, *below, ""])
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "required"
+    value: Any = info.get_default(call_default_factory=True)
+    if isinstance(value, Section):
+        return ""
+    return f"`{json.dumps(value, ensure_ascii=False)}`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")
