@@ -15,6 +15,7 @@ from hpc_rl.cluster.base import Executor
 from hpc_rl.cluster.local import LocalExecutor
 from hpc_rl.orchestrate import overview
 from hpc_rl.orchestrate.decide import Decision, Policy
+from hpc_rl.orchestrate.graph import Kind, StageId
 from hpc_rl.orchestrate.overview import StageOverview
 from hpc_rl.orchestrate.reconcile import Run, look, reconcile
 from hpc_rl.run import manifest
@@ -49,7 +50,7 @@ def follow(
                 local.shutdown()
             return report.decision
         before = _alive(run, executor)
-        while _alive(run, executor) == before:
+        while before and _alive(run, executor) == before:
             if local:
                 local.poll()
                 write_local_queue(run, local)
@@ -60,8 +61,10 @@ def follow(
 
 
 def _alive(run: Run, executor: Executor) -> set[str]:
-    """Submissions that the scheduler still has."""
-    return {job.name for job in executor.queue([a.name for a in Ledger(run.ws).history().attempts])}
+    """Submissions with work that the scheduler still has: when one of them ends there may be something to do."""
+    services = {stage.id for stage in run.graph.stages if stage.kind is Kind.SERVICE}
+    attempts = [a for a in Ledger(run.ws).history().attempts if StageId(a.round, a.stage) not in services]
+    return {job.name for job in executor.queue([a.name for a in attempts])}
 
 
 def write_local_queue(run: Run, executor: LocalExecutor) -> None:
