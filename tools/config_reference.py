@@ -37,8 +37,8 @@ before anything is submitted.
 Later ones win:
 
 1. the default below
-2. files named by `extends:` (one, or a list; relative to the file that says it; later files of a list win). Mappings are
-   merged key by key; lists, values and null replace what was there
+2. files named by `extends:` (one, or a list; relative to the file that says it; later files of a list win). Mappings
+   are merged key by key; lists, values and null replace what was there
 3. the YAML file itself
 4. `.env` in the current directory
 5. environment variables (table below); an empty one counts as not set, and one whose section is null here (LORA_RANK
@@ -66,12 +66,13 @@ Of `stages` one number does belong to the experiment: nodes × ranks of `train`,
 CHECKS = """\
 ## What is checked before anything is submitted
 
-- The workspace can be written to. With executor slurm it lies beneath one of `cluster.shared_roots` where these are given;
-  otherwise it must not be on {types}, nor beneath {folders} (unless `cluster.allow_local_workspace`).
+- The workspace can be written to. With executor slurm it lies beneath one of `cluster.shared_roots` where these are
+  given; otherwise it must not be on {types},
+  nor beneath {folders} (unless `cluster.allow_local_workspace`).
 - Model folders exist and have `config.json` and `*.safetensors`.
 - `data.image_root` has the layout `<split>/<category>/<concept>/*` with at least `data.k` concepts in each category. Of
-  its pictures at most about {look_at} are looked at, equally many of each concept: the header, and the whole picture where
-  the file does not end as its format should. The `prepare` stage decodes all of them.
+  its pictures at most about {look_at} are looked at, equally many of each concept: the header, and the whole picture
+  where the file does not end as its format should. The `prepare` stage decodes all of them.
 - The DeepSpeed JSON leaves to the config what the config has; these keys are absent or `"auto"`:
 
 {auto}
@@ -85,9 +86,13 @@ def field_docs(cls: type[Section]) -> dict[str, str]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         assert isinstance(tree, ast.ClassDef)
         for statement, after in zip(tree.body, tree.body[1:], strict=False):
-            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and is_text:
-                docs[statement.target.id] = inspect.cleandoc(after.value.value)
+            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else None
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(text, str)
+            ):
+                docs[statement.target.id] = inspect.cleandoc(text)
     return docs
 
 
@@ -132,15 +137,18 @@ def _section(path: tuple[str, ...], cls: type[Section]) -> str:
     lines = [f"{title}\n", f"{inspect.cleandoc(cls.__doc__ or '')}\n"]
     if path == ("stages", "NAME"):
         names = ", ".join(f"`{name}`" for name in LewisConfig.stage_names or ())
-        lines.append(f"NAME is one of {names}.\n")
+        lines.append(f"NAME is one of {names}.")
+        own = (f"`{name}`: {key} {value}" for name, d in LewisConfig.stage_defaults.items() for key, value in d.items())
+        lines.append(f"Defaults other than below: {', '.join(own)}.\n")
     lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
     below = []
     for name, info in cls.model_fields.items():
-        default = _default(info)
+        default, meaning = _default(info), docs[name].replace("\n", " ")
         if len(default) > LONG:
-            below.append(f"\nDefault of `{name}`:\n\n> {default.strip('`')}")
+            below.append(f"\nDefault of `{name}`:\n\n> {info.default}")
             default = "below"
-        meaning = docs[name].replace("\n", " ")
+        if default == "required" and " Default: " in meaning:  # the loader's
+            meaning, _, default = meaning.partition(" Default: ")
         cells = (f"`{name}`", describe(info), default, meaning)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join([*lines, *below, ""])
@@ -151,7 +159,7 @@ def _default(info: FieldInfo) -> str:
         return "required"
     value: Any = info.get_default(call_default_factory=True)
     if isinstance(value, Section):
-        return ""
+        return "its own"
     return f"`{json.dumps(value, ensure_ascii=False)}`"
 
 

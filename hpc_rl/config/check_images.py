@@ -1,8 +1,8 @@
 """Does the image folder look like `<split>/<category>/<concept>/*`, and can its pictures be read?
 
 This is a look, not an inspection. Each picture looked at is opened as far as its header; one whose end is not that of
-its format is decoded, which finds files that were cut off. Of more than `LOOK_AT` pictures an equal share of every concept
-is looked at. The `prepare` stage decodes all of them, on a compute node, and stops or skips by `data.unreadable_image`.
+its format is decoded, which finds files that were cut off. Of more than `LOOK_AT` pictures an equal share of every
+concept is looked at. The `prepare` stage decodes all, on a compute node, and stops or skips by `data.unreadable_image`.
 """
 
 from __future__ import annotations

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hpc_rl.config.check_images import check_images
@@ -19,10 +21,17 @@ from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.config.schema import Config
 
 
-def check(config: Config) -> list[Problem]:
+def check(config: Config, places: Mapping[str, str] = MappingProxyType({})) -> list[Problem]:
     """Everything about the file system that would stop the run, all at once; an empty list when it may start.
 
     The workspace is checked for every recipe, the inputs for the shipped ones. Nothing is created or changed.
+
+    Parameters
+    ----------
+    config
+        As loaded.
+    places
+        `Loaded.places`, so that a problem says which line set the field.
     """
     executor = config.cluster.executor
     if executor == "auto":
@@ -30,7 +39,7 @@ def check(config: Config) -> list[Problem]:
     problems = list(check_storage(config, executor))
     if isinstance(config, LewisConfig):
         problems += _check_lewis(config)
-    return problems
+    return [replace(problem, where=places.get(problem.field, "")) for problem in problems]
 
 
 def _check_lewis(config: LewisConfig) -> Iterator[Problem]:

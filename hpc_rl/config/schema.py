@@ -31,7 +31,7 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
     """Name of the run: part of its jobs' names. Letters, digits, dot, dash, underscore."""
     workspace: FilePath
-    """Folder of the run, on storage that all nodes share. Default: `runs/NAME` in the current directory."""
+    """Folder of the run, on storage that all nodes share. Default: `runs/NAME`"""
     seed: NonNegativeInt = 0
     """Every random number of the run comes from this one."""
     rounds: PositiveInt = 3

@@ -97,7 +97,7 @@ def _describe(annotation: Any) -> str:
     if origin is tuple:
         items = args[:1] if args[-1] is Ellipsis else args
         inner = ", ".join(dict.fromkeys(_describe(a) for a in items))
-        return f"list of {inner}" if args[-1] is Ellipsis else f"list of {len(items)}: {inner}"
+        return f"list of {inner}" if args[-1] is Ellipsis else f"list of {len(items)} × {inner}"
     if origin is dict:
         return f"mapping of {_describe(args[1])}"
     if _section(annotation):
