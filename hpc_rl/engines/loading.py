@@ -1,0 +1,58 @@
+"""Loading models and processors the same way in every phase: number type, attention, pixel limits, device (L19)."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+class ModelFolderError(ValueError):
+    """A model folder that cannot be used; the message says what is missing in it."""
+
+
+def pick_device() -> torch.device:
+    """The first GPU that this process may see, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def choose_attention(name: str, device: torch.device) -> str:
+    """Attention code for transformers: `auto` is flash_attention_2 where it is installed, on a GPU, else sdpa."""
+    if name != "auto":
+        return name
+    flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    chosen = "flash_attention_2" if flash else "sdpa"
+    log.info("attention: %s%s", chosen, "" if flash else " (flash_attn is not installed, or there is no GPU)")
+    return chosen
+
+
+def load_processor(path: str | Path, min_pixels: int, max_pixels: int) -> Any:
+    """Tokenizer and image processor of a model folder, with a run's pixel limits and padding on the left."""
+    if not (Path(path) / "config.json").is_file():
+        raise ModelFolderError(f"{path} is no model folder: it has no config.json")
+    return AutoProcessor.from_pretrained(
+        path, min_pixels=min_pixels, max_pixels=max_pixels, padding_side="left", local_files_only=True
+    )
+
+
+def load_model(path: str | Path, dtype: str, attention: str, device: torch.device) -> PreTrainedModel:
+    """A vision-language model from a folder, on a device, ready for inference."""
+    model = AutoModelForImageTextToText.from_pretrained(
+        path,
+        dtype=getattr(torch, dtype),
+        attn_implementation=choose_attention(attention, device),
+        local_files_only=True,
+    )
+    return model.to(device).eval()
+
+
+def control_tokens(processor: Any) -> tuple[str, ...]:
+    """Texts that a tokenizer turns into control tokens. In a user's words they would be taken for the real thing."""
+    added = processor.tokenizer.added_tokens_decoder.values()
+    return tuple(sorted({token.content for token in added if token.special}))

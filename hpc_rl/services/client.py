@@ -1,0 +1,318 @@
+"""Clients of services: chunks, retries with back-off, fail-over between replicas, and a cache (L11–L13).
+
+Three things can go wrong, and they are kept apart:
+
+- *No server answers* (none is published, connections fail, all are busy or leaving): the client waits for one, for up
+  to `deadline_s`, then raises `ServiceUnavailable`. A killed server is not the request's fault and costs no retry.
+- *A server answers with a failure, or not in time*: the call is repeated `max_retries` times, each after a longer wait;
+  then its items get a `ScoreError`: they are left out and counted.
+- *A server answers that one item cannot be scored* (an image that is no image): that item gets a `ScoreError` at once.
+
+No score is ever made up.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.config.services import ClientConfig
+from hpc_rl.run.workspace import Workspace
+from hpc_rl.services import handoff
+from hpc_rl.services.replicas import Replica, Replicas
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.5
+PARALLEL_CALLS = 4
+CACHE_ENTRIES = 200_000
+JITTER = 0.25
+
+
+class ServiceUnavailable(RuntimeError):
+    """No server could be reached until the deadline. The work is to be tried again later (exit code 75)."""
+
+
+class ServiceRefused(RuntimeError):
+    """The server does not accept this client; the message says what to check."""
+
+
+class CallFailed(RuntimeError):
+    """A call that was answered with failures until its retries ended, or that the server will not take as it is."""
+
+    def __init__(self, message: str, too_large: bool = False) -> None:
+        super().__init__(message)
+        self.too_large = too_large
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """One question about K candidate images, paths relative to the image root, in the order of the game."""
+
+    question: str
+    candidates: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """P(yes) of each candidate (NaN where the model gave none), and the one picked: -1 for a tie or a NaN."""
+
+    yes_probabilities: tuple[float, ...]
+    predicted_index: int
+
+
+@dataclass(frozen=True)
+class ScoreError:
+    """Why a request has no score. Its sample is left out, never counted as wrong (L11)."""
+
+    message: str
+
+
+class ServiceClient:
+    """Calls a service, whichever of its servers answers.
+
+    Parameters
+    ----------
+    folder
+        The service's handoff folder; its token is there.
+    options
+        Time limits and retries.
+    token
+        Instead of the one in the folder.
+    sleep, rng
+        How to wait, and where jitter comes from.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: ClientConfig,
+        *,
+        token: str | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._folder, self._options, self._given_token, self._sleep = folder, options, token, sleep
+        self._rng = rng or random.Random()
+        # Cluster nodes often carry http_proxy, and a proxy knows nothing of compute nodes: trust_env=False ignores it.
+        self._http = httpx.Client(timeout=httpx.Timeout(options.timeout_s, connect=10.0), trust_env=False)
+        self._replicas = Replicas(folder, options.url, self._http, self._rng)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def post(self, route: str, payload: Any) -> Any:
+        """The JSON that a server answers to `payload`.
+
+        Raises
+        ------
+        ServiceUnavailable
+            When no server answered until `deadline_s` after the call began.
+        ServiceRefused
+            When the token is wrong or missing.
+        CallFailed
+            When a server answered with failures and the retries ended, or finds the call too large or malformed.
+        """
+        deadline = time.monotonic() + self._options.deadline_s
+        failures = 0
+        while True:
+            with self._replicas.least_busy() as replica:
+                answer = self._try(replica, route, payload) if replica else None
+            if isinstance(answer, _Answer):
+                return answer.content
+            if isinstance(answer, _Failure):
+                failures += 1
+                if failures > self._options.max_retries:
+                    raise CallFailed(f"{answer.reason}; tried {failures} times")
+                log.warning("%s; repeating (%d of %d)", answer.reason, failures, self._options.max_retries)
+                self._sleep(self.backoff_s(failures))
+            if time.monotonic() >= deadline:
+                waited = f"no answer to {route} within {self._options.deadline_s:g} s"
+                raise ServiceUnavailable(f"{waited}; last problem: {self._replicas.problem}")
+            if not isinstance(answer, _Failure):
+                self._sleep(POLL_S * (1 + JITTER * self._rng.random()))
+
+    def backoff_s(self, failures: int) -> float:
+        """Wait before the n-th repeat: backoff_factor · 2^(n−1), up to a quarter more so that clients spread."""
+        return self._options.backoff_factor * 2.0 ** (failures - 1) * (1 + JITTER * self._rng.random())
+
+    def _try(self, replica: Replica, route: str, payload: Any) -> _Answer | _Failure | None:
+        """One call: the answer, a failure that counts, or None where another server or a later moment may do better."""
+        token = self._token()
+        if token is None and replica.nonce:
+            self._replicas.set_aside(replica, f"{self._folder / handoff.TOKEN_FILE} is not there yet")
+            return None
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            answer = self._http.post(f"{replica.url}{route}", json=payload, headers=headers)
+        except (httpx.ReadTimeout, httpx.WriteTimeout):
+            self._replicas.set_aside(replica, f"{replica.url} took longer than {self._options.timeout_s:g} s")
+            return _Failure(self._replicas.problem)
+        except httpx.TransportError as error:
+            self._replicas.set_aside(replica, f"{replica.url} is gone ({type(error).__name__}: {error})")
+            return None
+        if answer.status_code == 200:
+            self._replicas.succeeded(replica)
+            return _Answer(answer.json())
+        problem = f"{replica.url}{route} answered {answer.status_code}: {_detail(answer)}"
+        if answer.status_code in (429, 503):
+            self._replicas.set_aside(replica, problem, rest_s=_retry_after_s(answer))
+            return None
+        if answer.status_code in (401, 403):
+            raise ServiceRefused(
+                f"{problem}. The token is read from {self._folder / handoff.TOKEN_FILE} or LISTENER_TOKEN"
+            )
+        if answer.status_code >= 500:
+            self._replicas.set_aside(replica, problem)
+            return _Failure(problem)
+        raise CallFailed(problem, too_large=answer.status_code == 413)
+
+    def _token(self) -> str | None:
+        if self._given_token is not None:
+            return self._given_token
+        try:
+            return handoff.read_token(self._folder)
+        except FileNotFoundError:
+            return None
+
+
+@dataclass(frozen=True)
+class _Answer:
+    content: Any
+
+
+@dataclass(frozen=True)
+class _Failure:
+    reason: str
+
+
+def _detail(answer: httpx.Response) -> str:
+    try:
+        said = answer.json()
+    except ValueError:
+        return answer.text[:200]
+    return str(said.get("detail", said) if isinstance(said, dict) else said)[:500]
+
+
+def _retry_after_s(answer: httpx.Response) -> float:
+    value = answer.headers.get("retry-after", "1")
+    return min(30.0, float(value)) if value.isdigit() else 1.0
+
+
+class ListenerClient:
+    """Asks the listener which candidate a description means.
+
+    Parameters
+    ----------
+    ws, config
+        The run. `services.listener.client` has the settings; with a `url` that server is used and none is looked up.
+    token
+        For a server of another run. None = the variable LISTENER_TOKEN, else the run's own token.
+    """
+
+    def __init__(
+        self,
+        ws: Workspace,
+        config: LewisConfig,
+        *,
+        token: str | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._options = config.services.listener.client
+        token = token or os.environ.get("LISTENER_TOKEN")
+        self._service = ServiceClient(ws.service_dir("listener"), self._options, token=token, sleep=sleep, rng=rng)
+        self._sleep = sleep
+        self._cache: OrderedDict[ScoreRequest, ScoreResult] = OrderedDict()
+        self._lock = threading.Lock()
+        self._next_call = 0.0
+
+    def __enter__(self) -> ListenerClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._service.close()
+
+    def score(self, items: Sequence[ScoreRequest]) -> list[ScoreResult | ScoreError]:
+        """Scores of `items`, in order. What was asked before, or twice here, is asked once (L13).
+
+        Raises
+        ------
+        ServiceUnavailable
+            When no server answered until the deadline; answers that came before are kept for the next call.
+        """
+        answers: dict[ScoreRequest, ScoreResult | ScoreError] = {}
+        asked = list(dict.fromkeys(items))
+        for item in asked:
+            if (known := self._recall(item)) is not None:
+                answers[item] = known
+        missing = [item for item in asked if item not in answers]
+        size = self._options.chunk_size
+        chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
+        pool = ThreadPoolExecutor(max(1, min(PARALLEL_CALLS, len(chunks))), thread_name_prefix="listener-client")
+        try:
+            for chunk, scores in zip(chunks, pool.map(self._ask, chunks), strict=True):
+                answers.update(zip(chunk, scores, strict=True))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        return [answers[item] for item in items]
+
+    def _ask(self, chunk: Sequence[ScoreRequest]) -> list[ScoreResult | ScoreError]:
+        self._wait_for_turn()
+        batch = [{"candidate_paths": list(item.candidates), "question": item.question, "topk": 1} for item in chunk]
+        try:
+            said = self._service.post("/batch_score", {"batch": batch})
+        except CallFailed as error:
+            if error.too_large and len(chunk) > 1:
+                half = len(chunk) // 2
+                return self._ask(chunk[:half]) + self._ask(chunk[half:])
+            return [ScoreError(str(error))] * len(chunk)
+        results = said.get("results") if isinstance(said, dict) else None
+        if not isinstance(results, list) or len(results) != len(chunk):
+            raise ServiceRefused(f"what answers is no listener: {str(said)[:200]}")
+        scores = [_read_score(item, result) for item, result in zip(chunk, results, strict=True)]
+        with self._lock:
+            for item, score in zip(chunk, scores, strict=True):
+                if isinstance(score, ScoreResult):
+                    self._cache[item] = score
+            while len(self._cache) > CACHE_ENTRIES:
+                self._cache.popitem(last=False)
+        return scores
+
+    def _recall(self, item: ScoreRequest) -> ScoreResult | None:
+        with self._lock:
+            if item in self._cache:
+                self._cache.move_to_end(item)
+            return self._cache.get(item)
+
+    def _wait_for_turn(self) -> None:
+        """Keep `chunk_delay_s` between calls."""
+        if not self._options.chunk_delay_s:
+            return
+        with self._lock:
+            wait_s = max(0.0, self._next_call - time.monotonic())
+            self._next_call = time.monotonic() + wait_s + self._options.chunk_delay_s
+        self._sleep(wait_s)
+
+
+def _read_score(item: ScoreRequest, result: dict[str, Any]) -> ScoreResult | ScoreError:
+    if "error" in result:
+        return ScoreError(str(result["error"]))
+    probabilities = tuple(math.nan if p is None else float(p) for p in result["yes_probabilities"])
+    if len(probabilities) != len(item.candidates):
+        return ScoreError(f"the listener gave {len(probabilities)} scores for {len(item.candidates)} candidates")
+    return ScoreResult(probabilities, int(result["predicted_index"]))
