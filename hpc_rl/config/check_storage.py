@@ -62,7 +62,7 @@ def _check_shared(config: Config, mounts: Path) -> Iterator[Problem]:
     local_folder = next((folder for folder in NODE_LOCAL_FOLDERS if real.is_relative_to(folder)), None)
     if mount is not None and mount.type in NODE_LOCAL_TYPES:
         reason = f"it is on {mount.type} (mounted at {mount.point})"
-    elif local_folder is not None and (mount is None or not mount.point.is_relative_to(local_folder)):
+    elif local_folder is not None and (mount is None or local_folder.is_relative_to(mount.point)):
         reason = f"{local_folder} belongs to each node alone"
     else:
         return

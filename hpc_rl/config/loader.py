@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,17 +97,16 @@ def load_with_places(
     cwd = (cwd or Path.cwd()).absolute()
     tree = read_yaml(cwd / path)
     problems: list[Problem] = []
-    settings = [_setting(text, problems) for text in overrides]
-    for setting in settings:
-        if setting and setting[0] == "recipe":
-            tree.set(("recipe",), setting[1], "--set")
+    settings = [setting for text in overrides if (setting := _setting(text, problems))]
+    for dotted, value in settings:
+        if dotted == "recipe":
+            tree.set(("recipe",), value, "--set")
     cls = config_class(tree.data.get("recipe", "lewis"), tree.place(("recipe",)))
     environment = read_environment(env, cwd)
-    notes = _apply_environment(tree, cls, environment)
-    for setting in settings:
-        if setting:
-            key = split_dotted(cls, setting[0], cls.stage_names)
-            tree.set(key, setting[1], "--set")
+    # Twice: --set decides which optional sections there are, and wins over the variables that set fields in them.
+    _apply_settings(preview := deepcopy(tree), cls, settings)
+    notes = _apply_environment(tree, preview, cls, environment)
+    _apply_settings(tree, cls, settings)
     if workspace is not None:
         tree.set(("run", "workspace"), str(workspace), "--workspace")
     _default_workspace(tree)
@@ -172,7 +172,12 @@ def _setting(text: str, problems: list[Problem]) -> tuple[str, Any] | None:
         return None
 
 
-def _apply_environment(tree: Tree, cls: type[Config], environment: Environment) -> list[str]:
+def _apply_settings(tree: Tree, cls: type[Config], settings: Sequence[tuple[str, Any]]) -> None:
+    for dotted, value in settings:
+        tree.set(split_dotted(cls, dotted, cls.stage_names), value, "--set")
+
+
+def _apply_environment(tree: Tree, preview: Tree, cls: type[Config], environment: Environment) -> list[str]:
     notes = []
     for name, dotted in NAMES.items():
         found = environment.get(name)
@@ -180,7 +185,7 @@ def _apply_environment(tree: Tree, cls: type[Config], environment: Environment) 
         if found is None or field_at(cls, key) is None:
             continue
         value, place = found
-        if _is_off(tree.data, cls, key[:-1]):
+        if _is_off(preview.data, cls, key[:-1]):
             notes.append(f"{place} changes nothing: {'.'.join(map(str, key[:-1]))} is null in this config")
             continue
         tree.set(key, value, place)
@@ -201,8 +206,8 @@ def _is_off(data: Mapping[str, Any], cls: type[Config], section: KeyPath) -> boo
 
 def _default_workspace(tree: Tree) -> None:
     run = tree.data.get("run")
-    if isinstance(run, dict) and run.get("workspace") is None and "name" in run:
-        run["workspace"] = f"runs/{run['name']}"
+    if isinstance(run, dict) and run.get("workspace") is None:
+        run["workspace"] = f"runs/{run.get('name', '')}"
 
 
 def _expand_paths(tree: Tree, cls: type[Config], environment: Environment, cwd: Path, problems: list[Problem]) -> None:

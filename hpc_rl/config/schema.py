@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -28,7 +29,7 @@ SIGNAL_EARLY_S = 60
 class RunConfig(Section):
     """Which run this is, where it lives, and how patient it is with its own jobs."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+    name: str
     """Name of the run: part of its jobs' names. Letters, digits, dot, dash, underscore."""
     workspace: FilePath
     """Folder of the run, on storage that all nodes share. Default: `runs/NAME`"""
@@ -46,6 +47,12 @@ class RunConfig(Section):
     """How long a task without a free shard waits for a lost one before it ends. Seconds."""
     gate_patience_s: NonNegativeFloat | None = None
     """How long a job looks for its inputs before it exits as blocked. Seconds; null = `cluster.file_system_lag_s`."""
+
+    def faults(self) -> Iterator[Fault]:
+        """A name that cannot be part of a job's name or of a folder's."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", self.name):
+            expected = "a letter or digit, then letters, digits, dots, dashes, underscores; at most 80 together"
+            yield Fault(("name",), repr(self.name), expected)
 
 
 class ClusterConfig(Section):
@@ -220,14 +227,17 @@ class Config(Section):
     @field_validator("stages")
     @classmethod
     def _known_stages(cls, stages: dict[str, StageConfig]) -> dict[str, StageConfig]:
-        names = cls.stage_names
-        if names is not None:
-            unknown = [name for name in stages if name not in names]
-            raise_faults(
-                Fault((name,), "the recipe has no such stage", f"one of {', '.join(names)}", nearest(name, names))
-                for name in unknown
-            )
+        raise_faults(cls.unknown_stages(stages))
         return stages
+
+    @classmethod
+    def unknown_stages(cls, names: Iterable[str]) -> Iterator[Fault]:
+        """One fault for each name that is no stage of the recipe."""
+        known = cls.stage_names
+        for name in names:
+            if known is not None and name not in known:
+                expected = f"one of {', '.join(known)}"
+                yield Fault((name,), "the recipe has no such stage", expected, nearest(name, known))
 
     @model_validator(mode="before")
     @classmethod
@@ -281,6 +291,8 @@ def sbatch_faults(options: Mapping[str, Any]) -> Iterator[Fault]:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """`did you mean "…"?`, or nothing when no valid name is near."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    """`did you mean …?`, or nothing when no valid name is near."""
+    valid = list(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    close += [other for other in valid if len(name) > 2 and (name in other or other in name)]
     return f"did you mean {close[0]}?" if close else ""

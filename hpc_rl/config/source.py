@@ -43,8 +43,13 @@ class Tree:
         nested: Any = value
         for key in reversed(path):
             nested = {key: nested}
-        places = {path[:length]: place for length in range(1, len(path) + 1) if path[:length] not in self.places}
-        self.merge(Tree(nested, {**places, path: place}))
+        places: dict[KeyPath, str] = {path: place}
+        at: Any = self.data
+        for length, key in enumerate(path, 1):
+            at = at.get(str(key)) if isinstance(at, Mapping) else None
+            if not isinstance(at, Mapping):  # not there yet, or no mapping and about to be replaced
+                places[path[:length]] = place
+        self.merge(Tree(nested, places))
 
     def merge(self, over: Tree) -> None:
         """Lay `over` on top: mappings merge key by key, anything else (lists, null too) replaces what was there."""

@@ -99,7 +99,8 @@ def _describe(annotation: Any) -> str:
         inner = ", ".join(dict.fromkeys(_describe(a) for a in items))
         return f"list of {inner}" if args[-1] is Ellipsis else f"list of {len(items)} × {inner}"
     if origin is dict:
-        return f"mapping of {_describe(args[1])}"
+        inner = _describe(args[1])
+        return "mapping" if inner == "anything" else f"mapping of {inner}"
     if _section(annotation):
         return "section"
     return names.get(annotation, "path" if getattr(annotation, "__name__", "") == "Path" else str(annotation))

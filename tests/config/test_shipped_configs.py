@@ -1,0 +1,111 @@
+"""Every config that ships, the page that documents the fields, and what reading a config costs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpc_rl.config.environment import NAMES
+from hpc_rl.config.identity import to_json
+from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.config.loader import from_json, load, load_with_places
+from tools import config_reference
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = sorted(
+    str(path.relative_to(REPOSITORY))
+    for path in (REPOSITORY / "configs").rglob("*.yaml")
+    if path.parent.name != "cluster"
+)
+PROFILES = sorted(path.name for path in (REPOSITORY / "configs" / "cluster").glob("*.yaml"))
+
+
+def test_there_are_configs() -> None:
+    assert {"configs/lewis.yaml", "configs/tiny/lewis.yaml"} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_loads_from_the_root_of_the_repository(name: str) -> None:
+    loaded = load_with_places(name, env={"HOME": "/home/u"}, cwd=REPOSITORY)
+    assert loaded.notes == ()
+    assert from_json(to_json(loaded.config)) == loaded.config
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_cluster_profile_goes_with_the_lewis_config(profile: str, tmp_path: Path) -> None:
+    configs = REPOSITORY / "configs"
+    (tmp_path / "run.yaml").write_text(f"extends: [{configs}/lewis.yaml, {configs}/cluster/{profile}]\n")
+    load("run.yaml", env={"HOME": "/home/u", "USER": "u"}, cwd=tmp_path)
+
+
+def test_the_default_profile_is_what_the_schema_says(tmp_path: Path) -> None:
+    small = "recipe: lewis\nrun: {name: a}\nspeaker: {path: a}\nlistener: {path: b}\ndata: {scenes: {}}\n"
+    (tmp_path / "a.yaml").write_text(small)
+    (tmp_path / "b.yaml").write_text(f"extends: {REPOSITORY}/configs/cluster/default.yaml\n{small}")
+    assert load("a.yaml", env={}, cwd=tmp_path) == load("b.yaml", env={}, cwd=tmp_path)
+
+
+def test_lewis_has_the_values_of_its_systems_page() -> None:
+    config = load("configs/lewis.yaml", env={}, cwd=REPOSITORY)
+    assert isinstance(config, LewisConfig)
+    lora, train = config.speaker.lora, config.train
+    assert lora is not None
+    assert (lora.r, lora.alpha, lora.dropout, train.gradient_accumulation_steps) == (64, 128, 0.001, 16)  # L17
+    assert (train.learning_rate, train.adam_betas, train.weight_decay) == (5e-7, (0.9, 0.95), 0.1)  # L18
+    assert (train.warmup_steps, config.speaker.dtype) == (100, "bfloat16")  # L18
+    assert train.deepspeed == REPOSITORY / "configs" / "deepspeed" / "zero3_offload.json"  # L18
+    assert (config.speaker.max_pixels, config.listener.max_pixels) == (401408, 401408)  # L19
+    assert (config.sample.samples_per_prompt, config.data.k) == (4, 3)  # L15, L20
+    steps = config.sample.prompts_per_round * config.sample.samples_per_prompt // config.train_batch_size
+    assert steps > train.warmup_steps, "a round would end before the learning rate is reached"
+
+
+def test_the_example_of_env_names_every_variable_and_its_field() -> None:
+    text = (REPOSITORY / ".env.example").read_text()
+    for name, field in NAMES.items():
+        assert re.search(rf"^#?{name}=.*# {re.escape(field)}\b", text, re.MULTILINE), name
+    used = re.findall(r"\$\{(\w+)", (REPOSITORY / "configs" / "lewis.yaml").read_text())
+    assert [name for name in used if name != "NAME" and f"\n{name}=" not in text] == []
+
+
+def test_the_example_of_env_is_a_valid_env(tmp_path: Path) -> None:
+    text = (REPOSITORY / ".env.example").read_text()
+    (tmp_path / ".env").write_text(re.sub(r"^#(?=[A-Z_]+=)", "", text, flags=re.MULTILINE))
+    config = load(REPOSITORY / "configs" / "lewis.yaml", env={}, cwd=tmp_path)
+    assert isinstance(config, LewisConfig)
+    assert config.services.listener.client.url == "http://gpu-node-01:9000"
+
+
+def test_the_reference_page_is_current() -> None:
+    assert config_reference.PAGE.read_text() == config_reference.page(), "run: python -m tools.config_reference"
+
+
+@pytest.mark.parametrize("cls", {cls for _, cls in config_reference.sections(LewisConfig)}, ids=lambda c: c.__name__)
+def test_every_field_has_a_text(cls: type) -> None:
+    docs = config_reference.field_docs(cls)
+    assert set(docs) >= set(cls.model_fields)  # type: ignore[attr-defined]
+
+
+HEAVY = ("torch", "transformers", "vllm", "numpy", "PIL", "submitit", "fastapi", "dotenv")
+PROBE = f"""
+import time
+from hpc_rl.config import load, from_json, to_json
+config = load("configs/lewis.yaml", env={{}})
+from_json(to_json(config))
+import sys
+print(time.process_time(), *(name for name in {HEAVY!r} if name in sys.modules))
+"""
+
+
+def test_reading_a_config_is_cheap_and_imports_nothing_heavy() -> None:
+    runs = [
+        subprocess.run([sys.executable, "-c", PROBE], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+        for _ in range(3)
+    ]
+    seconds = min(float(run.split()[0]) for run in runs)
+    assert runs[0].split()[1:] == []
+    assert seconds < 0.3, "of CPU time, the start of Python included"
