@@ -14,6 +14,7 @@ Heartbeats and their age are both read off the file system's own clock, so clock
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -37,12 +38,17 @@ class Holder:
     host: str
     pid: int
     pid_start: str
+    pid_space: str
     job_id: str
     taken: float
 
     def is_known_dead(self) -> bool:
-        """True when the holder ran on this host and its process is gone (a recycled pid has another start time)."""
-        return self.host == socket.gethostname() and self.pid_start != _process_start(self.pid)
+        """True when the holder ran on this host and its process is gone (a recycled pid has another start time).
+
+        A container may number processes for itself: from outside of it nothing can be said about them.
+        """
+        here = (self.host, self.pid_space) == (socket.gethostname(), _process_space())
+        return here and self.pid_start != _process_start(self.pid)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" + (f" (job {self.job_id})" if self.job_id else "")
@@ -63,7 +69,7 @@ class LeaseState:
 
 
 def _process_start(pid: int) -> str:
-    """Start time of a process in clock ticks since boot, '' when there is none (proc(5), field 22); a zombie counts as dead."""
+    """Start time of a process in clock ticks since boot (proc(5), field 22), '' when it is gone or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -71,10 +77,23 @@ def _process_start(pid: int) -> str:
     return "" if fields[0] in "ZX" else fields[19]
 
 
+def _process_space() -> str:
+    """Which numbering of processes ours belongs to (pid_namespaces(7))."""
+    return str(Path("/proc/self/ns/pid").readlink())
+
+
 def _file_system_now(folder: Path) -> float:
-    """The time on the file system's clock: that of a file touched just now."""
+    """The time on the file system's clock: that of a file touched just now.
+
+    Somebody who may only read cannot touch files; for those, who only look, this host's clock has to do.
+    """
     probe = folder / f".tmp-clock-{os.getpid()}-{threading.get_ident()}"
-    probe.touch()
+    try:
+        probe.touch()
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EROFS):
+            return time.time()
+        raise
     try:
         os.utime(probe)
         return probe.stat().st_mtime
@@ -189,6 +208,7 @@ def acquire(folder: Path, name: str, ttl_s: float) -> Lease | None:
         socket.gethostname(),
         pid,
         _process_start(pid),
+        _process_space(),
         os.environ.get("HPC_RL_JOB_ID", ""),
         time.time(),
     )
