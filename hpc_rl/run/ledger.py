@@ -72,7 +72,7 @@ class Ledger:
             text = self.path.read_text(errors="replace")
         except FileNotFoundError:
             return
-        for line in text.splitlines():
+        for line in text.split("\n"):  # not splitlines: a text may hold U+2028 and the like
             if not line.strip():
                 continue
             try:

@@ -1,4 +1,4 @@
-"""At most one holder, take-over of the dead only: one process step by step, many at once, killed, frozen, in other namespaces."""
+"""At most one holder, take-over of the dead only: one process step by step, then many of them, killed and frozen."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 from hpc_rl.run.lease import Lease, acquire, acquire_patiently, look
@@ -246,7 +245,7 @@ def test_a_first_taker_that_comes_late_gets_nothing(tmp_path: Path) -> None:
 
 
 class Takers(RuleBasedStateMachine):
-    """Any order of takes, releases, freezes and wake-ups, against the rule: the highest generation is the one holder."""
+    """Any order of takes, releases, freezes and wake-ups: the highest generation is the one holder."""
 
     leases: Bundle[Lease] = Bundle("leases")
 
@@ -308,7 +307,9 @@ test_any_order_of_takes_releases_freezes_and_wake_ups_leaves_one_holder = Takers
 # other processes
 
 
-def test_the_lease_of_a_killed_process_on_this_host_is_free_at_once(tmp_path: Path, start: Callable[..., Process]) -> None:
+def test_the_lease_of_a_killed_process_on_this_host_is_free_at_once(
+    tmp_path: Path, start: Callable[..., Process]
+) -> None:
     killed = start()
     assert acquire(tmp_path, "shard", LONG_S) is None
     killed.signal(signal.SIGKILL)
