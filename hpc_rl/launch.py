@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from hpc_rl.cluster.base import ExecutorError
 from hpc_rl.cluster.choose import executor_name, make_executor, slurm_problems
 from hpc_rl.config import ConfigError
 from hpc_rl.config.checks import check
+from hpc_rl.config.errors import format_problems
 from hpc_rl.config.schema import Config
 from hpc_rl.orchestrate import plan
 from hpc_rl.orchestrate.decide import Policy
@@ -70,19 +72,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [*arguments.set, *([f"cluster.executor={arguments.executor}"] if arguments.executor else [])]
     try:
         loaded = configs.load_with_places(arguments.config, overrides, workspace=arguments.workspace)
-        problems = check(loaded.config)
-        config = loaded.config if problems else recipes.resolve(loaded.config)
-        name = executor_name(config)
-        if name == "slurm" and not (arguments.dry_run or arguments.init or problems):
-            problems = slurm_problems(config)
-        if problems:
-            raise ConfigError(problems)
         for note in loaded.notes:
             say(note)
+        name = executor_name(loaded.config)
+        problems = check(loaded.config, loaded.places)
         if arguments.dry_run:
-            plan.show(config, name, arguments.verbose)
+            plan.show(loaded.config, name, arguments.verbose)
+            if problems:
+                print(f"before it can be launched, {format_problems(problems)}")
             return 0
-        return start(config, name, arguments)
+        if name == "slurm" and not (arguments.init or problems):
+            problems = slurm_problems(loaded.config)
+        if problems:
+            raise ConfigError(problems)
+        return start(recipes.resolve(loaded.config), name, arguments)
     except (ConfigError, OtherConfig, RunBusy, ExecutorError, CorruptFile) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -101,13 +104,29 @@ def start(config: Config, executor: str, arguments: argparse.Namespace) -> int:
     )
     if executor == "slurm" and policy.control and not arguments.watch:
         return submit(run, policy)
+    if queued := others_jobs(run, executor):
+        print(f"already running: Slurm jobs {queued}. Nothing was changed.\n{plan.commands(run.ws.root)}")
+        return 0
     lease = acquire(run.ws.lease_folder, DRIVER_LEASE, config.run.lease_ttl_s)
     if lease is None:
-        holder = look_at_lease(run.ws.lease_folder, DRIVER_LEASE).holder
-        print(f"already running: {holder} drives {run.ws.root}. Nothing was changed.\n{plan.commands(run.ws.root)}")
-        return 0
+        return already_driven(run)
     with lease:
         return drive(run, executor, policy, lease)
+
+
+def others_jobs(run: Run, executor: str) -> str:
+    """Ids of jobs that another executor still has queued for this run, '' when there are none."""
+    names = [a.name for a in Ledger(run.ws).history().attempts if a.executor == "slurm"]
+    if executor == "slurm" or not names or shutil.which("squeue") is None:
+        return ""
+    return ", ".join(sorted({job.job_id for job in make_executor(run.config, "slurm").queue(names)}))
+
+
+def already_driven(run: Run) -> int:
+    """Say who drives the run."""
+    holder = look_at_lease(run.ws.lease_folder, DRIVER_LEASE).holder
+    print(f"already running: {holder} drives {run.ws.root}. Nothing was changed.\n{plan.commands(run.ws.root)}")
+    return 0
 
 
 def _snapshot(run: Run) -> Path:
@@ -116,6 +135,8 @@ def _snapshot(run: Run) -> Path:
 
 def submit(run: Run, policy: Policy) -> int:
     """Submit what the run needs next and return."""
+    if look_at_lease(run.ws.lease_folder, DRIVER_LEASE).is_held(run.config.run.lease_ttl_s):
+        return already_driven(run)
     executor = make_executor(run.config, "slurm")
     view = look(run, executor)
     waiting_for_nothing = view.history.paused or view.history.stopped

@@ -57,21 +57,29 @@ def stages(config: LewisConfig, round: int) -> Iterable[Stage]:
             Stage(inputs, "jobs.grade", Kind.ARRAY, needs=(StageId(round, "sample"),), shards=shards)
         )
     train = Stage(StageId(round, "train"), "jobs.train", Kind.MULTINODE, needs=(inputs,))
-    yield from _with_listener(train) if live else (train,)
-    yield from _with_listener(Stage(StageId(round, "evaluate"), "jobs.evaluate", Kind.SINGLE, needs=(train.id,)))
+    yield from _with_listener(config, train) if live else (train,)
+    yield from _with_listener(
+        config, Stage(StageId(round, "evaluate"), "jobs.evaluate", Kind.SINGLE, needs=(train.id,))
+    )
 
 
 def _preparation(config: LewisConfig) -> Iterable[Stage]:
-    categories = config.data.categories
-    assert categories, "resolve() comes before planning"
+    # without categories this is a plan for people (--dry-run on a machine that lacks the images), not one that is run
+    categories = config.data.categories or ("unknown",)
     prepare, dataset = StageId(0, "prepare"), StageId(0, "dataset")
     yield Stage(prepare, "jobs.prepare", Kind.ARRAY, shards=len(categories))
     yield Stage(dataset, "jobs.dataset", Kind.SINGLE, needs=(prepare,))
-    yield from _with_listener(Stage(StageId(0, "evaluate"), "jobs.evaluate", Kind.SINGLE, needs=(dataset,)))
+    yield from _with_listener(config, Stage(StageId(0, "evaluate"), "jobs.evaluate", Kind.SINGLE, needs=(dataset,)))
 
 
-def _with_listener(stage: Stage) -> Iterable[Stage]:
-    """A stage and, before it, the listener that serves it and that starts when the stage may."""
+def _with_listener(config: LewisConfig, stage: Stage) -> Iterable[Stage]:
+    """A stage and, before it, the listener that serves it and that starts when the stage may.
+
+    With `services.listener.client.url` the listener is somebody else's and the stage stands alone.
+    """
+    if config.services.listener.client.url:
+        yield stage
+        return
     listener = StageId(stage.round, f"{stage.name}.listener")
     yield Stage(listener, "jobs.serve", Kind.SERVICE, needs=stage.needs, shards=0, serves=(stage.id,))
     yield Stage(stage.id, stage.job, stage.kind, stage.needs, stage.shards, uses=(listener,))
