@@ -54,7 +54,7 @@ def stages(config: LewisConfig, round: int) -> Iterable[Stage]:
         yield Stage(StageId(round, "sample"), "jobs.sample", Kind.ARRAY, needs=(weights,), shards=shards)
         inputs = StageId(round, "grade")
         yield from _with_listener(
-            Stage(inputs, "jobs.grade", Kind.ARRAY, needs=(StageId(round, "sample"),), shards=shards)
+            config, Stage(inputs, "jobs.grade", Kind.ARRAY, needs=(StageId(round, "sample"),), shards=shards)
         )
     train = Stage(StageId(round, "train"), "jobs.train", Kind.MULTINODE, needs=(inputs,))
     yield from _with_listener(config, train) if live else (train,)
