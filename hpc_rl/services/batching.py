@@ -67,6 +67,7 @@ class Counters:
     batches: int = 0
     refused: int = 0
     failed_batches: int = 0
+    failed_in_a_row: int = 0
     largest_batch: int = 0
     seconds_in_model: float = 0.0
 
@@ -214,6 +215,7 @@ class Batcher(Generic[Item, Result]):
             self.counters.largest_batch = max(self.counters.largest_batch, len(batch))
             self.counters.seconds_in_model += took_s
             self.counters.failed_batches += error is not None
+            self.counters.failed_in_a_row = self.counters.failed_in_a_row + 1 if error is not None else 0
             for place, entry in enumerate(batch):
                 if error is None:
                     entry.request.results[entry.index] = results[place]

@@ -154,30 +154,30 @@ class ServiceClient:
         """One call: the answer, a failure that counts, or None where another server or a later moment may do better."""
         token = self._token()
         if token is None and replica.nonce:
-            self._replicas.set_aside(replica, f"{self._folder / handoff.TOKEN_FILE} is not there yet")
+            self._replicas.busy(replica, f"{self._folder / handoff.TOKEN_FILE} is not there yet", POLL_S)
             return None
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             answer = self._http.post(f"{replica.url}{route}", json=payload, headers=headers)
         except (httpx.ReadTimeout, httpx.WriteTimeout):
-            self._replicas.set_aside(replica, f"{replica.url} took longer than {self._options.timeout_s:g} s")
+            self._replicas.failed(replica, f"{replica.url} took longer than {self._options.timeout_s:g} s")
             return _Failure(self._replicas.problem)
         except httpx.TransportError as error:
-            self._replicas.set_aside(replica, f"{replica.url} is gone ({type(error).__name__}: {error})")
+            self._replicas.gone(replica, f"{replica.url} is gone ({type(error).__name__}: {error})")
             return None
         if answer.status_code == 200:
             self._replicas.succeeded(replica)
             return _Answer(answer.json())
         problem = f"{replica.url}{route} answered {answer.status_code}: {_detail(answer)}"
         if answer.status_code in (429, 503):
-            self._replicas.set_aside(replica, problem, rest_s=_retry_after_s(answer))
+            self._replicas.busy(replica, problem, _retry_after_s(answer))
             return None
         if answer.status_code in (401, 403):
             raise ServiceRefused(
                 f"{problem}. The token is read from {self._folder / handoff.TOKEN_FILE} or LISTENER_TOKEN"
             )
         if answer.status_code >= 500:
-            self._replicas.set_aside(replica, problem)
+            self._replicas.failed(replica, problem)
             return _Failure(problem)
         raise CallFailed(problem, too_large=answer.status_code == 413)
 

@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -255,7 +255,7 @@ def new_nonce() -> str:
     return secrets.token_hex(16)
 
 
-def replica_name(environ: dict[str, str] | os._Environ[str]) -> str:
+def replica_name(environ: Mapping[str, str]) -> str:
     """A name that a requeued job keeps and that no other server of the run has."""
     job = environ.get("HPC_RL_JOB_ID", "")
     return f"job-{job}" if job else f"{socket.gethostname()}-{os.getpid()}"

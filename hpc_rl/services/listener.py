@@ -124,6 +124,10 @@ class Scorer:
         self.cache = ImageCache(cache_bytes)
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
+    def close(self) -> None:
+        """End its threads."""
+        self._decoders.shutdown()
+
     def __call__(self, pairs: Sequence[Pair]) -> list[float | Unscorable]:
         """P(yes) of each pair, in order; the same pair twice is asked once and has one answer."""
         images = self._images(list(dict.fromkeys(pair.path for pair in pairs)))

@@ -77,14 +77,25 @@ class Replicas:
         """A call was answered."""
         replica.failures = 0
 
-    def set_aside(self, replica: Replica, problem: str, rest_s: float | None = None) -> None:
-        """Give a replica a rest, twice as long each time, and look at the folder again before the next call."""
+    def failed(self, replica: Replica, problem: str) -> None:
+        """A call was answered with a failure or not in time: others come first, and it must say again who it is."""
         with self._lock:
             self.problem = problem
+            replica.verified = False
+            self._read_at = float("-inf")
+
+    def gone(self, replica: Replica, problem: str) -> None:
+        """It does not answer at all: it gets a rest, twice as long each time."""
+        with self._lock:
             replica.failures += 1
-            if rest_s is None:
-                replica.verified = False
-                rest_s = min(LONGEST_REST_S, FIRST_REST_S * 2 ** (replica.failures - 1))
+            rest_s = min(LONGEST_REST_S, FIRST_REST_S * 2 ** (replica.failures - 1))
+            replica.rests_until = time.monotonic() + rest_s
+        self.failed(replica, problem)
+
+    def busy(self, replica: Replica, problem: str, rest_s: float) -> None:
+        """It asked to be left alone for so long (Retry-After). Seconds."""
+        with self._lock:
+            self.problem = problem
             replica.rests_until = time.monotonic() + rest_s
             self._read_at = float("-inf")
 
@@ -98,23 +109,27 @@ class Replicas:
                     return None
                 chosen = min(awake, key=lambda r: (not r.verified, r.outstanding, self._rng.random()))
                 chosen.outstanding += 1
+                if chosen.verified:
+                    self._verify_others([replica for replica in awake if not replica.verified])
             if chosen.verified or self._verify(chosen):
                 return chosen
             with self._lock:
                 chosen.outstanding -= 1
 
     def _refresh(self) -> None:
-        if self._fixed or time.monotonic() - self._read_at < REFRESH_S:
+        fresh = time.monotonic() - self._read_at < REFRESH_S
+        if self._fixed or (fresh and any(replica.verified for replica in self._known.values())):
             return
         self._read_at = time.monotonic()
         records = handoff.discover(self._folder, lambda path: log.warning("%s is no handoff record", path))
         self._known = {r.nonce: self._known.get(r.nonce) or Replica(r.url, r.nonce) for r in records}
         if not self._known:
             self.problem = f"no server is published in {self._folder}"
-        new = [replica for replica in self._known.values() if not replica.verified]
-        if new and len(new) < len(self._known) and not (self._checking and self._checking.is_alive()):
-            # Servers that answer serve meanwhile: a record left behind by a dead host costs nobody its time-out.
-            self._checking = threading.Thread(target=lambda: [self._verify(replica) for replica in new], daemon=True)
+
+    def _verify_others(self, replicas: list[Replica]) -> None:
+        """Look at new and recovered servers aside: a record left behind by a dead host costs no call its time-out."""
+        if replicas and not (self._checking and self._checking.is_alive()):
+            self._checking = threading.Thread(target=lambda: [self._verify(r) for r in replicas], daemon=True)
             self._checking.start()
 
     def _verify(self, replica: Replica) -> bool:
@@ -123,11 +138,11 @@ class Replicas:
             answer = self._http.get(f"{replica.url}/health", timeout=HEALTH_TIMEOUT_S)
             said = answer.json() if answer.status_code == 200 else {}
         except (httpx.HTTPError, ValueError) as error:
-            self.set_aside(replica, f"{replica.url} does not answer ({type(error).__name__}: {error})")
+            self.gone(replica, f"{replica.url} does not answer ({type(error).__name__}: {error})")
             return False
         nonce = said.get("nonce") if isinstance(said, dict) else None
         if nonce is None or (replica.nonce and nonce != replica.nonce):
-            self.set_aside(replica, f"what answers at {replica.url} is not the server that was published there")
+            self.gone(replica, f"what answers at {replica.url} is not the server that was published there")
             return False
         replica.verified = True
         return True

@@ -103,8 +103,12 @@ class Guard:
             return
         self.last_request = time.monotonic()
         self.in_flight += 1
+        answering = _Answering(send)
         try:
-            await self._app(scope, _replay(body, receive), send)
+            await self._app(scope, _replay(body, receive), answering)
+        except asyncio.CancelledError:  # stopped before this was done: it is not the request's fault
+            if not answering.begun:
+                await _answer(send, 503, {"detail": "this server has left; ask another replica"})
         finally:
             self.in_flight -= 1
             self.last_request = time.monotonic()
@@ -126,6 +130,18 @@ class Guard:
             return await asyncio.wait_for(_collect(receive, limit), self._limits.body_timeout_s)
         except TimeoutError:
             raise _Refused(408, f"the body took longer than {self._limits.body_timeout_s:g} s") from None
+
+
+class _Answering:
+    """A `send` that knows whether an answer has begun."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.begun = False
+
+    async def __call__(self, message: Message) -> None:
+        self.begun = True
+        await self._send(message)
 
 
 async def _collect(receive: Receive, limit: int) -> bytes:
@@ -197,7 +213,9 @@ class ServerThread:
             access_log=False,
             lifespan="off",
             timeout_keep_alive=30,
+            timeout_graceful_shutdown=1,  # `drain` has waited already; what is left is cancelled and told so
             server_header=False,
+            proxy_headers=False,
         )
         self._server = uvicorn.Server(options)
         self._thread = threading.Thread(target=self._serve, name="http-server", daemon=True)

@@ -1,0 +1,283 @@
+"""The listener over HTTP, with a real tiny model: answers, the seed's JSON, merging, and limits."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from PIL import Image
+
+from hpc_rl.engines.yes_no import YesNoModel
+
+from .conftest import PIXELS, Lab
+
+PATHS = [f"a/{number}.png" for number in range(6)]
+
+
+def ask(lab: Lab, route: str, body: Any, **more: Any) -> httpx.Response:
+    url = lab.hosted[-1].publication.endpoint.url
+    headers = {"Authorization": f"Bearer {lab.token}"}
+    return httpx.post(f"{url}{route}", json=body, headers=headers, trust_env=False, timeout=30, **more)
+
+
+def reference(model: YesNoModel, picture: Path, question: str) -> float:
+    """P(yes) the plain way: one image, the processor's own prompt, a softmax over the whole vocabulary."""
+    processor, network = model._processor, model._model
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=[prompt], images=[Image.open(picture).convert("RGB")], return_tensors="pt")
+    with torch.no_grad():
+        p = network(**inputs).logits[0, -1].double().softmax(-1)
+    text = {i: processor.tokenizer.decode([i]).strip().lower() for i in range(len(processor.tokenizer))}
+    yes, no = (sum(float(p[i]) for i in text if text[i] == word) for word in ("yes", "no"))
+    return yes / (yes + no)
+
+
+def test_scores_are_those_of_one_plain_forward_pass(lab: Lab) -> None:
+    lab.serve()
+    question = 'Does this description "A. B." describe the image? Answer yes or no.'
+    answer = ask(lab, "/score", {"candidate_paths": PATHS, "question": question})
+    assert answer.status_code == 200
+    expected = [reference(lab.model, lab.pictures / path, question) for path in PATHS]
+    assert answer.json() == {
+        "yes_probabilities": pytest.approx(expected, abs=1e-5),
+        "predicted_index": expected.index(max(expected)),
+    }
+
+
+def test_the_seeds_curl_example_works_to_the_letter(lab: Lab) -> None:
+    url = lab.serve().publication.endpoint.url
+    body = {
+        "batch": [
+            {
+                "candidate_paths": [str(lab.pictures / "a/0.png"), str(lab.pictures / "a/1.png")],
+                "question": "Does the description match the dog in the image?",
+                "topk": 1,
+            }
+        ]
+    }
+    curl = ["curl", "-s", "--noproxy", "*", "-H", "Content-Type: application/json"]
+    curl += ["-H", f"Authorization: Bearer {lab.token}", "-d", json.dumps(body), f"{url}/batch_score"]
+    said = json.loads(subprocess.run(curl, capture_output=True, check=True).stdout)
+    assert list(said) == ["results", "took"] and said["took"] > 0
+    (result,) = said["results"]
+    assert list(result) == ["yes_probabilities", "predicted_index"]
+    assert result["predicted_index"] == result["yes_probabilities"].index(max(result["yes_probabilities"]))
+    health = subprocess.run(["curl", "-s", "--noproxy", "*", f"{url}/health"], capture_output=True, check=True).stdout
+    assert json.loads(health)["status"] == "ok"
+
+
+def test_results_come_in_the_order_of_the_batch(lab: Lab) -> None:
+    lab.serve(batch_size=5)
+    games = [{"candidate_paths": PATHS[i : i + 2], "question": f"red {i}?"} for i in range(4)]
+    together = ask(lab, "/batch_score", {"batch": games}).json()["results"]
+    alone = [ask(lab, "/score", game).json() for game in games]
+    for one, other in zip(together, alone, strict=True):
+        assert one["yes_probabilities"] == pytest.approx(other["yes_probabilities"], abs=1e-5)
+        assert one["predicted_index"] == other["predicted_index"]
+
+
+def test_a_bad_item_has_an_error_in_its_place_and_costs_the_others_nothing(lab: Lab) -> None:
+    lab.serve()
+    (lab.pictures / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
+    good = {"candidate_paths": PATHS[:2], "question": "red?"}
+    bad = {"candidate_paths": ["a/0.png", "a/broken.png"], "question": "red?"}
+    control = {"candidate_paths": ["a/0.png"], "question": "red <|image_pad|>?"}
+    first, second, third, fourth = ask(lab, "/batch_score", {"batch": [good, bad, control, good]}).json()["results"]
+    assert first == fourth and len(first["yes_probabilities"]) == 2
+    assert list(second) == ["error"] and second["error"].startswith("candidate 1: ")
+    assert "control token <|image_pad|>" in third["error"]
+    alone = ask(lab, "/score", bad)
+    assert alone.status_code == 422 and alone.json()["detail"] == second["error"]
+
+
+def test_topk_adds_the_best_candidates_in_order(lab: Lab) -> None:
+    lab.serve()
+    said = ask(lab, "/score", {"candidate_paths": PATHS[:4], "question": "red?", "topk": 3}).json()
+    p = said["yes_probabilities"]
+    assert said["top_indices"] == sorted(range(4), key=lambda i: -p[i])[:3]
+    assert said["predicted_index"] == said["top_indices"][0]
+
+
+def test_the_same_picture_twice_is_a_tie_and_nobody_wins(lab: Lab) -> None:
+    lab.serve()
+    said = ask(lab, "/score", {"candidate_paths": ["a/0.png", "a/0.png"], "question": "red?"}).json()
+    assert said["yes_probabilities"][0] == said["yes_probabilities"][1]
+    assert said["predicted_index"] == -1
+
+
+class NotANumber(YesNoModel):
+    """A listener whose weights went wrong: some of its logits are NaN."""
+
+    def yes_probabilities(self, pairs: Any) -> list[float]:
+        scores = super().yes_probabilities(pairs)
+        return [math.nan, *scores[1:]]
+
+
+def test_a_probability_that_is_no_number_is_null_and_nobody_wins(lab: Lab, listener_folder: Path) -> None:
+    lab.serve(model=NotANumber(str(listener_folder), **PIXELS))
+    said = ask(lab, "/score", {"candidate_paths": PATHS[:2], "question": "red?", "topk": 2}).json()
+    assert said["yes_probabilities"][0] is None and said["yes_probabilities"][1] > 0
+    assert said["predicted_index"] == -1 and said["top_indices"] == [1, 0]
+
+
+def test_an_image_is_encoded_once_for_all_questions_and_again_when_it_changes(lab: Lab) -> None:
+    hosted = lab.serve()
+    picture = lab.pictures / "a" / "changing.png"
+    Image.new("RGB", (56, 56), (200, 0, 0)).save(picture)
+    scores = []
+    for question in ("red?", "blue?", "red? blue?"):
+        scores.append(ask(lab, "/score", {"candidate_paths": ["a/changing.png"], "question": question}).json())
+    details = health(lab, hosted.publication.endpoint.url)
+    assert details["image_cache"] == {"hits": 2, "misses": 1}
+    Image.new("RGB", (56, 56), (0, 0, 200)).save(picture)
+    changed = ask(lab, "/score", {"candidate_paths": ["a/changing.png"], "question": "red?"}).json()
+    assert changed != scores[0]
+
+
+def health(lab: Lab, url: str) -> Any:
+    return httpx.get(f"{url}/health", headers={"Authorization": f"Bearer {lab.token}"}, trust_env=False).json()
+
+
+class Slow(YesNoModel):
+    """A listener whose batches take as long as a test wants."""
+
+    release = threading.Event()
+
+    def yes_probabilities(self, pairs: Any) -> list[float]:
+        self.release.wait(20)
+        return super().yes_probabilities(pairs)
+
+
+@pytest.fixture
+def slow(listener_folder: Path) -> Any:
+    model = Slow(str(listener_folder), **PIXELS)
+    model.release = threading.Event()
+    yield model
+    model.release.set()
+
+
+def until(condition: Any, timeout_s: float = 10) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def test_requests_of_different_clients_are_merged_into_one_model_batch(lab: Lab, slow: Slow) -> None:
+    hosted = lab.serve(model=slow, batch_size=64)
+    games = [{"candidate_paths": PATHS[:3], "question": f"red {i}?"} for i in range(9)]
+    with ThreadPoolExecutor(9) as clients:
+        answers = [clients.submit(ask, lab, "/score", games[0])]
+        until(lambda: hosted.batcher.counters.requests == 1 and hosted.batcher.waiting == 0)
+        answers += [clients.submit(ask, lab, "/score", game) for game in games[1:]]
+        until(lambda: hosted.batcher.waiting == 24)
+        slow.release.set()
+        said = [answer.result().json() for answer in answers]
+    assert hosted.batcher.counters.batches == 2 and hosted.batcher.counters.largest_batch == 24
+    for game, answer in zip(games, said, strict=True):
+        alone = ask(lab, "/score", game).json()
+        assert answer["yes_probabilities"] == pytest.approx(alone["yes_probabilities"], abs=1e-5)
+
+
+def test_a_full_queue_refuses_with_retry_after_and_health_stays_quick(lab: Lab, slow: Slow) -> None:
+    hosted = lab.serve(model=slow, batch_size=2, max_queue_pairs=4)
+    game = {"candidate_paths": PATHS[:2], "question": "red?"}
+    with ThreadPoolExecutor(3) as clients:
+        waiting = [clients.submit(ask, lab, "/score", game)]
+        until(lambda: hosted.batcher.counters.requests == 1 and hosted.batcher.waiting == 0)
+        waiting += [clients.submit(ask, lab, "/score", game) for _ in range(2)]
+        until(lambda: hosted.batcher.waiting == 4)
+        refused = ask(lab, "/score", game)
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+        started = time.monotonic()
+        assert health(lab, hosted.publication.endpoint.url)["waiting_pairs"] == 4
+        assert time.monotonic() - started < 1
+        slow.release.set()
+        assert [answer.result().status_code for answer in waiting] == [200, 200, 200]
+
+
+def test_a_request_that_gets_no_turn_in_time_is_refused(lab: Lab, slow: Slow) -> None:
+    hosted = lab.serve(model=slow, batch_size=2, acquire_timeout_s=0.3)
+    game = {"candidate_paths": PATHS[:2], "question": "red?"}
+    with ThreadPoolExecutor(2) as clients:
+        first = clients.submit(ask, lab, "/score", game)
+        until(lambda: hosted.batcher.counters.requests == 1 and hosted.batcher.waiting == 0)
+        second = ask(lab, "/score", game)
+        assert second.status_code == 503 and "no turn within 0.3 s" in second.json()["detail"]
+        assert hosted.batcher.waiting == 0
+        slow.release.set()
+        assert first.result().status_code == 200
+
+
+class Failing(YesNoModel):
+    """A listener whose forward pass raises."""
+
+    def yes_probabilities(self, pairs: Any) -> list[float]:
+        raise RuntimeError("a kernel did not launch")
+
+
+def test_a_model_that_fails_is_a_server_error_and_counted(lab: Lab, listener_folder: Path) -> None:
+    hosted = lab.serve(model=Failing(str(listener_folder), **PIXELS))
+    for _ in range(2):
+        answer = ask(lab, "/score", {"candidate_paths": PATHS[:1], "question": "red?"})
+        assert answer.status_code == 500 and "a kernel did not launch" in answer.json()["detail"]
+    assert hosted.batcher.counters.failed_in_a_row == 2
+
+
+def test_limits_on_bodies_items_and_slow_senders(lab: Lab) -> None:
+    hosted = lab.serve(max_body_bytes=10_000, max_queue_pairs=20)
+    game = {"candidate_paths": PATHS[:1], "question": "red?"}
+    assert ask(lab, "/batch_score", {"batch": [game] * 21}).status_code == 413
+    assert ask(lab, "/batch_score", {"batch": [{**game, "question": "x" * 11_000}]}).status_code == 413
+    headers = {"Authorization": f"Bearer {lab.token}", "Content-Type": "application/json"}
+    url = hosted.publication.endpoint.url
+    chunks = iter([b'{"batch": [', *[b" " * 1000] * 20])
+    assert httpx.post(f"{url}/batch_score", content=chunks, headers=headers, trust_env=False).status_code == 413
+    for body in ({}, {"batch": 3}, {"batch": [{"question": "x"}]}, {"batch": [{**game, "url": "http://x"}]}, []):
+        assert ask(lab, "/batch_score", body).status_code == 422
+    assert ask(lab, "/score", {**game, "candidate_paths": []}).status_code == 422
+    assert ask(lab, "/batch_score", {"batch": []}).json()["results"] == []
+    hosted.server.guard._limits = type(hosted.server.guard._limits)(10_000, body_timeout_s=0.3)
+    with socket.create_connection(("127.0.0.1", hosted.server.port)) as slow:
+        head = f"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {lab.token}\r\nContent-Length: 100\r\n\r\n{{"
+        slow.sendall(head.encode())
+        slow.settimeout(10)
+        assert slow.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_draining_turns_new_requests_away_and_answers_those_in_flight(lab: Lab, slow: Slow) -> None:
+    hosted = lab.serve(model=slow)
+    game = {"candidate_paths": PATHS[:2], "question": "red?"}
+    with ThreadPoolExecutor(2) as clients:
+        first = clients.submit(ask, lab, "/score", game)
+        until(lambda: hosted.batcher.counters.requests == 1)
+        leaving = clients.submit(hosted.leave, 20)
+        until(lambda: hosted.server.guard.draining)
+        refused = ask(lab, "/score", game)
+        assert refused.status_code == 503 and "leaving" in refused.json()["detail"]
+        slow.release.set()
+        assert first.result().status_code == 200
+        leaving.result()
+    assert not hosted.server.alive and not hosted.publication.path.exists()
+
+
+def test_no_descriptor_is_left_open(lab: Lab) -> None:
+    lab.serve()
+    game = {"candidate_paths": [*PATHS, "a/none.png", "../x", "/etc/passwd"], "question": "red?"}
+    ask(lab, "/batch_score", {"batch": [game]})
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        ask(lab, "/batch_score", {"batch": [game]})
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
