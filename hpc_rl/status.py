@@ -16,6 +16,7 @@ from hpc_rl.orchestrate.overview import Overview, StageOverview
 from hpc_rl.orchestrate.reconcile import DRIVER_LEASE, Run, look
 from hpc_rl.run import atomic
 from hpc_rl.run.lease import look as look_at_lease
+from hpc_rl.run.ledger import Ledger
 
 WATCH_EVERY_S = 5.0
 
@@ -31,13 +32,14 @@ class Reader:
 
     def queue(self, names: Iterable[str]) -> Sequence[Queued]:
         """See `Executor.queue`."""
-        names = list(names)
+        names = set(names)
+        on_slurm = [a.name for a in Ledger(self.run.ws).history().attempts if a.executor == "slurm" and a.name in names]
         found: list[Queued] = []
-        if shutil.which("squeue"):
+        if on_slurm and shutil.which("squeue"):
             from hpc_rl.cluster import queries
 
             try:
-                found += queries.queued_jobs(names)
+                found += queries.queued_jobs(on_slurm)
             except ExecutorError as error:
                 self.note = f"Slurm did not answer ({error}); jobs in its queue are not shown"
         if look_at_lease(self.run.ws.lease_folder, DRIVER_LEASE).is_held(self.run.config.run.lease_ttl_s):

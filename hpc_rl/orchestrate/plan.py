@@ -9,7 +9,7 @@ from hpc_rl import recipes
 from hpc_rl.cluster.base import Resources
 from hpc_rl.cluster.choose import make_executor
 from hpc_rl.config.schema import Config
-from hpc_rl.orchestrate.graph import Graph, Stage
+from hpc_rl.orchestrate.graph import Graph, Kind, Stage
 from hpc_rl.orchestrate.requests import build_request
 from hpc_rl.run.workspace import Workspace
 
@@ -30,18 +30,22 @@ def show(config: Config, executor: str, scripts: bool) -> None:
     print(f"run {config.run.name}: recipe {config.recipe}, {config.run.rounds} rounds, executor {executor}")
     print(f"workspace {ws.root}\nconfig hash {configs.config_hash(config)[:12]}\n")
     repeats = _repeats_of_round_1(graph)
+    control = executor == "slurm" and config.cluster.advance == "jobs"
     for number in range(graph.rounds + 2):
         if number in repeats:
             continue
+        shown = [stage for stage in graph.of_round(number) if stage.kind is not Kind.CONTROL or control]
+        if not shown:
+            continue
         title = f"round {number}" if number <= graph.rounds else "after the last round"
         print(f"{title}{f' (and {len(repeats)} more like it)' if number == 1 and repeats else ''}")
-        for stage in graph.of_round(number):
+        for stage in shown:
             print(_line(config, ws, executor, stage))
         print()
     if scripts:
         backend = make_executor(config, executor)
         for stage in graph.stages:
-            if stage.round in repeats:
+            if stage.round in repeats or (stage.kind is Kind.CONTROL and not control):
                 continue
             request = build_request(
                 ws, config, stage, f"{config.run.name}-r{stage.round:02d}-{stage.name}-a1-UNIQUE", executor, ws.code_dir / "HASH",
