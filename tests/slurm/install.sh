@@ -4,7 +4,7 @@
 # says so and ends well, and those tests are skipped; in CI (CI=true) that is an error.
 set -eu
 
-packages="slurmctld slurmd slurm-client slurmdbd munge mariadb-server util-linux coreutils"
+packages="slurmctld slurmd slurm-client slurmdbd munge mariadb-server util-linux coreutils shellcheck"
 
 give_up() {
     echo "tests/slurm/install.sh: $1" >&2
@@ -40,11 +40,9 @@ fi
 
 echo "tests/slurm/install.sh: installing$missing"
 fresh=$(echo "$missing" | tr ' ' '\n' | grep -E '^(slurm|munge|mariadb)' || true)
-if ! {
-    apt-get update &&
-        # shellcheck disable=SC2086 # a list of words
-        DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends $missing
-} >"$log" 2>&1; then
+export DEBIAN_FRONTEND=noninteractive
+# shellcheck disable=SC2086 # $missing is a list of words
+if ! { apt-get update && apt-get install --yes --no-install-recommends $missing; } >"$log" 2>&1; then
     tail -n 20 "$log" >&2
     give_up "apt-get could not install:$missing"
 fi
