@@ -41,9 +41,10 @@ class RunConfig(Section):
     """Rounds that are queued behind the running one, so that advancing is not on the critical path."""
     max_attempts: PositiveInt = 5
     """Submissions of one stage before the run stops with an explanation."""
-    lease_ttl_s: PositiveFloat = 60
-    """A task whose heartbeat is older than this has lost its shard to the next one that asks. Seconds."""
-    linger_s: NonNegativeFloat = 120
+    lease_ttl_s: PositiveFloat = 120
+    """A task whose heartbeat is older than this has lost its shard to the next one that asks. Seconds; well above
+    `cluster.file_system_lag_s`, or heartbeats that are only shown late look like death."""
+    linger_s: NonNegativeFloat = 180
     """How long a task without a free shard waits for a lost one before it ends. Seconds."""
     gate_patience_s: NonNegativeFloat | None = None
     """How long a job looks for its inputs before it exits as blocked. Seconds; null = `cluster.file_system_lag_s`."""

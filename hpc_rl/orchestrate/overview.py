@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hpc_rl.cluster.base import Queued
 from hpc_rl.cluster.failures import Outcome
 from hpc_rl.orchestrate.decide import View
 from hpc_rl.orchestrate.graph import Kind, Stage
+from hpc_rl.run.ledger import Attempt
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ def _stage(view: View, stage: Stage) -> StageOverview:
     counts = Counter("waiting" if job.is_waiting else "running" for job in jobs)
     ends = [end for attempt in attempts for end in view.ends.get(attempt.name, ()) if end.outcome != Outcome.DONE.value]
     last = max(ends, key=lambda end: end.ended, default=None)
+    lost = _lost(view, attempts, jobs)
     done = view.is_done(stage.id) if stage.kind is not Kind.CONTROL else bool(attempts) and not jobs
     if done and not counts["running"]:
         state = "done"
@@ -91,7 +95,7 @@ def _stage(view: View, stage: Stage) -> StageOverview:
     elif not attempts:
         state = "not yet"
     else:
-        state = "failed" if last else "incomplete"
+        state = "failed" if last or lost else "incomplete"
     return StageOverview(
         round=stage.round,
         stage=stage.name,
@@ -105,6 +109,14 @@ def _stage(view: View, stage: Stage) -> StageOverview:
         job_ids=tuple(i for attempt in attempts for i in attempt.job_ids or ()),
         nodes=tuple(sorted({job.node for job in jobs if job.node})),
         reason=next((job.reason for job in jobs if job.reason not in ("", "None")), ""),
-        last_error=f"{last.outcome}: {last.error}" if last else "",
+        last_error=lost or (f"{last.outcome}: {last.error}" if last else ""),
         log=last.log if last else "",
     )
+
+
+def _lost(view: View, attempts: Sequence[Attempt], jobs: Sequence[Queued]) -> str:
+    """What to say of a last attempt that ended without a word: its node died, or it could not even start."""
+    if not attempts or jobs or attempts[-1].name in view.ends or attempts[-1].cancelled or not attempts[-1].job_ids:
+        return ""
+    job_id = attempts[-1].job_ids[-1]
+    return f"{Outcome.LOST.value}: job {job_id} left no end record (a node failure? `sacct -j {job_id}` may tell)"
