@@ -84,8 +84,8 @@ def _stage(view: View, stage: Stage) -> StageOverview:
     counts = Counter("waiting" if job.is_waiting else "running" for job in jobs)
     ends = [end for attempt in attempts for end in view.ends.get(attempt.name, ()) if end.outcome != Outcome.DONE.value]
     last = max(ends, key=lambda end: end.ended, default=None)
-    lost = _lost(view, attempts, jobs)
     done = view.is_done(stage.id) if stage.kind is not Kind.CONTROL else bool(attempts) and not jobs
+    lost = "" if done else _lost(view, attempts, jobs)
     if done and not counts["running"]:
         state = "done"
     elif counts["running"]:
