@@ -1,0 +1,52 @@
+# shellcheck shell=bash
+# Sourced by every template: arguments, log file, and what to do when Slurm asks the job to leave. Nothing to edit here.
+# No `set -eu`: what people source in a template (module, conda) often does not survive it.
+
+# begin STAGE WORKSPACE ROUND: checks the arguments, sets WORKSPACE, ROUND and STAGE, and sends all further output to
+# WORKSPACE/logs/round_RR/STAGE/JOBID-RESTART.out, beside the logs of jobs that hpc_rl.launch submits.
+begin() {
+    STAGE=$1
+    WORKSPACE=${2:-${WORKSPACE:-}}
+    ROUND=${3:-${ROUND:-}}
+    [[ -n $WORKSPACE && $ROUND =~ ^[0-9]+$ ]] || fail "usage: sbatch slurm_templates/${STAGE##*.}.sbatch WORKSPACE ROUND
+  WORKSPACE  the run's folder, on storage that all nodes share   (got: '$WORKSPACE')
+  ROUND      a number: 0 is the preparation, training begins at 1 (got: '$ROUND')
+Both may also be environment variables of these names."
+    [[ -f $WORKSPACE/training_config.json ]] || fail "$WORKSPACE holds no run. Make one first:
+  python -m hpc_rl.launch CONFIG --workspace $WORKSPACE --init"
+    WORKSPACE=$(realpath "$WORKSPACE") # a container may start in another folder
+    ROUND=$((10#$ROUND))
+    local folder log
+    folder=$WORKSPACE/logs/$(printf 'round_%02d/%s' "$ROUND" "$STAGE")
+    log=$folder/$(own_id)-${SLURM_RESTART_COUNT:-0}.out
+    mkdir -p "$folder" || fail "$WORKSPACE is not writable on $(hostname)"
+    echo "$STAGE of round $ROUND runs on $(hostname); its log: $log"
+    exec >>"$log" 2>&1
+    export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+    # one node's threads are shared by its ranks; libraries would take all of them for each
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
+    echo "$(date '+%F %T') $STAGE, round $ROUND, on ${SLURM_JOB_NODELIST:-$(hostname)}"
+}
+
+# ended STATUS: the last word of a job whose step did not succeed.
+# A step that leaves at the SIGTERM of a preemption ends its job as FAILED, before Slurm gets to requeue it (it would at
+# the end of the partition's GraceTime): so the job asks for it. scancel and the time limit end this shell too: they
+# never get here.
+ended() {
+    echo "$(date '+%F %T') the step ended with status $1"
+    if (($1 == 143 && ${SLURM_RESTART_COUNT:-0} < 20)); then
+        # of an array only this element: its bare job id can mean the whole array
+        scontrol requeue "$(own_id)" && sleep 60 # until Slurm ends this attempt
+    fi
+    (($1 == 75)) && echo "blocked: what it needs is not there (yet). See the line above, then submit it again."
+    exit "$1"
+}
+
+own_id() {
+    echo "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+}
+
+fail() {
+    echo "$1" >&2
+    exit 64
+}
