@@ -1,13 +1,13 @@
 """What to do next, as a pure function: graph − what is done − what is queued or running → submit the rest.
 
-`decide` looks at a `View` (manifests, ledger, queue, end records) and returns actions. It can be asked again at any time,
-by anyone: on a view that its own actions have led to, it asks for nothing.
+`decide` looks at a `View` (manifests, ledger, queue, end records) and returns actions. It can be asked again at any
+time, by anyone: on a view that its own actions have led to, it asks for nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hpc_rl.cluster.base import Queued
@@ -108,22 +108,33 @@ class _Planner:
     def is_live(self, attempt: Attempt) -> bool:
         return attempt.name in self.states and attempt.name != self.me and attempt.name not in self.replaced
 
+    def cancel_waiting(self, attempts: Iterable[Attempt], why: str) -> None:
+        """Cancel what of these attempts is still waiting."""
+        self.actions += [
+            Cancel(a.name, why, waiting_only=True)
+            for a in attempts
+            if self.is_live(a) and self.states[a.name]["waiting"]
+        ]
+
     def place(self, stage: Stage) -> None:
         """Keep, replace or submit the stage's job; remember what those that follow must wait for."""
         after_end = tuple(self.current[need] for need in stage.needs if need in self.current)
         after_start = tuple(self.current[used] for used in stage.uses if used in self.current)
         live = [attempt for attempt in self.view.history.of(stage.round, stage.name) if self.is_live(attempt)]
         if live:
-            attempt = live[-1]
-            wanted = {name for name in (*after_end, *after_start)}
+            attempt = next((a for a in live if self.states[a.name]["running"]), live[-1])
+            # a second one is there when an sbatch was accepted so late that it had been written off
+            self.cancel_waiting((a for a in live if a is not attempt), "another attempt at it is there")
+            wanted = {*after_end, *after_start}
             if self.states[attempt.name]["running"] or wanted <= set(attempt.depends_on):
                 self.current[stage.id] = attempt.name
                 return
-            self.actions.append(Cancel(attempt.name, "what it waits for was submitted again"))
             self.replaced.add(attempt.name)
         number = 1 + max((a.number for a in self.view.history.of(stage.round, stage.name)), default=0)
         self.actions.append(Submit(stage, number, after_end, after_start))
         self.current[stage.id] = stage.id
+        # cancelled last: whoever is killed in between leaves one advance too many rather than none
+        self.actions += [Cancel(a.name, "what it waits for was submitted again") for a in live]
 
 
 def decide(view: View, policy: Policy, me: str = "") -> Decision:
@@ -143,15 +154,22 @@ def decide(view: View, policy: Policy, me: str = "") -> Decision:
 
     unfinished = [stage for stage in view.graph.work if not view.is_done(stage.id)]
     if not unfinished:
-        return Decision((*plan.actions, *_cancel_waiting(view, plan, "the run is finished")), "finished")
+        plan.cancel_waiting(view.history.attempts, "the run is finished")
+        return Decision(tuple(plan.actions), "finished")
     reason = view.history.stopped or _hopeless(view, plan, unfinished, policy)
     if reason:
-        return Decision((*plan.actions, *_cancel_waiting(view, plan, "the run stopped")), "stopped", reason)
+        plan.cancel_waiting(view.history.attempts, "the run stopped")
+        # services that run would hold their GPUs for consumers that never come
+        services = {stage.id for stage in view.graph.stages if stage.kind is Kind.SERVICE}
+        plan.actions += [
+            Cancel(a.name, "the run stopped")
+            for a in view.history.attempts
+            if StageId(a.round, a.stage) in services and plan.states.get(a.name, Counter())["running"]
+        ]
+        return Decision(tuple(plan.actions), "stopped", reason)
 
     first = min(stage.round for stage in unfinished)
     for stage in view.graph.stages:
-        if stage.round < first and stage.kind is not Kind.CONTROL:
-            continue
         if stage.kind is Kind.CONTROL:
             # one more advance than rounds in the queue: if one is killed, the next one does its work
             if policy.control and first <= stage.round <= first + max(1, policy.lookahead):
@@ -159,22 +177,10 @@ def decide(view: View, policy: Policy, me: str = "") -> Decision:
         elif stage.round > first + policy.lookahead:
             continue
         elif view.is_done(stage.id):
-            plan.actions += [
-                Cancel(a.name, "its work is done", waiting_only=True)
-                for a in view.history.of(stage.round, stage.name)
-                if plan.is_live(a) and plan.states[a.name]["waiting"]
-            ]
+            plan.cancel_waiting(view.history.of(stage.round, stage.name), "its work is done")
         else:
             plan.place(stage)
     return Decision(tuple(plan.actions))
-
-
-def _cancel_waiting(view: View, plan: _Planner, why: str) -> list[Cancel]:
-    return [
-        Cancel(a.name, why, waiting_only=True)
-        for a in view.history.attempts
-        if plan.is_live(a) and plan.states[a.name]["waiting"]
-    ]
 
 
 def _hopeless(view: View, plan: _Planner, unfinished: Sequence[Stage], policy: Policy) -> str:
@@ -189,15 +195,12 @@ def _hopeless(view: View, plan: _Planner, unfinished: Sequence[Stage], policy: P
         if not attempts or any(plan.is_live(a) for a in attempts):
             continue
         ends = [end for attempt in attempts for end in view.ends.get(attempt.name, ())]
-        errors = [
-            end
-            for end in ends
-            if end.outcome == Outcome.ERROR.value and end.rank == min(e.rank for e in ends if e.name == end.name)
-        ]
-        counts = Counter(fingerprint(end.error) for end in errors)
+        errors = [end for end in ends if end.outcome == Outcome.ERROR.value]
+        counts = _count_by_fingerprint(errors)
         repeated = next((end for end in reversed(errors) if counts[fingerprint(end.error)] > 1), None)
         if repeated:
-            return f"{stage.id} failed {counts[fingerprint(repeated.error)]} times with the same error: {repeated.error} (log: {repeated.log})"
+            times = counts[fingerprint(repeated.error)]
+            return f"{stage.id} failed {times} times with the same error: {repeated.error} (log: {repeated.log})"
         tries = [a for a in attempts if not a.cancelled]
         blocked = [a for a in tries if _only(view, a, Outcome.BLOCKED)]
         if (
@@ -208,6 +211,19 @@ def _hopeless(view: View, plan: _Planner, unfinished: Sequence[Stage], policy: P
             how = f"; the last one: {last.outcome}, {last.error} (log: {last.log})" if last else ""
             return f"{stage.id} is not done after {len(tries)} attempts{how}"
     return ""
+
+
+def _count_by_fingerprint(errors: Sequence[EndRecord]) -> Counter[str]:
+    """How often each error happened. Many ranks of one job that fail the same way are one failure."""
+    of_ranks = Counter((fingerprint(e.error), e.name, e.job_id, e.restart, e.rank) for e in errors)
+    of_jobs: dict[tuple[str, ...], int] = {}
+    for (error, name, job_id, restart, _), count in of_ranks.items():
+        job = (error, name, job_id, str(restart))
+        of_jobs[job] = max(count, of_jobs.get(job, 0))
+    counts: Counter[str] = Counter()
+    for (error, *_), count in of_jobs.items():
+        counts[error] += count
+    return counts
 
 
 def _only(view: View, attempt: Attempt, outcome: Outcome) -> bool:

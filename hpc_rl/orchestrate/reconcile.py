@@ -71,7 +71,7 @@ def look(run: Run, executor: Executor, history: History | None = None) -> View:
     for stage_id in sorted({StageId(a.round, a.stage) for a in history.attempts} & incomplete):
         for end in end_records(run.ws, stage_id):
             ends.setdefault(end.name, []).append(end)
-    queue = executor.queue([a.name for a in history.attempts if not a.written_off])
+    queue = executor.queue([a.name for a in history.attempts])
     return View(run.graph, done, history, queue, ends)
 
 

@@ -1,8 +1,8 @@
 """The ledger: every submission and every decision about a run, one JSON line each, only ever appended to.
 
-Before sbatch an *intent* with a name unique to it, afterwards the job ids. A process that dies in between leaves an intent
-without ids; the next reconcile looks the name up in the queue and either adopts the job or writes the intent off. A last
-line that was cut off by a crash is skipped: it says nothing that the queue does not say too.
+Before sbatch an *intent* with a name unique to it, afterwards the job ids. A process that dies in between leaves an
+intent without ids; the next reconcile looks the name up in the queue and either adopts the job or writes the intent
+off. A last line that was cut off by a crash is skipped: it says nothing that the queue does not say too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hpc_rl.run.workspace import Workspace
 
 @dataclass(frozen=True)
 class Attempt:
-    """One submission of a stage. `job_ids` is None until the scheduler's answer is on disk; `depends_on` are submission names."""
+    """One submission of a stage; `job_ids` is None until the scheduler's answer is on disk, `depends_on` are names."""
 
     name: str
     round: int
@@ -105,9 +105,8 @@ class Ledger:
                 )
             elif event == "submitted" and name in attempts:
                 known = attempts[name].job_ids or ()
-                attempts[name] = replace(
-                    attempts[name], job_ids=(*known, *(i for i in entry["job_ids"] if i not in known))
-                )
+                ids = (*known, *(i for i in entry["job_ids"] if i not in known))
+                attempts[name] = replace(attempts[name], job_ids=ids, written_off=False)
             elif event == "written_off" and name in attempts:
                 attempts[name] = replace(attempts[name], written_off=True)
             elif event == "cancelled" and name in attempts:
