@@ -55,13 +55,17 @@ class JobRequest:
 
 @dataclass(frozen=True)
 class Queued:
-    """A job or array element that the scheduler still has. `state` is Slurm's word for it (squeue(1), JOB STATE CODES)."""
+    """A job or array elements that the scheduler still has.
+
+    `state` is Slurm's word for it (squeue(1), JOB STATE CODES); `tasks` is the number of elements this line stands for.
+    """
 
     name: str
     job_id: str
     state: str
     reason: str = ""
     node: str = ""
+    tasks: int = 1
 
     @property
     def is_waiting(self) -> bool:

@@ -51,7 +51,7 @@ def ask(command: Sequence[str], patience_s: float = 60.0) -> str:
                 command,
                 capture_output=True,
                 text=True,
-                env=clean_environment(),
+                env={**clean_environment(), "SLURM_BITSTR_LEN": "0"},  # array expressions in full (squeue(1))
                 timeout=max(10.0, patience_s),
                 check=False,
             )
@@ -83,8 +83,20 @@ def queued_jobs(names: Sequence[str]) -> list[Queued]:
         parts = line.strip().split("|", 5)
         if len(parts) == 6 and parts[5] in wanted:
             job, element, state, reason, node, name = parts
-            found.append(Queued(name, job if element == "N/A" else f"{job}_{element}", state, reason, node))
+            job_id, tasks = (job, 1) if element == "N/A" else (f"{job}_{element}", count_elements(element))
+            found.append(Queued(name, job_id, state, reason, node, tasks))
     return found
+
+
+def count_elements(indices: str) -> int:
+    """Number of elements in an array expression as squeue writes it: `7`, `0-3`, `1,3,5-9:2%4` (sbatch(1), --array)."""
+    count = 0
+    for part in indices.partition("%")[0].strip("[]").split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
+        if match:
+            first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
+            count += (last - first) // step + 1
+    return max(1, count)
 
 
 def max_array_size() -> int:

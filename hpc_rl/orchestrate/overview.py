@@ -81,7 +81,9 @@ def _stage(view: View, stage: Stage) -> StageOverview:
     attempts = view.history.of(stage.round, stage.name)
     names = {attempt.name for attempt in attempts}
     jobs = [job for job in view.queue if job.name in names]
-    counts = Counter("waiting" if job.is_waiting else "running" for job in jobs)
+    counts: Counter[str] = Counter()
+    for job in jobs:
+        counts["waiting" if job.is_waiting else "running"] += job.tasks
     ends = [end for attempt in attempts for end in view.ends.get(attempt.name, ()) if end.outcome != Outcome.DONE.value]
     last = max(ends, key=lambda end: end.ended, default=None)
     done = view.is_done(stage.id) if stage.kind is not Kind.CONTROL else bool(attempts) and not jobs

@@ -21,7 +21,7 @@ from hpc_rl.config.schema import Config
 from hpc_rl.orchestrate import overview
 from hpc_rl.orchestrate.decide import Cancel, Decision, Policy, Submit, View, WriteOff, decide
 from hpc_rl.orchestrate.graph import Graph, StageId
-from hpc_rl.orchestrate.requests import build_request, submission_name
+from hpc_rl.orchestrate.requests import build_request, submission_name, task_count
 from hpc_rl.run import atomic, manifest
 from hpc_rl.run.lease import acquire_patiently
 from hpc_rl.run.ledger import History, Ledger
@@ -218,7 +218,10 @@ def _view_after(run: Run, view: View, report: Report) -> View:
     history = Ledger(run.ws).history()
     kept = [job for job in view.queue if not (job.name in report.cancelled and job.is_waiting)]
     names = {i: a.name for a in history.attempts for i in a.job_ids or ()}
-    new = [Queued(names[i], i, "PENDING") for ids in report.submitted.values() for i in ids]
+    new = [
+        Queued(names[ids[0]], ids[0], "PENDING", tasks=task_count(run.config, run.graph[stage]))
+        for stage, ids in report.submitted.items()
+    ]
     return replace(view, history=history, queue=[*kept, *new])
 
 

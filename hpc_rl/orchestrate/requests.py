@@ -18,6 +18,11 @@ def submission_name(config: Config, stage: Stage, number: int) -> str:
     return f"{config.run.name}-r{stage.round:02d}-{stage.name}-a{number}-{secrets.token_hex(3)}"
 
 
+def task_count(config: Config, stage: Stage) -> int:
+    """Array elements of a stage: never more than it has shards."""
+    return min(config.stage(stage.name).tasks, stage.shards) if stage.kind is Kind.ARRAY else 1
+
+
 def build_request(
     ws: Workspace,
     config: Config,
@@ -67,7 +72,7 @@ def build_request(
     resources = Resources(
         nodes=wanted.nodes,
         ranks_per_node=wanted.ranks,
-        tasks=min(wanted.tasks, stage.shards) if stage.kind is Kind.ARRAY else 1,
+        tasks=task_count(config, stage),
         gpus_per_node=wanted.gpus_per_node,
         cpus_per_task=wanted.cpus_per_task,
         mem_gb=wanted.mem_gb,

@@ -1,0 +1,252 @@
+"""Reconcile on real files: two at once, killed at any point, refused by the scheduler, with a damaged state file."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pytest
+
+from hpc_rl.cluster.base import ExecutorError, JobRequest, Queued
+from hpc_rl.orchestrate.decide import Policy
+from hpc_rl.orchestrate.graph import StageId
+from hpc_rl.orchestrate.reconcile import RECONCILE_LEASE, Report, Run, RunBusy, look, reconcile
+from hpc_rl.run import atomic, manifest
+from hpc_rl.run.lease import acquire
+from hpc_rl.run.ledger import Ledger
+from hpc_rl.run.manifest import Manifest
+from tests.orchestrate.conftest import MakeRun
+from tests.orchestrate.simulation import Killed, Scheduler
+
+
+class Cluster:
+    """The simulated scheduler as an executor; `mishaps` says what happens at which submission instead."""
+
+    name = "slurm"
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.scheduler = run, Scheduler()
+        self.requests: list[JobRequest] = []
+        self.mishaps: dict[int, str] = {}
+        self.questions = 0
+
+    def submit(self, request: JobRequest, on_accepted: Callable[[str], None]) -> None:
+        assert request.spec.path.is_file(), "a job may start at once: its spec must be there"
+        assert self.run.ws.log_dir(request.spec.round, request.spec.stage).is_dir(), "without it Slurm loses the log"
+        assert Ledger(self.run.ws).history().attempts[-1].name == request.spec.name
+        mishap = self.mishaps.pop(len(self.requests), "")
+        self.requests.append(request)
+        if mishap == "refused":
+            raise ExecutorError("sbatch: error: QOSMaxSubmitJobPerUserLimit")
+        if mishap == "killed before":
+            raise Killed
+        stage = self.run.graph[StageId(request.spec.round, request.spec.stage)]
+        job_id = self.scheduler.submit(
+            request.spec.name, stage, request.resources.tasks, request.after_end, request.after_start
+        )
+        if mishap == "killed after":
+            raise Killed
+        on_accepted(job_id)
+
+    def queue(self, names: Iterable[str]) -> Sequence[Queued]:
+        self.questions += 1
+        return self.scheduler.queue(names)
+
+    def cancel(self, names: Iterable[str], waiting_only: bool = False) -> None:
+        for name in names:
+            self.scheduler.cancel(name, waiting_only)
+
+    def render(self, request: JobRequest) -> list[str]:
+        return []
+
+    def live(self) -> Counter[str]:
+        """Jobs in the queue by stage."""
+        names = {job.name for job in self.queue(job.name for job in self.scheduler.jobs.values())}
+        return Counter(str(job.stage.id) for job in self.scheduler.jobs.values() if job.name in names)
+
+
+SUBMISSIONS = 12
+"""Rounds 1 and 2 of five stages and an advance each; round 0 of the no-op recipe is empty."""
+
+
+def bring(run: Run, cluster: Cluster, **more: object) -> Report:
+    return reconcile(run, cluster, Path("/code"), Policy(), **more)  # type: ignore[arg-type]
+
+
+def finish(run: Run, round: int) -> None:
+    """As if all work of a round had been done."""
+    for stage in run.graph.of_round(round):
+        for shard in range(stage.shards if stage.has_work else 0):
+            manifest.write(run.ws, Manifest(round, stage.name, shard, ()))
+
+
+def test_a_fresh_run_is_submitted_with_one_question_and_one_submission_a_stage(make_run: MakeRun) -> None:
+    run = make_run()
+    cluster = Cluster(run)
+    report = bring(run, cluster)
+    assert cluster.questions == 1
+    assert len(report.submitted) == len(cluster.requests) == SUBMISSIONS
+    assert set(cluster.live().values()) == {1}
+
+
+def test_asked_again_it_submits_nothing(make_run: MakeRun) -> None:
+    run = make_run()
+    cluster = Cluster(run)
+    bring(run, cluster)
+    ledger = run.ws.ledger_path.read_bytes()
+    report = bring(run, cluster)
+    assert (report.submitted, report.cancelled, report.decision.status) == ({}, [], "running")
+    assert run.ws.ledger_path.read_bytes() == ledger
+
+
+def test_of_two_at_one_moment_one_submits_and_the_other_finds_nothing_to_do(make_run: MakeRun) -> None:
+    run = make_run()
+    cluster = Cluster(run)
+    start, reports = threading.Barrier(4), []
+
+    def one() -> None:
+        start.wait()
+        reports.append(bring(run, cluster))
+
+    threads = [threading.Thread(target=one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(len(report.submitted) for report in reports) == [0, 0, 0, SUBMISSIONS]
+    assert set(cluster.live().values()) == {1}
+
+
+@pytest.mark.parametrize("mishap", ["killed before", "killed after", "refused"])
+@pytest.mark.parametrize("at", [0, 4, 11])
+def test_ended_anywhere_the_next_call_goes_on_where_it_stood(make_run: MakeRun, mishap: str, at: int) -> None:
+    run = make_run()
+    cluster = Cluster(run)
+    cluster.mishaps[at] = mishap
+    with pytest.raises(ExecutorError if mishap == "refused" else Killed):
+        bring(run, cluster)
+    bring(run, cluster)
+    assert set(cluster.live().values()) == {1}
+    assert len(cluster.live()) == SUBMISSIONS
+    again = 0 if mishap == "killed after" else 1  # an adopted job is not submitted again
+    assert len(cluster.requests) == SUBMISSIONS + again
+    history = Ledger(run.ws).history()
+    assert [a.written_off for a in history.attempts].count(True) == (0 if mishap == "killed after" else 1)
+    assert bring(run, cluster).submitted == {}
+
+
+def test_an_adopted_job_is_what_the_others_wait_for(make_run: MakeRun) -> None:
+    run = make_run()
+    cluster = Cluster(run)
+    cluster.mishaps[0] = "killed after"
+    with pytest.raises(Killed):
+        bring(run, cluster)
+    bring(run, cluster)
+    jobs = {str(job.stage.id): job for job in cluster.scheduler.jobs.values()}
+    assert jobs["round 1 grade"].after_end == {jobs["round 1 sample"].id}
+
+
+def test_a_job_that_was_accepted_after_all_is_seen_and_its_double_cancelled(make_run: MakeRun) -> None:
+    run = make_run()
+    cluster = Cluster(run)
+    cluster.mishaps[0] = "killed before"
+    with pytest.raises(Killed):
+        bring(run, cluster)
+    late = cluster.requests[-1]
+    bring(run, cluster)  # writes it off and submits another one
+    job_id = cluster.scheduler.submit(late.spec.name, run.graph[StageId(1, "sample")], 4, (), ())
+    cluster.scheduler.jobs[job_id].elements = ["RUNNING"] * 4
+    bring(run, cluster)
+    assert cluster.live()["round 1 sample"] == 1
+    assert bring(run, cluster).cancelled == []
+
+
+def test_when_a_round_is_done_the_one_after_the_next_is_submitted(make_run: MakeRun) -> None:
+    run = make_run()
+    cluster = Cluster(run)
+    bring(run, cluster)
+    finish(run, 1)
+    report = bring(run, cluster)
+    assert {id.round for id in report.submitted} == {3}
+    assert len(report.submitted) == 6
+
+
+def test_a_finished_run_leaves_nothing_waiting(make_run: MakeRun) -> None:
+    run = make_run()
+    cluster = Cluster(run)
+    bring(run, cluster)
+    for round in (1, 2, 3):
+        finish(run, round)
+    assert bring(run, cluster).decision.status == "finished"
+    assert not cluster.live()
+
+
+def test_a_paused_run_is_left_alone_until_it_is_resumed(make_run: MakeRun) -> None:
+    run = make_run()
+    cluster = Cluster(run)
+    Ledger(run.ws).append("paused", why="cancelled by the user")
+    assert bring(run, cluster).decision.status == "paused"
+    assert not cluster.requests
+    assert bring(run, cluster, resume=True).decision.status == "running"
+    assert len(cluster.requests) == SUBMISSIONS
+
+
+def test_somebody_who_does_not_end_is_waited_for_in_vain_and_named(make_run: MakeRun) -> None:
+    run = make_run()
+    lease = acquire(run.ws.lease_folder, RECONCILE_LEASE, 60.0)
+    assert lease is not None
+    with lease, pytest.raises(RunBusy, match="another process has been reconciling"):
+        bring(run, Cluster(run), patience_s=0.3)
+
+
+@pytest.mark.parametrize("content", ["", '{"epoch": ', "[]", '{"epoch": "many"}', "null", "{}"])
+def test_a_corrupt_state_file_is_rebuilt_and_said(make_run: MakeRun, content: str) -> None:
+    run = make_run()
+    cluster = Cluster(run)
+    bring(run, cluster)
+    before = atomic.read_json(run.ws.state_path)
+    run.ws.state_path.write_text(content)
+    report = bring(run, cluster)
+    assert any("training_state.json could not be read" in note and "rebuilt" in note for note in report.notes)
+    after = atomic.read_json(run.ws.state_path)
+    assert after["rounds"] == before["rounds"]
+
+
+def test_the_state_file_counts_its_versions_and_shows_what_was_submitted(make_run: MakeRun) -> None:
+    run = make_run()
+    cluster = Cluster(run)
+    bring(run, cluster)
+    bring(run, cluster)
+    state = json.loads(run.ws.state_path.read_text())
+    assert (state["epoch"], state["status"], state["schema"]) == (2, "running", 1)
+    sample = state["rounds"][1]["stages"][0]
+    assert (sample["stage"], sample["state"], sample["shards"]) == ("sample", "waiting", 4)
+    assert sample["job_ids"] == [cluster.scheduler.jobs["1"].id]
+
+
+def test_a_torn_ledger_line_is_said_and_its_job_adopted(make_run: MakeRun) -> None:
+    run = make_run()
+    cluster = Cluster(run)
+    bring(run, cluster)
+    text = run.ws.ledger_path.read_bytes()
+    run.ws.ledger_path.write_bytes(text[:-10])  # the line with the last job's id
+    report = bring(run, cluster)
+    assert report.submitted == {}
+    assert any("cut off by a crash" in note for note in report.notes)
+    assert Ledger(run.ws).history().attempts[-1].job_ids == ("12",)
+
+
+def test_looking_changes_nothing(make_run: MakeRun) -> None:
+    run = make_run()
+    cluster = Cluster(run)
+    bring(run, cluster)
+
+    def contents() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in run.ws.root.rglob("*") if path.is_file()}
+
+    before = contents()
+    look(run, cluster)
+    assert contents() == before
