@@ -15,8 +15,8 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.ind
 def merge_adapter(base: str | Path, adapter: Path, dtype: str, into: Path) -> Path:
     """Write `base` with `adapter` merged in to the empty folder `into`; returns `into`.
 
-    The sum W + (α/r)·B·A is rounded to `dtype`, so below float32 a merged model's log-probabilities differ from those of
-    the adapter beside the weights, which is what training computes (measured for bfloat16: about 1e-2).
+    The sum W + (α/r)·B·A is rounded to `dtype`: in bfloat16 a merged model's log-probabilities differ a little from
+    those of the adapter beside the weights, which is what training computes.
 
     Parameters
     ----------

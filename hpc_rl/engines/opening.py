@@ -27,7 +27,7 @@ def open_engine(
     Parameters
     ----------
     kind
-        `sample.engine` or `evaluate.engine`. If it cannot be loaded that is an error: there is no change to the other one.
+        `sample.engine` or `evaluate.engine`. One that cannot be loaded is an error: the other does not step in.
     base, adapter, weights_hash
         The weights (`hpc_rl.recipes.lewis.speaker_weights`).
     """

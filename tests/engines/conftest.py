@@ -1,0 +1,56 @@
+"""A tiny speaker with random weights, a LoRA adapter for it, and requests with pictures of several sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hpc_rl.engines.base import Prompt, Request
+from tools.tiny_model import build, save
+
+PIXELS = {"min_pixels": 784, "max_pixels": 12544}
+TEXT = "Describe the main subject."
+
+
+@pytest.fixture(scope="session")
+def speaker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of a tiny Qwen2-VL."""
+    folder = tmp_path_factory.mktemp("models") / "speaker"
+    save(*build([TEXT, "A photo of a red square with dots."], seed=1), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(speaker_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PEFT folder whose adapter changes what the speaker says."""
+    from peft import LoraConfig, get_peft_model
+
+    from hpc_rl.engines.loading import load_model
+
+    torch.manual_seed(5)
+    model = load_model(speaker_folder, "float32", "sdpa", torch.device("cpu"))
+    targets = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False))
+    folder = tmp_path_factory.mktemp("adapter")
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def pictures() -> list[Image.Image]:
+    """Four pictures; one is tiny, one is long, one is far above the pixel limit."""
+    rng = np.random.default_rng(0)
+    sizes = [(56, 56), (20, 20), (40, 300), (300, 400)]
+    return [Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
+
+
+def requests(samples: int = 4, first_seed: int = 0) -> list[Request]:
+    """`samples` requests for each picture, all with seeds of their own."""
+    return [
+        Request(Prompt.of(TEXT, picture), first_seed + 100 * place + sample)
+        for place, picture in enumerate(pictures())
+        for sample in range(samples)
+    ]
