@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Shard:
             stage=job.stage.name,
             shard=self.index,
             outputs=tuple(manifest.describe_output(ws, path) for path in outputs),
-            made_from=manifest.to_plain({**job.provenance(), **made_from}),
+            made_from=manifest.to_plain({**job.provenance, **made_from}),
             metrics=manifest.to_plain(dict(metrics or {})),
             attempt=os.environ.get("HPC_RL_ATTEMPT", ""),
             host=socket.gethostname(),
@@ -126,8 +127,9 @@ class Job:
         declared = self.graph[StageId(round, stage)]
         return [manifest.read(self.ws, round, stage, shard) for shard in range(declared.shards)]
 
-    def provenance(self) -> dict[str, Any]:
-        """What every manifest says about where its outputs came from."""
+    @cached_property
+    def provenance(self) -> Mapping[str, Any]:
+        """What every manifest says about where its outputs came from. The gate is passed, so the inputs stay the same."""
         inputs = {
             f"round_{need.round:02d}/{need.name}": [
                 output.sha256 for m in self.inputs(need.round, need.name) for output in m.outputs
@@ -144,13 +146,14 @@ class Job:
     def shards(self, leader: bool = True) -> Iterator[Shard]:
         """Claim one shard after the other until the stage is done.
 
-        When all that is left is in other hands, this waits for them for `run.linger_s`, ready to take a shard over from one that
-        dies; then it leaves, so that no GPU is held for nothing.
+        When all that is left is in other hands, this waits for them for `run.linger_s`, ready to take a shard over from
+        one that dies; then it leaves, so that no GPU is held for nothing.
 
         Parameters
         ----------
         leader
-            False for the ranks of a multi-node job that only follow: they get each undone shard in order, without a claim.
+            False for the ranks of a multi-node job that only follow: they get each undone shard in order, without a
+            claim.
         """
         if not leader:
             for index in sorted(
@@ -221,7 +224,8 @@ def load(workspace: Path, round: int, stage: str) -> Job:
         config = configs.from_json(atomic.read_json(ws.config_path))
     except FileNotFoundError:
         sys.exit(
-            f"{ws.root} holds no run (no {ws.config_path.name}). Make one with: python -m hpc_rl.launch CONFIG --workspace {ws.root} --init"
+            f"{ws.root} holds no run (no {ws.config_path.name}). "
+            f"Make one with: python -m hpc_rl.launch CONFIG --workspace {ws.root} --init"
         )
     graph = recipes.graph_of(config)
     id = StageId(round, stage)
