@@ -1,0 +1,101 @@
+"""The sbatch templates on a real cluster: submitted as people submit them, interrupted, a whole round by round.sh."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.hosts import wait_for
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMALL = ("--cpus-per-task=1", "--mem=200M")  # the headers' sizes are those of real models
+
+BODY = """
+import os, sys, time
+from pathlib import Path
+def say(text):
+    print(text, flush=True)
+say(f"round {sys.argv[sys.argv.index('--round') + 1]}, task {os.environ.get('SLURM_ARRAY_TASK_ID')}, rank "
+    f"{os.environ['SLURM_PROCID']} of {os.environ['SLURM_NTASKS']}, {os.environ['SLURM_CPUS_PER_TASK']} CPUs")
+if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and Path("wait").exists():
+    time.sleep(600)
+sys.exit(int(Path("status").read_text()) if Path("status").exists() else 0)
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """The templates with job bodies that say who they are: what is tested is the templates' own part."""
+    folder = tmp_path / "repository"
+    shutil.copytree(REPOSITORY / "slurm_templates", folder / "slurm_templates")
+    (folder / "jobs").mkdir()
+    for name in ("sample", "train", "serve"):
+        (folder / "jobs" / f"{name}.py").write_text(BODY)
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    folder = tmp_path / "a workspace"
+    folder.mkdir()
+    (folder / "training_config.json").write_text("{}")
+    return folder
+
+
+def test_a_template_logs_into_the_workspace(cluster: SlurmCluster, repository: Path, workspace: Path) -> None:
+    options = (*SMALL, "--array=3,5", "--cpus-per-task=2", "--gpus-per-node=1")
+    job = cluster.sbatch(*options, "slurm_templates/sample.sbatch", str(workspace), "07", cwd=repository)
+    cluster.wait_for_empty_queue()
+    for task in (3, 5):
+        log = (workspace / f"logs/round_07/sample/{job}_{task}-0.out").read_text()
+        assert f"round 7, task {task}, rank 0 of 1, 2 CPUs" in log
+
+
+def test_train_starts_a_rank_per_gpu_on_every_node(cluster: SlurmCluster, repository: Path, workspace: Path) -> None:
+    options = (*SMALL, "--ntasks-per-node=2", "--gpus-per-node=2")
+    job = cluster.sbatch(*options, "slurm_templates/train.sbatch", str(workspace), "1", cwd=repository)
+    cluster.wait_for_state(job, "COMPLETED")
+    log = (workspace / f"logs/round_01/train/{job}-0.out").read_text()
+    assert sorted(line[:2] for line in log.splitlines() if "rank" in line) == ["0:", "1:", "2:", "3:"]
+
+
+def test_a_blocked_job_says_so_and_fails(cluster: SlurmCluster, repository: Path, workspace: Path) -> None:
+    (repository / "status").write_text("75")
+    job = cluster.sbatch(*SMALL, "slurm_templates/listener.sbatch", str(workspace), "1", cwd=repository)
+    assert cluster.wait_for_state(job, "FAILED")["ExitCode"] == "75:0"
+    assert "blocked" in (workspace / f"logs/round_01/grade.listener/{job}-0.out").read_text()
+
+
+def test_a_preempted_element_that_leaves_at_once_is_requeued_alone(
+    cluster: SlurmCluster, repository: Path, workspace: Path
+) -> None:
+    """Slurm itself would not: a job that ends within the partition's GraceTime is over (docs/testing.md)."""
+    (repository / "wait").touch()
+    job = cluster.sbatch(
+        *(*SMALL, "--array=0-1", "--partition=low", "--nodelist=node1", "--cpus-per-task=2"),
+        *("slurm_templates/sample.sbatch", str(workspace), "1"),
+        cwd=repository,
+    )
+    logs = [workspace / f"logs/round_01/sample/{job}_{task}-0.out" for task in (0, 1)]
+    wait_for(lambda: all(log.exists() and "rank" in log.read_text() for log in logs), "both elements to work")
+    options = ("--partition=high", "--nodelist=node1", "--cpus-per-task=2", "--mem=1G")
+    urgent = cluster.sbatch(*options, "--wrap=true", cwd=repository)
+    cluster.wait_for_state(urgent, "COMPLETED")
+    wait_for(lambda: any("status 143" in log.read_text() for log in logs), "one element to be preempted")
+    left, stayed = sorted((0, 1), key=lambda task: "status 143" not in logs[task].read_text())
+    cluster.wait_for_state(f"{job}_{left}", "COMPLETED", timeout_s=60)
+    assert "rank" in (workspace / f"logs/round_01/sample/{job}_{left}-1.out").read_text()
+    assert cluster.job(f"{job}_{stayed}")["Restarts"] == "0"
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: SlurmCluster, repository: Path, workspace: Path) -> None:
+    (repository / "wait").touch()
+    job = cluster.sbatch(*SMALL, "--array=0", "slurm_templates/sample.sbatch", str(workspace), "1", cwd=repository)
+    log = workspace / f"logs/round_01/sample/{job}_0-0.out"
+    wait_for(lambda: log.exists() and "rank" in log.read_text(), "the job to work")
+    cluster.run(["scancel", job])
+    assert cluster.wait_for_state(job, "CANCELLED", "COMPLETED", "FAILED")["JobState"] == "CANCELLED"
+    cluster.wait_for_empty_queue()
