@@ -111,16 +111,16 @@ class Questions:
 
     The running verdict ("true so far?", weight `hint`) teaches which word makes a description false; the answer alone
     teaches that too, but many times more slowly. False descriptions differ in one attribute, as the game's
-    distractors do: more and more of them, up to 90 %, as learning goes on.
+    distractors do: more and more of them, up to 90 %, as learning goes on. First the attribute is drawn, then the
+    description; drawn from all look-alikes at once, they differ mostly in colour, and the listener never looks at the
+    pattern.
     """
 
     def __init__(self, processor: Any, album: Album, *, seed: int, batch: int, steps: int, hint: float = 0.1) -> None:
         self._processor, self._album, self._batch, self._steps, self._hint = processor, album, batch, steps, hint
         self._random = random.Random(seed)
         self._subjects = sorted(set(album.shown))
-        self._alike = {
-            scene: [other for other in self._subjects if _differences(scene, other) == 1] for scene in self._subjects
-        }
+        self._alike = {scene: _neighbours(scene, self._subjects) for scene in self._subjects}
         self._verdict = {word: processor.tokenizer(word)["input_ids"][0] for word in ("yes", "no")}
 
     def __call__(self, step: int) -> dict[str, Any]:
@@ -136,7 +136,8 @@ class Questions:
         draw = self._random.random
         told = scene
         if draw() < 0.5:
-            told = self._random.choice(self._alike[scene] if draw() < hard else self._subjects)
+            pool = self._random.choice(self._alike[scene]) if draw() < hard else self._subjects
+            told = self._random.choice(pool)
         coarse, detailed = self._told(*told)
         words = dict(zip(_attributes(told), _attributes(scene), strict=True))
         false = [word for word, true in words.items() if word != true and word in f"{coarse} {detailed}"]
@@ -176,5 +177,13 @@ def _attributes(scene: Scene) -> tuple[str, str, str]:
     return scene[0], colour, pattern
 
 
-def _differences(one: Scene, other: Scene) -> int:
-    return sum(a != b for a, b in zip(_attributes(one), _attributes(other), strict=True))
+def _neighbours(scene: Scene, subjects: list[Scene]) -> list[list[Scene]]:
+    """Subjects that differ from a scene in one attribute only, grouped by the attribute."""
+    groups: dict[int, list[Scene]] = {}
+    for other in subjects:
+        differing = [
+            i for i, pair in enumerate(zip(_attributes(scene), _attributes(other), strict=True)) if len(set(pair)) > 1
+        ]
+        if len(differing) == 1:
+            groups.setdefault(differing[0], []).append(other)
+    return [groups[attribute] for attribute in sorted(groups)]

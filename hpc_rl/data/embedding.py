@@ -21,8 +21,8 @@ class Embedder:
     model_path : str
         A Hugging Face folder: a vision-language model (`AutoModelForImageTextToText`, whose image tokens are
         averaged) or a model of the CLIP kind (`AutoModel` with `get_image_features`).
-    device : str
-        `cpu` or `cuda`.
+    device : str or None
+        `cpu` (in float32) or `cuda` (in bfloat16); None takes a GPU where there is one.
     min_pixels, max_pixels : int or None
         Pixel limits of processors that know them; None keeps the folder's own.
 
@@ -33,24 +33,30 @@ class Embedder:
     """
 
     def __init__(
-        self, model_path: str, *, device: str = "cpu", min_pixels: int | None = None, max_pixels: int | None = None
+        self,
+        model_path: str,
+        *,
+        device: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         import torch
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-        config = AutoConfig.from_pretrained(model_path)
+        config = AutoConfig.from_pretrained(model_path, local_files_only=True)
         loader = AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModel
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        self._model: Any = loader.from_pretrained(model_path, dtype=dtype).eval().to(device)
+        self._model: Any = loader.from_pretrained(model_path, dtype=dtype, local_files_only=True).eval().to(device)
         if not hasattr(self._model, "get_image_features"):
             raise ValueError(
                 f"{model_path} ({config.model_type}) has no get_image_features; set data.embedding.path to a "
                 "vision-language or CLIP-like model"
             )
-        self._processor: Any = AutoImageProcessor.from_pretrained(model_path)
-        size = dict(getattr(self._processor, "size", None) or {})
-        if "longest_edge" in size and "shortest_edge" in size:  # Qwen-VL processors: numbers of pixels, not sides
+        self._processor: Any = AutoImageProcessor.from_pretrained(model_path, local_files_only=True)
+        if hasattr(self._processor, "merge_size"):  # the Qwen-VL kind, whose sizes are numbers of pixels, not sides
+            size = dict(self._processor.size)
             self._processor.size = {
                 "shortest_edge": min_pixels or size["shortest_edge"],
                 "longest_edge": max_pixels or size["longest_edge"],
@@ -70,13 +76,16 @@ class Embedder:
         rows = [row for batch in _batches(paths, batch_size) for row in self._embed_batch(batch)]
         return np.stack(rows)
 
+    def inputs(self, paths: Sequence[Path]) -> dict[str, Any]:
+        """What the vision tower is given for some pictures: tensors on its device, `pixel_values` among them."""
+        made = self._processor(images=[load_image(path) for path in paths], return_tensors="pt")
+        return {name: value.to(self._device) for name, value in made.items() if name in self._wanted}
+
     def _embed_batch(self, paths: Sequence[Path]) -> Iterator[npt.NDArray[np.float32]]:
         import torch
 
-        inputs = self._processor(images=[load_image(path) for path in paths], return_tensors="pt")
-        inputs = {name: value.to(self._device) for name, value in inputs.items() if name in self._wanted}
         with torch.inference_mode():
-            features = self._model.get_image_features(**inputs)
+            features = self._model.get_image_features(**self.inputs(paths))
         features = getattr(features, "pooler_output", features)
         for feature in features:  # (D,) of CLIP, or (tokens, D) of a vision-language model
             vector = feature.float().reshape(-1, feature.shape[-1]).mean(0).cpu().numpy()
