@@ -1,4 +1,4 @@
-"""`python -m hpc_rl.launch CONFIG`: start a run, or go on with it. On a cluster it submits and returns; you can log off."""
+"""`python -m hpc_rl.launch CONFIG`: start a run, or go on with it. On a cluster it submits and returns."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from hpc_rl.orchestrate.reconcile import DRIVER_LEASE, Run, RunBusy, look, recon
 from hpc_rl.orchestrate.start import OtherConfig, open_run
 from hpc_rl.run.atomic import CorruptFile
 from hpc_rl.run.code import snapshot
-from hpc_rl.run.lease import Lease, acquire, look as look_at_lease
+from hpc_rl.run.lease import Lease, acquire
+from hpc_rl.run.lease import look as look_at_lease
 from hpc_rl.run.ledger import Ledger
 
 
@@ -37,7 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m hpc_rl.launch",
         description="Start a run, or go on with it where it stands. Launching a run that is under way changes nothing.",
-        epilog="Then: python -m hpc_rl.status WORKSPACE · python -m hpc_rl.report WORKSPACE · python -m hpc_rl.cancel WORKSPACE",
+        epilog="Then, with its WORKSPACE: python -m hpc_rl.status · python -m hpc_rl.report · python -m hpc_rl.cancel",
     )
     parser.add_argument("config", type=Path, help="YAML file, e.g. configs/tiny/lewis.yaml")
     parser.add_argument("--workspace", type=Path, help="folder of the run (default: run.workspace in the config)")
@@ -144,7 +145,8 @@ def submit(run: Run, policy: Policy) -> int:
     if not waiting_for_nothing and any(job.name in control for job in view.queue):
         jobs = sorted({job.job_id.partition("_")[0] for job in view.queue})
         print(
-            f"already running: jobs {', '.join(jobs)} of {run.ws.root}. Nothing was changed.\n{plan.commands(run.ws.root)}"
+            f"already running: jobs {', '.join(jobs)} of {run.ws.root}. Nothing was changed.\n"
+            f"{plan.commands(run.ws.root)}"
         )
         return 0
     report = reconcile(run, executor, _snapshot(run), policy, resume=True, say=say)
@@ -158,12 +160,14 @@ def submit(run: Run, policy: Policy) -> int:
         return 1
     if not report.submitted:
         print(
-            f"already running: another launch of {run.ws.root} was faster. Nothing was changed.\n{plan.commands(run.ws.root)}"
+            f"already running: another launch of {run.ws.root} was faster. Nothing was changed.\n"
+            f"{plan.commands(run.ws.root)}"
         )
         return 0
     ids = [i for ids in report.submitted.values() for i in ids]
     print(
-        f"submitted {len(ids)} jobs: {', '.join(ids)}\nworkspace: {run.ws.root}\n{plan.commands(run.ws.root)}\nyou can log off."
+        f"submitted {len(ids)} jobs: {', '.join(ids)}\nworkspace: {run.ws.root}\n"
+        f"{plan.commands(run.ws.root)}\nyou can log off."
     )
     return 0
 

@@ -72,7 +72,8 @@ def accuracy_table(run: Run) -> str:
     title = "identification accuracy" + (f" (chance {chance:.2f})" if chance else "")
     games = next((m for _, m, _, _ in rows if "n_new_views" in m), {})
     if games:
-        title += f", {games['n_new_views']} games on new views of training concepts, {games['n_validation']} on held-out concepts"
+        title += f", {games['n_new_views']} games on new views of training concepts"
+        title += f", {games['n_validation']} on held-out concepts"
     return "\n".join([title, *lines])
 
 

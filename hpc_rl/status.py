@@ -1,4 +1,4 @@
-"""`python -m hpc_rl.status WORKSPACE`: rounds × stages, as they stand. Reads the workspace and asks Slurm once; changes nothing."""
+"""`python -m hpc_rl.status WORKSPACE`: rounds × stages as they stand. It asks Slurm once and changes nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WATCH_EVERY_S = 5.0
 
 
 class Reader:
-    """What the run's scheduler has queued, whoever submitted it: asked of Slurm, or read from the local launcher's note."""
+    """What the run has queued, whoever submitted it: asked of Slurm, or read from the local launcher's note."""
 
     name = "any"
 
@@ -61,11 +61,12 @@ def table(root: Path, shown: Overview) -> str:
         if stage.state == "not yet" and stage.kind in ("service", "control"):
             continue
         work = f"{stage.shards_done}/{stage.shards}" if stage.kind not in ("service", "control") else ""
-        where = ",".join(stage.nodes)
-        jobs = f"{','.join(stage.job_ids[-3:])}{' on ' + where if where else ''}{' (' + stage.reason + ')' if stage.reason and stage.state == 'waiting' else ''}"
+        jobs = ",".join(stage.job_ids[-3:])
+        jobs += f" on {','.join(stage.nodes)}" if stage.nodes else ""
+        jobs += f" ({stage.reason})" if stage.reason and stage.state == "waiting" else ""
         lines.append(
-            f"{stage.round:>5}  {stage.stage:<20} {stage.state:<11} {work:>9} {stage.tasks_running or '':>8} {stage.tasks_waiting or '':>8}"
-            f"  {stage.attempts or '':>5}  {jobs}".rstrip()
+            f"{stage.round:>5}  {stage.stage:<20} {stage.state:<11} {work:>9} {stage.tasks_running or '':>8}"
+            f" {stage.tasks_waiting or '':>8}  {stage.attempts or '':>5}  {jobs}".rstrip()
         )
     errors = [stage for stage in shown.stages if stage.last_error and stage.state != "done"]
     if errors:

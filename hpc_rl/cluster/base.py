@@ -77,16 +77,20 @@ class ExecutorError(RuntimeError):
     """The scheduler refused or could not be reached; the message holds its words and the way out."""
 
 
-class Executor(Protocol):
-    """Where jobs run."""
+class QueueReader(Protocol):
+    """Something that knows what is queued."""
 
     name: str
 
-    def submit(self, request: JobRequest, on_accepted: Callable[[str], None]) -> None:
-        """Hand a request to the scheduler; `on_accepted` is called with each job id as soon as there is one."""
-
     def queue(self, names: Iterable[str]) -> Sequence[Queued]:
         """What the scheduler still has under these submission names, in one question."""
+
+
+class Executor(QueueReader, Protocol):
+    """Where jobs run."""
+
+    def submit(self, request: JobRequest, on_accepted: Callable[[str], None]) -> None:
+        """Hand a request to the scheduler; `on_accepted` is called with each job id as soon as there is one."""
 
     def cancel(self, names: Iterable[str], waiting_only: bool = False) -> None:
         """Cancel all jobs of these submissions."""

@@ -34,7 +34,7 @@ def make_executor(config: Config, name: str) -> Executor:
 
 
 def gpu_ids(environ: Mapping[str, str]) -> list[str]:
-    """GPUs of this machine: those of CUDA_VISIBLE_DEVICES, else what nvidia-smi lists; none where there is no nvidia-smi."""
+    """GPUs of this machine: those of CUDA_VISIBLE_DEVICES, else what nvidia-smi lists; none where there is none."""
     if "CUDA_VISIBLE_DEVICES" in environ:
         return [gpu for gpu in environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
     if shutil.which("nvidia-smi") is None:
@@ -46,7 +46,7 @@ def gpu_ids(environ: Mapping[str, str]) -> list[str]:
 
 
 def slurm_problems(config: Config) -> list[Problem]:
-    """What Slurm on this machine would refuse: no sbatch at all, unknown partitions, accounts that this user may not charge."""
+    """What Slurm here would refuse: no sbatch at all, unknown partitions, accounts that this user may not charge."""
     from hpc_rl.cluster import queries
 
     if shutil.which("sbatch") is None:

@@ -19,7 +19,7 @@ from hpc_rl.orchestrate.graph import Kind
 
 
 class DebugExecutor:
-    """Runs a job at the moment it is submitted. An error opens the debugger where there is a terminal, and is raised."""
+    """Runs a job at the moment it is submitted. An error opens the debugger where there is a terminal, and raises."""
 
     name = "debug"
 

@@ -1,8 +1,9 @@
 """The first process of every job: starts the job body in the stage's own environment and records how it ended.
 
 `python -m hpc_rl.cluster.entry SPEC` is what an executor puts into an allocation. It translates ranks, opens the log,
-passes signals on (Slurm's USR2 before the time limit or a preemption, SIGTERM, Ctrl-C) and requeues the job when it was asked to
-leave early. Standard library only: it starts in tens of milliseconds, under any interpreter, and has nothing to crash on.
+passes signals on (Slurm's USR2 before the time limit or a preemption, SIGTERM, Ctrl-C) and requeues the job when it was
+asked to leave early. Standard library only: it starts in tens of milliseconds, under any interpreter, and has nothing
+to crash on.
 """
 
 from __future__ import annotations
@@ -131,13 +132,18 @@ class Runner:
         self.asked_to_leave = True
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
-            signal.signal(signal.SIGALRM, lambda *_: self.process and self.process.kill())
-            signal.setitimer(signal.ITIMER_REAL, self.spec.grace_s)
+        signal.setitimer(signal.ITIMER_REAL, self.spec.grace_s)
+
+    def on_grace_over(self, _number: int, _frame: FrameType | None) -> None:
+        """Kill a body that did not leave in time."""
+        if self.process is not None:
+            self.process.kill()
 
     def run(self) -> int:
         """Run the body to its end and record it; returns its exit code."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, self.on_signal)
+        signal.signal(signal.SIGALRM, self.on_grace_over)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **self.spec.environment, **self.ranks, "HPC_RL_ATTEMPT": self.spec.name}
         left = RESTARTS_IN_PLACE if self.spec.service else 0
@@ -171,8 +177,9 @@ class Runner:
         error = "" if outcome is Outcome.DONE else last_error(tail)
         spec = self.spec
         record = EndRecord(
-            spec.name, self.ranks["HPC_RL_JOB_ID"], int(self.ranks["HPC_RL_RESTART"]), int(self.ranks["RANK"]), socket.gethostname(), outcome.value,
-            code, error, spec.ws.relative(self.log), started, ended, _cpu_of_children_s() - self.cpu_before_s, (ended - started) * spec.gpus,
+            spec.name, self.ranks["HPC_RL_JOB_ID"], int(self.ranks["HPC_RL_RESTART"]), int(self.ranks["RANK"]),
+            socket.gethostname(), outcome.value, code, error, spec.ws.relative(self.log), started, ended,
+            _cpu_of_children_s() - self.cpu_before_s, (ended - started) * spec.gpus,
         )  # fmt: skip
         atomic.write_json(spec.path.with_name(f"{spec.name}.end-{self.tag}-{int(started * 1000)}.json"), asdict(record))
         print(
@@ -187,7 +194,7 @@ def _cpu_of_children_s() -> float:
 
 
 def _requeue(job_id: str) -> None:
-    """Put this very job (or array element: its own id, never the bare array's) back into the queue (scontrol(1), requeue)."""
+    """Put this very job, or array element (never the bare array's id), back into the queue (scontrol(1), requeue)."""
     print(f"asking Slurm to run {job_id} again", flush=True)
     subprocess.run(["scontrol", "requeue", job_id], check=False, timeout=60)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import signal
-from enum import Enum
+from enum import StrEnum
 
 EXIT_BLOCKED = 75
-"""EX_TEMPFAIL (sysexits.h): inputs are not there, or a service could not be reached in time; the work is to be tried again."""
+"""EX_TEMPFAIL (sysexits.h): inputs are not there, or a service was not reached in time; it is to be tried again."""
 
 
-class Outcome(str, Enum):
+class Outcome(StrEnum):
     """Classes of ends. Only `ERROR` is the program's own fault and is not retried when it repeats itself."""
 
     DONE = "done"
@@ -29,7 +29,7 @@ _EXCEPTION = re.compile(
 
 
 def classify(exit_code: int, log_tail: str, asked_to_leave: bool) -> Outcome:
-    """The class of an end from the body's exit code (negative: minus the signal, as in `subprocess`) and its last output."""
+    """The class of an end from the body's exit code (minus the signal, as in `subprocess`) and its last output."""
     if exit_code == 0:
         return Outcome.DONE
     if asked_to_leave:
@@ -51,5 +51,5 @@ def last_error(log_tail: str) -> str:
 
 
 def fingerprint(error: str) -> str:
-    """What two occurrences of one error have in common: numbers, hexadecimal tokens and temporary names are left out."""
+    """What two occurrences of one error have in common: numbers and hexadecimal tokens are left out."""
     return re.sub(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+", "#", error.lower())

@@ -1,6 +1,7 @@
-"""The local executor: the same jobs as processes on this machine, with dependencies, services and a limit of parallel tasks.
+"""The local executor: the same jobs as processes on this machine, with dependencies, services and a limit of tasks.
 
-It lives in the launcher. Its jobs die with it (the kernel sees to that), and launching again redoes what they left undone.
+It lives in the launcher. Its jobs die with it (the kernel sees to that), and launching again redoes what they left
+undone.
 """
 
 from __future__ import annotations
@@ -160,9 +161,9 @@ class LocalExecutor:
         task.gpus = gpus
         for rank in range(ranks):
             environment = {
-                **clean_environment(), "PYTHONPATH": path, "HPC_RL_JOB_ID": task.element, "HPC_RL_RESTART": "0", "RANK": str(rank),
-                "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), "HPC_RL_NODELIST_HEAD": "localhost",
-                **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
+                **clean_environment(), "PYTHONPATH": path, "HPC_RL_JOB_ID": task.element, "HPC_RL_RESTART": "0",
+                "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
+                "HPC_RL_NODELIST_HEAD": "localhost", **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
             }  # fmt: skip
             task.processes.append(
                 subprocess.Popen(
@@ -172,7 +173,7 @@ class LocalExecutor:
                     stdout=subprocess.DEVNULL,
                     start_new_session=True,
                     preexec_fn=die_with_parent,
-                )  # fmt: skip
+                )
             )
 
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from hpc_rl.cluster.base import ExecutorError, Queued
 
 _TRANSIENT = re.compile(
-    r"Socket timed out|temporarily un(?:able|available)|Unable to contact slurm controller|Connection refused|Resource temporarily unavailable|"
-    r"Transport endpoint|slurm_receive_msg|Zero Bytes were transmitted",
+    r"Socket timed out|temporarily un(?:able|available)|Unable to contact slurm controller|Connection refused|"
+    r"Resource temporarily unavailable|Transport endpoint|slurm_receive_msg|Zero Bytes were transmitted",
     re.IGNORECASE,
 )
 
@@ -21,8 +21,8 @@ _TRANSIENT = re.compile(
 def clean_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment for Slurm's commands: a job submitted from inside a job must not inherit that job's options.
 
-    Slurm's commands read SLURM_*, SBATCH_*, SRUN_*, SCANCEL_* and SQUEUE_* as defaults (sbatch(1), INPUT ENVIRONMENT VARIABLES).
-    SLURM_CONF stays: it says where the cluster is.
+    Slurm's commands read SLURM_*, SBATCH_*, SRUN_*, SCANCEL_* and SQUEUE_* as defaults (sbatch(1), INPUT ENVIRONMENT
+    VARIABLES). SLURM_CONF stays: it says where the cluster is.
     """
     source = os.environ if environ is None else environ
     drop = re.compile(

@@ -1,4 +1,4 @@
-"""Who am I among the ranks of this job: Slurm's environment variables translated into torch's. Standard library only."""
+"""Who am I among the ranks of this job: Slurm's environment variables turned into torch's. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def first_host(node_list: str) -> str:
 
 
 def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, HPC_RL_JOB_ID, HPC_RL_RESTART and HPC_RL_NODELIST_HEAD of this process.
+    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, HPC_RL_JOB_ID, HPC_RL_RESTART and HPC_RL_NODELIST_HEAD of us.
 
     Values that are set already win (torchrun, the local executor); outside of any job the process is rank 0 of 1.
     Ranks come from the *step* (srun), so a batch script's own shell, which is no rank, is rank 0 of 1 too.

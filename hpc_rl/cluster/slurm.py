@@ -2,8 +2,9 @@
 
 submitit pickles the function that a job shall run and moves the pickle into place after sbatch has returned; a launcher
 killed in between leaves a job that waits for its pickle and fails. Our jobs need no pickle: they are told a spec file
-that was on disk before sbatch. So we subclass submitit's executor at `_submit_command`, its own way to submit a command.
-(Names with an underscore: submitit's version is pinned, and the golden scripts in tests/cluster/ notice any change.)
+that was on disk before sbatch. So we subclass submitit's executor at `_submit_command`, its own way to submit a
+command. (Names with an underscore: submitit's version is pinned, and the golden scripts in tests/cluster/ notice any
+change.)
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hpc_rl.orchestrate.graph import Kind
 SUBMIT_PATIENCE_S = 120.0
 
 
-class _CommandExecutor(submitit.SlurmExecutor):
+class _CommandExecutor(submitit.SlurmExecutor):  # type: ignore[misc]  # its types are not looked at
     """submitit's Slurm executor for plain commands: no pickles, an array is `elements` copies of one command."""
 
     def submit_command(self, command: str, elements: int | None) -> str:
@@ -44,7 +45,7 @@ class _CommandExecutor(submitit.SlurmExecutor):
 
     @classmethod
     def affinity(cls) -> int:
-        """Scripts can be rendered anywhere (`--dry-run` on a laptop); a missing sbatch is reported when it is needed."""
+        """Scripts can be rendered anywhere (`--dry-run` on a laptop); a missing sbatch is said when it is needed."""
         return 2
 
 
@@ -111,7 +112,7 @@ class SlurmExecutor:
         return [min(limit, tasks - first) for first in range(0, tasks, limit)]
 
     def _sbatch(self, request: JobRequest, elements: int | None, known: set[str]) -> str:
-        """sbatch with patience. A call that got no answer may have been accepted: its name tells, before it is tried again."""
+        """sbatch with patience. A call without an answer may have been accepted: its name tells, before another."""
         executor, command = self._executor(request), _command(request)
         pause_s, deadline = 1.0, time.monotonic() + SUBMIT_PATIENCE_S
         while True:
@@ -142,9 +143,14 @@ class SlurmExecutor:
         after = [f"afterany:{':'.join(request.after_end)}"] if request.after_end else []
         after += [f"after:{':'.join(request.after_start)}"] if request.after_start else []
         optional = {
-            "partition": wanted.partition, "account": wanted.account, "qos": wanted.qos, "constraint": wanted.constraint, "mem": None if wanted.mem_gb is None else f"{round(wanted.mem_gb * 1024)}MB",
-            "gpus_per_node": wanted.gpus_per_node or None, "dependency": ",".join(after) or None,
-        }  # fmt: skip
+            "partition": wanted.partition,
+            "account": wanted.account,
+            "qos": wanted.qos,
+            "constraint": wanted.constraint,
+            "mem": None if wanted.mem_gb is None else f"{round(wanted.mem_gb * 1024)}MB",
+            "gpus_per_node": wanted.gpus_per_node or None,
+            "dependency": ",".join(after) or None,
+        }
         kill = ["--kill-on-bad-exit=1", "--wait=0"] if request.kind is Kind.MULTINODE else []
         executor.update_parameters(
             job_name=spec.name,
@@ -161,7 +167,7 @@ class SlurmExecutor:
                 "requeue": True,
                 **{key.replace("_", "-"): value for key, value in wanted.sbatch.items()},
             },
-            # srun does not inherit --cpus-per-task since 22.05 (srun(1)); sites may set --wait, which kills uneven ranks
+            # srun does not inherit --cpus-per-task since 22.05 (srun(1)); sites set --wait, which kills uneven ranks
             srun_args=[f"--cpus-per-task={wanted.cpus_per_task}", *kill],
             **{name: value for name, value in optional.items() if value is not None},
         )

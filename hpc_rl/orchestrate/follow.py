@@ -1,7 +1,7 @@
 """Staying with a run until it ends: reconcile whenever something has ended, and say how it goes.
 
-For the local executor this is what runs the jobs. On a cluster it stands in for the advance jobs where compute nodes may not
-submit (`launch --watch`); it may be killed and started again at any time.
+For the local executor this is what runs the jobs. On a cluster it stands in for the advance jobs where compute nodes
+may not submit (`launch --watch`); it may be killed and started again at any time.
 """
 
 from __future__ import annotations

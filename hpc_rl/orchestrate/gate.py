@@ -1,4 +1,4 @@
-"""The gate of a job: its inputs must be there before its body starts, with patience for file systems that show files late."""
+"""The gate of a job: its inputs must be there before its body starts, with patience for files shown late."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ def wait_for_inputs(
 ) -> list[StageId]:
     """Wait until all of `needs` are complete; returns those that are not after waiting.
 
-    A stage whose last attempt is known to have failed is given only a moment: waiting for it would hold GPUs for nothing.
+    A stage whose last attempt is known to have failed is given only a moment: waiting for it would hold GPUs for
+    nothing.
 
     Parameters
     ----------
     patience_s
-        How late the file system may show what another node wrote: attribute caches of NFS and Lustre keep an absent file
-        absent for up to a minute (nfs(5), `acdirmax`).
+        How late the file system may show what another node wrote: attribute caches of NFS and Lustre keep an absent
+        file absent for up to a minute (nfs(5), `acdirmax`).
     """
     needs = list(needs)
     started = time.monotonic()

@@ -1,8 +1,8 @@
 """The graph of a run: rounds of stages, as plain data that follows from the config alone.
 
 A recipe declares the stages of a round; `Graph` strings the rounds together and adds what every run has: an `advance`
-stage per round, which reconciles inside the cluster, and one after the last round, which is the spare: should an advance
-job be killed, the next one in the chain does its work.
+stage per round, which reconciles inside the cluster, and one after the last round, which is the spare: should an
+advance job be killed, the next one in the chain does its work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ADVANCE = "advance"
 
 
 class Kind(Enum):
-    """How a stage runs: an array whose tasks claim shards, one job, ranks over nodes, or a service that serves others."""
+    """How a stage runs: an array whose tasks claim shards, one job, ranks over nodes, or a service for others."""
 
     ARRAY = "array"
     SINGLE = "single"
@@ -47,7 +47,8 @@ class Stage:
     needs
         Stages whose work must be done before this one's body starts: the edges. The gate checks their manifests.
     shards
-        Into how many pieces its work is cut; it is done when each has a manifest. Services and control stages have none.
+        Into how many pieces its work is cut; it is done when each has a manifest. Services and control stages have
+        none.
     uses
         Service stages that must have started before this stage's job starts.
     serves
@@ -115,8 +116,8 @@ class Graph:
 def build_graph(rounds: int, stages_of_round: Callable[[int], Iterable[Stage]]) -> Graph:
     """The graph of a run of rounds 0 (preparation) to `rounds`.
 
-    The advance of a round follows the round's work and the advance before it; the last one, of round `rounds` + 1, follows
-    only the advance before it.
+    The advance of a round follows the round's work and the advance before it; the last one, of round `rounds` + 1,
+    follows only the advance before it.
     """
     stages: list[Stage] = []
     for number in range(rounds + 2):

@@ -41,7 +41,7 @@ POLL_S = 1.0
 
 @dataclass
 class Shard:
-    """One claimed piece of a stage's work. Without a lease (ranks other than 0) it can be worked on but not committed."""
+    """One claimed piece of a stage's work. Without a lease (ranks other than 0) it can be worked on, not committed."""
 
     job: Job
     index: int
@@ -129,7 +129,7 @@ class Job:
 
     @cached_property
     def provenance(self) -> Mapping[str, Any]:
-        """What every manifest says about where its outputs came from. The gate is passed, so the inputs stay the same."""
+        """What every manifest says about where its outputs came from; past the gate the inputs stay the same."""
         inputs = {
             f"round_{need.round:02d}/{need.name}": [
                 output.sha256 for m in self.inputs(need.round, need.name) for output in m.outputs

@@ -18,8 +18,9 @@ from hpc_rl.run.ledger import Attempt
 class StageOverview:
     """One stage.
 
-    `state` is done, running, waiting (in the queue), failed (its last attempt did not end well), incomplete (nothing is queued for
-    it) or not yet (nothing was submitted). `shards_*` count work, `tasks_*` jobs or array elements in the queue.
+    `state` is done, running, waiting (in the queue), failed (its last attempt did not end well), incomplete (nothing is
+    queued for it) or not yet (nothing was submitted). `shards_*` count work, `tasks_*` jobs or array elements in the
+    queue.
     """
 
     round: int

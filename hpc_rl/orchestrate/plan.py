@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from hpc_rl import config as configs
@@ -9,7 +10,7 @@ from hpc_rl import recipes
 from hpc_rl.cluster.base import Resources
 from hpc_rl.cluster.choose import make_executor
 from hpc_rl.config.schema import Config
-from hpc_rl.orchestrate.graph import Graph, Kind, Stage
+from hpc_rl.orchestrate.graph import Graph, Kind, Stage, StageId
 from hpc_rl.orchestrate.requests import build_request
 from hpc_rl.run.workspace import Workspace
 
@@ -48,13 +49,23 @@ def show(config: Config, executor: str, scripts: bool) -> None:
             if stage.round in repeats or (stage.kind is Kind.CONTROL and not control):
                 continue
             request = build_request(
-                ws, config, stage, f"{config.run.name}-r{stage.round:02d}-{stage.name}-a1-UNIQUE", executor, ws.code_dir / "HASH",
-                after_end=tuple(f"ID[{need}]".replace(" ", "_") for need in stage.needs if need.round >= stage.round - 1),
-                after_start=tuple(f"ID[{used}]".replace(" ", "_") for used in stage.uses),
-            )  # fmt: skip
+                ws,
+                config,
+                stage,
+                f"{config.run.name}-r{stage.round:02d}-{stage.name}-a1-UNIQUE",
+                executor,
+                ws.code_dir / "HASH",
+                after_end=_placeholders(need for need in stage.needs if need.round >= stage.round - 1),
+                after_start=_placeholders(stage.uses),
+            )
             for script in backend.render(request):
                 print(f"--- {stage.id} ---\n{script}\n")
     print("nothing was submitted or written.")
+
+
+def _placeholders(stages: Iterable[StageId]) -> tuple[str, ...]:
+    """What stands for the job ids that only the scheduler can give."""
+    return tuple(f"ID[{stage}]".replace(" ", "_") for stage in stages)
 
 
 def _repeats_of_round_1(graph: Graph) -> set[int]:
@@ -74,7 +85,8 @@ def _line(config: Config, ws: Workspace, executor: str, stage: Stage) -> str:
     after = [need.name if need.round == stage.round else str(need) for need in stage.needs]
     after += [f"start of {used.name}" for used in stage.uses]
     work = f"{stage.shards} shards" if stage.has_work and stage.shards > 1 else ""
-    return f"  {stage.name:<20} {stage.kind.value:<11} {_ask(resources):<58} {work:<11} after {', '.join(after) or 'nothing'}"
+    what = f"  {stage.name:<20} {stage.kind.value:<11} {_ask(resources):<58} {work:<11}"
+    return f"{what} after {', '.join(after) or 'nothing'}"
 
 
 def _ask(r: Resources) -> str:

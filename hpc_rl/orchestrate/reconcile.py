@@ -1,8 +1,8 @@
 """The one verb: look at the run, decide, submit what is missing. Safe to call twice, from anywhere, at any time.
 
 Launch, resume, retry and "next round" are all this call. It works under the run's lease, so two callers take turns and
-the second finds nothing to do. If it dies at any point, the next call goes on from what it finds: an intent in the ledger
-without a job id is looked up in the queue by its unique name and either adopted or written off.
+the second finds nothing to do. If it dies at any point, the next call goes on from what it finds: an intent in the
+ledger without a job id is looked up in the queue by its unique name and either adopted or written off.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hpc_rl import config as configs
 from hpc_rl import recipes
-from hpc_rl.cluster.base import Executor, Queued
+from hpc_rl.cluster.base import Executor, Queued, QueueReader
 from hpc_rl.cluster.entry import EndRecord
 from hpc_rl.config.schema import Config
 from hpc_rl.orchestrate import overview
@@ -62,7 +62,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-def look(run: Run, executor: Executor, history: History | None = None) -> View:
+def look(run: Run, executor: QueueReader, history: History | None = None) -> View:
     """The run as it stands: one folder listing a stage, one question to the scheduler."""
     history = Ledger(run.ws).history() if history is None else history
     done = {stage.id: len(manifest.done_shards(run.ws, stage.round, stage.name)) for stage in run.graph.work}
@@ -188,9 +188,15 @@ def _carry_out(
 
             after_end, after_start = resolved(action.after_end), resolved(action.after_start)
             request = build_request(
-                run.ws, run.config, stage, name, executor.name, code,
-                after_end=tuple(i for a in after_end for i in ids[a]), after_start=tuple(i for a in after_start for i in ids[a]),
-            )  # fmt: skip
+                run.ws,
+                run.config,
+                stage,
+                name,
+                executor.name,
+                code,
+                after_end=tuple(i for a in after_end for i in ids[a]),
+                after_start=tuple(i for a in after_start for i in ids[a]),
+            )
             request.spec.save()
             run.ws.log_dir(stage.round, stage.name).mkdir(parents=True, exist_ok=True)
             ledger.append(
@@ -226,7 +232,7 @@ def _view_after(run: Run, view: View, report: Report) -> View:
 
 
 def _write_state(run: Run, view: View, report: Report) -> None:
-    """Write down how the run stands, for people and tools. A file that cannot be read is replaced: it is only a view."""
+    """Write down how the run stands, for people and tools. A file that cannot be read is replaced: it is a view."""
     path, epoch = run.ws.state_path, 0
     try:
         epoch = int(atomic.read_json(path)["epoch"])

@@ -1,4 +1,4 @@
-"""Making the workspace of a run, or opening the one that is there: whoever comes first writes the config, the others must agree."""
+"""Making the workspace of a run, or opening the one that is there: the first writes the config, the others agree."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def open_run(config: Config, config_file: Path) -> tuple[Run, list[str]]:
         if configs.to_json(stored) != configs.to_json(config):
             if config.run.rounds < stored.run.rounds:
                 notes.append(
-                    f"run.rounds goes down from {stored.run.rounds} to {config.run.rounds}: later rounds stay on disk, unused"
+                    f"run.rounds goes down from {stored.run.rounds} to {config.run.rounds}: "
+                    "later rounds stay on disk, unused"
                 )
             atomic.write_json(ws.config_path, configs.to_json(config))
             notes.append(

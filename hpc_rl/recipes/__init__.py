@@ -33,7 +33,7 @@ def own_packages(name: str) -> list[Path]:
 
 
 def resolve(config: Config) -> Config:
-    """The config with what planning needs to know filled in by its recipe (`resolve` of the module, where it has one)."""
+    """The config with what planning needs to know filled in by its recipe (its module's `resolve`, if it has one)."""
     fill_in = getattr(load(config.recipe), "resolve", None)
     return config if fill_in is None else cast(Config, fill_in(config))
 

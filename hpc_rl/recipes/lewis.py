@@ -95,7 +95,7 @@ class Weights:
 
 
 def speaker_weights(ws: Workspace, config: LewisConfig, round: int) -> Weights:
-    """The speaker after `round` rounds, as the manifest of that round's training names it; round 0 is the model to start from."""
+    """The speaker after `round` rounds, as the manifest of its training names it; round 0: the model to start from."""
     base = str(config.speaker.path)
     if round == 0:
         from hpc_rl.training.checkpoints import weights_hash  # not on the login node

@@ -1,15 +1,17 @@
 """The right to do one piece of work, held by one process at a time and taken over when its holder dies.
 
-A lease is a series of *generations*: `NAME.lease.0001`, `.0002`, … Each is created exclusively (link) and holds who took
-it; its modification time is the heartbeat. The highest generation is the lease. It is free when it is released (a
-`.released` file beside it) or stale: no heartbeat for `ttl_s`, or its process is known to be dead because it ran on this
-very host. Taking over means creating the next generation, which only one process can; nothing is ever overwritten, so a
-late take-over cannot steal a lease that was renewed meanwhile. Lower generations are removed by the holder of a higher one.
+A lease is a series of *generations*: `NAME.lease.0001`, `.0002`, … Each is created exclusively (link) and holds who
+took it; its modification time is the heartbeat. The highest generation is the lease. It is free when it is released (a
+`.released` file beside it) or stale: no heartbeat for `ttl_s`, or its process is known to be dead because it ran on
+this very host. Taking over means creating the next generation, which only one process can; nothing is ever overwritten,
+so a late take-over cannot steal a lease that was renewed meanwhile. Lower generations are removed by the holder of a
+higher one.
 
 What this does not promise: a holder that was frozen and wakes up does not know at once that it lost its lease. So work
 ends in an exclusive manifest (`hpc_rl.run.manifest`), and of two workers the first wins and the second is thrown away.
 
-Heartbeats and their age are both read off the file system's own clock, so clocks that differ between hosts do not matter.
+Heartbeats and their age are both read off the file system's own clock, so clocks that differ between hosts do not
+matter.
 """
 
 from __future__ import annotations

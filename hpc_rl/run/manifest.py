@@ -1,8 +1,8 @@
 """Manifests: a shard of work is done when its manifest exists, and not before.
 
 A manifest is a small JSON file written last and exclusively. It names every output with size and checksum, and what the
-output was made from. If two workers did the same shard (a lease taken over from a holder that was only frozen), the first
-manifest stands, and the other worker's files, whose names carry its own token, are never read.
+output was made from. If two workers did the same shard (a lease taken over from a holder that was only frozen), the
+first manifest stands, and the other worker's files, whose names carry its own token, are never read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every random number of a run comes from its seed and from what the number is for, never from when or where it is drawn."""
+"""Every random number of a run comes from its seed and from what it is for, never from when or where it is drawn."""
 
 from __future__ import annotations
 
