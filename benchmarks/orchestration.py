@@ -11,7 +11,9 @@ On the test cluster (tests/slurm), 3 rounds × 5 stages: a 4-task array, two sin
     by hand, bodies the same chain whose tasks are our job body (benchmarks/noop_body.py: gate, lease, manifest) without
                     launcher, entry process and advance jobs.
 
-Prints every wall time, the medians and the ratio launched / by hand; ends with status 1 when that is above the target.
+Prints every wall time, the medians and the ratios; ends with status 1 when launched / by hand is above the target.
+The scheduler works on a grid of 0.5 to 1 s (docs/testing.md): a job of 0.1 s, as by hand, is followed by the next after
+0.5 s, one of 0.2 to 0.9 s after 1 s. The second ratio is free of that: both its sides run jobs of the same length.
 """
 
 from __future__ import annotations
@@ -112,10 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(f"\nwall time of {ROUNDS} rounds × {len(STAGES)} stages that do nothing, median of {repeat}:")
     for name, median in medians.items():
-        print(f"  {name:<16} {median:6.1f} s   {median / medians['by hand']:.2f} × by hand")
-    ratio = medians["launched"] / medians["by hand"]
-    print(f"launched / by hand = {ratio:.2f}, target at most {TARGET}: {'met' if ratio <= TARGET else 'MISSED'}")
-    return 0 if ratio <= TARGET else 1
+        print(f"  {name:<16} {median:6.1f} s")
+    ratios = {name: medians["launched"] / median for name, median in medians.items() if name != "launched"}
+    for name, ratio in ratios.items():
+        verdict = "met" if ratio <= TARGET else "MISSED"
+        print(f"launched / {name} = {ratio:.2f}, target at most {TARGET}: {verdict}")
+    return 0 if ratios["by hand"] <= TARGET else 1
 
 
 if __name__ == "__main__":
