@@ -13,12 +13,15 @@ from hpc_rl.orchestrate.decide import View
 from hpc_rl.orchestrate.graph import Kind, Stage
 from hpc_rl.run.ledger import Attempt
 
+QUIET = frozenset({Outcome.BLOCKED.value, Outcome.LEFT.value})
+"""Ends that are nobody's failure: inputs were not there yet, or the job was told to leave."""
+
 
 @dataclass(frozen=True)
 class StageOverview:
     """One stage.
 
-    `state` is done, running, waiting (in the queue), failed (its last attempt did not end well), incomplete (nothing is
+    `state` is done, running, waiting (in the queue), failed (its last attempt went wrong), incomplete (nothing is
     queued for it) or not yet (nothing was submitted). `shards_*` count work, `tasks_*` jobs or array elements in the
     queue.
     """
@@ -98,7 +101,7 @@ def _stage(view: View, stage: Stage) -> StageOverview:
     elif not attempts:
         state = "not yet"
     else:
-        state = "failed" if last or lost else "incomplete"
+        state = "failed" if lost or (last and last.outcome not in QUIET) else "incomplete"
     return StageOverview(
         round=stage.round,
         stage=stage.name,
@@ -122,4 +125,5 @@ def _lost(view: View, attempts: Sequence[Attempt], jobs: Sequence[Queued]) -> st
     if not attempts or jobs or attempts[-1].name in view.ends or attempts[-1].cancelled or not attempts[-1].job_ids:
         return ""
     job_id = attempts[-1].job_ids[-1]
-    return f"{Outcome.LOST.value}: job {job_id} left no end record (a node failure? `sacct -j {job_id}` may tell)"
+    hint = f" (a node failure? `sacct -j {job_id}` may tell)" if attempts[-1].executor == "slurm" else ""
+    return f"{Outcome.LOST.value}: job {job_id} left no end record{hint}"

@@ -175,7 +175,8 @@ def _carry_out(
             ledger.append("written_off", name=action.name)
         elif isinstance(action, Cancel):
             executor.cancel([action.name], action.waiting_only)
-            if not action.waiting_only:
+            started = any(job.name == action.name and not job.is_waiting for job in view.queue)
+            if not (action.waiting_only and started):
                 ledger.append("cancelled", name=action.name, why=action.why)
             report.cancelled.append(action.name)
             say(f"cancelled {action.name}: {action.why}")
