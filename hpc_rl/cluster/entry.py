@@ -20,7 +20,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 from hpc_rl.cluster.failures import Outcome, classify, last_error
 from hpc_rl.cluster.rendezvous import rank_environment
@@ -150,22 +150,30 @@ class Runner:
         while True:
             started, self.cpu_before_s = time.time(), _cpu_of_children_s()
             with self.log.open("ab") as log:
-                self.process = subprocess.Popen(
-                    self.spec.body,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    start_new_session=True,
-                    preexec_fn=die_with_parent,
-                )
-                if self.asked_to_leave:
-                    self.process.terminate()  # the signal came before there was a body
-                code = self.process.wait()
+                code = self._run_body(log, environment)
             outcome = self.record(code, started)
             if outcome in (Outcome.DONE, Outcome.BLOCKED, Outcome.LEFT) or not left:
                 return code
             left -= 1
             print(f"the service ended ({outcome.value}); starting it again, {left} restarts left", flush=True)
+
+    def _run_body(self, log: BinaryIO, environment: dict[str, str]) -> int:
+        """One life of the body; its exit code, or 127 as in a shell when there is no such program."""
+        try:
+            self.process = subprocess.Popen(
+                self.spec.body,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        except OSError as error:
+            log.write(f"{type(error).__name__}: cannot start {self.spec.body[0]} on this node: {error}\n".encode())
+            return 127
+        if self.asked_to_leave:
+            self.process.terminate()  # the signal came before there was a body
+        return self.process.wait()
 
     def record(self, code: int, started: float) -> Outcome:
         """Write the end record of the body that has just ended."""

@@ -52,4 +52,4 @@ def last_error(log_tail: str) -> str:
 
 def fingerprint(error: str) -> str:
     """What two occurrences of one error have in common: numbers and hexadecimal tokens are left out."""
-    return re.sub(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+", "#", error.lower())
+    return re.sub(r"0x[0-9a-f]+|\b(?=[a-f]*\d)[0-9a-f]{6,}\b|\b[0-9a-f]{12,}\b|\d+", "#", error.lower())

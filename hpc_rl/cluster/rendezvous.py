@@ -7,9 +7,12 @@ from collections.abc import Mapping
 
 
 def first_host(node_list: str) -> str:
-    """The first host of a Slurm node list: `gpu[03-05,9],cpu1` → `gpu03` (srun(1), SLURM_STEP_NODELIST)."""
-    match = re.match(r"^([^,\[]*)(?:\[(\d+)[^\]]*\])?([^,\[]*)", node_list)
-    return "".join(part or "" for part in match.groups()) if match else ""
+    """The first host of a Slurm node list (srun(1), SLURM_STEP_NODELIST): `gpu[03-05,9],cpu1` → `gpu03`.
+
+    A name may hold several ranges: `rack[1-2]node[3-4]` → `rack1node3`.
+    """
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)  # up to the first comma outside of brackets
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0]) if first else ""
 
 
 def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -1,0 +1,124 @@
+"""The exact sbatch scripts, as files: any change of them is seen in review. `UPDATE_GOLDEN=1` writes them anew."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rl.cluster.base import JobRequest
+from hpc_rl.cluster.slurm import SlurmExecutor
+from hpc_rl.config.schema import Config
+from hpc_rl.orchestrate.graph import Kind, Stage, StageId
+from hpc_rl.orchestrate.requests import build_request
+from hpc_rl.run.workspace import Workspace
+
+GOLDEN = Path(__file__).parent / "golden"
+
+SAMPLE = Stage(StageId(2, "sample"), "jobs.sample", Kind.ARRAY, shards=7)
+TRAIN = Stage(StageId(2, "train"), "jobs.train", Kind.MULTINODE)
+EVALUATE = Stage(StageId(2, "evaluate"), "jobs.evaluate", Kind.SINGLE)
+LISTENER = Stage(StageId(2, "grade.listener"), "jobs.serve", Kind.SERVICE, shards=0, serves=(StageId(2, "grade"),))
+GRADE = Stage(StageId(2, "grade"), "jobs.grade", Kind.ARRAY, shards=7, uses=(LISTENER.id,))
+
+
+def request(
+    stage: Stage, resources: Mapping[str, Any], cluster: Mapping[str, Any] | None = None, **after: tuple[str, ...]
+) -> JobRequest:
+    config = Config.model_validate(
+        {
+            "recipe": "benchmarks.noop_recipe",
+            "run": {"name": "lewis", "workspace": "/data/runs/lewis"},
+            "cluster": cluster or {},
+            "stages": {stage.name: resources},
+        }
+    )
+    ws = Workspace(config.run.workspace)
+    name = f"lewis-r{stage.round:02d}-{stage.name}-a1-abc123"
+    return build_request(ws, config, stage, name, "slurm", ws.code_dir / "c0de", **after)
+
+
+SITE = {
+    "partition": "gpu",
+    "account": "proj42",
+    "qos": "long",
+    "constraint": "a100|h100",
+    "setup": ["module load cuda/12", "source /opt/env/bin/activate"],
+    "sbatch": {"exclude": "node13", "exclusive": True, "mail_type": "FAIL"},
+    "signal_delay_s": 300,
+}
+
+CASES = {
+    "single": request(EVALUATE, {"cpus_per_task": 4, "mem_gb": 1.5, "time_min": 90}),
+    "array": request(SAMPLE, {"tasks": 4, "gpus_per_node": 1, "cpus_per_task": 8}, after_end=("41", "42")),
+    "array_of_one": request(SAMPLE, {"tasks": 1}),
+    "array_with_more_tasks_than_shards": request(SAMPLE, {"tasks": 100}),
+    "array_beyond_max_array_size": request(SAMPLE, {"tasks": 7}),
+    "multi_node": request(TRAIN, {"nodes": 2, "gpus_per_node": 4, "cpus_per_task": 6, "mem_gb": 256}),
+    "multi_node_on_cpus": request(TRAIN, {"nodes": 2, "ranks_per_node": 2, "cpus_per_task": 2}),
+    "service": request(LISTENER, {"gpus_per_node": 1}, after_end=("51",)),
+    "after_a_service": request(GRADE, {"tasks": 2}, after_end=("51",), after_start=("52",)),
+    "site_options": request(SAMPLE, {"tasks": 2, "sbatch": {"exclude": "node14"}, "account": ""}, SITE),
+}
+
+
+def rendered(name: str) -> list[str]:
+    executor = SlurmExecutor(3 if name == "array_beyond_max_array_size" else 1000)
+    return [script.replace(sys.executable, "/PYTHON") for script in executor.render(CASES[name])]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_script_is_the_one_that_was_reviewed(name: str) -> None:
+    text = "\n# ----- next sbatch -----\n".join(rendered(name))
+    path = GOLDEN / f"{name}.sh"
+    if os.environ.get("UPDATE_GOLDEN") == "1":
+        path.write_text(text)
+    assert text == path.read_text(), f"review the change, then write {path.name} anew with UPDATE_GOLDEN=1"
+
+
+def test_no_reviewed_script_is_left_over() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.sh")} == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bash_can_read_the_script(name: str) -> None:
+    for script in rendered(name):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def options(script: str) -> dict[str, str]:
+    return dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", script, re.MULTILINE))
+
+
+def test_an_array_is_split_into_pieces_that_slurm_takes_and_no_element_is_lost() -> None:
+    arrays = [options(script).get("array", "") for script in rendered("array_beyond_max_array_size")]
+    assert [array.partition("%")[0] for array in arrays] == ["0-2", "0-2", "0-0"], "7 tasks, at most 3 in an array"
+
+
+def test_a_log_is_never_truncated_by_a_requeue() -> None:
+    for name in CASES:
+        for script in rendered(name):
+            assert options(script)["open-mode"] == "append"
+            assert "requeue" in options(script)
+
+
+def test_an_option_of_the_stage_beats_that_of_the_site() -> None:
+    found = options(rendered("site_options")[0])
+    assert found["exclude"] == "node14"
+    assert found["partition"] == "gpu"
+    assert "account" not in found, '"" means none although the site has one'
+
+
+def test_a_path_with_blanks_stays_one_word() -> None:
+    plain = CASES["single"]
+    spaced = replace(plain, spec=replace(plain.spec, workspace="/data/my runs/lewis"), code=Path("/data/my code"))
+    script = SlurmExecutor(10).render(spaced)[0]
+    assert "'/data/my runs/lewis/rounds/round_02/evaluate/attempts/lewis-r02-evaluate-a1-abc123.json'" in script
+    assert "export PYTHONPATH='/data/my code'" in script
