@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -55,6 +54,7 @@ def evaluate(job: Job, shard: Shard) -> None:
     """Describe, ask, count; write the files, commit, and tell TensorBoard."""
     from hpc_rl.data.lewis import image_root, read_rows
     from hpc_rl.engines.opening import open_engine
+    from hpc_rl.grading import predictions
     from hpc_rl.recipes.lewis import speaker_weights
     from hpc_rl.services.client import ListenerClient
 
@@ -75,12 +75,14 @@ def evaluate(job: Job, shard: Shard) -> None:
             played += play(job, config, rows[start : start + config.evaluate.batch_size], root, engine, listener)
             shard.progress(len(played), len(rows))
     metrics = {**summary(config, played), "playing_s": round(time.monotonic() - started, 2)}
-    table, predictions = shard.output("evaluation.parquet"), shard.output("predictions.jsonl")
+    table, log_lines = shard.output("evaluation.parquet"), shard.output("predictions.jsonl")
     write_table(table, played)
-    write_predictions(predictions, job, config, played)
+    write_predictions(log_lines, job, config, played)
     made_from = {"weights": weights.hash, "engine": kind, "temperature": config.evaluate.temperature}
-    if shard.commit([table, predictions], made_from=made_from, metrics=metrics):
+    if shard.commit([table, log_lines], made_from=made_from, metrics=metrics):
         log.info("round %d: %s", job.round, metrics)
+        if config.logging.prediction_log is not None:
+            predictions.append(config.logging.prediction_log, log_lines)
         if config.logging.tensorboard:
             write_tensorboard(job, config, played, metrics, root)
 
@@ -171,14 +173,16 @@ def write_table(path: Path, played: Sequence[Played]) -> None:
 
 def write_predictions(path: Path, job: Job, config: LewisConfig, played: Sequence[Played]) -> None:
     """The prediction log (L22)."""
-    from hpc_rl.grading.game import prediction, weights_of
+    from hpc_rl.grading import predictions
+    from hpc_rl.grading.game import weights_of
 
     now, weights = datetime.now(UTC).isoformat(timespec="milliseconds"), weights_of(config.rewards)
-    with path.open("w") as file:
-        for game in played:
-            total = game.verdict.reward.total(weights)
-            line = prediction(now, job.round, game.row.id, game.row, game.text, game.verdict, total)
-            file.write(json.dumps({"set": game.set, **line}, ensure_ascii=False) + "\n")
+    lines = (
+        {"set": g.set, **predictions.prediction(now, job.round, g.row.id, g.row, g.text, g.verdict, total)}
+        for g in played
+        for total in [g.verdict.reward.total(weights)]
+    )
+    predictions.write(path, lines)
 
 
 def write_tensorboard(

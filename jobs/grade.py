@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -43,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def grade(job: Job, config: LewisConfig, shard: Shard, samples_path: Path, rows: Any, listener: Any) -> None:
     """Grade one shard and commit it."""
-    from hpc_rl.grading.game import judge, prediction, weights_of
+    from hpc_rl.grading import predictions
+    from hpc_rl.grading.game import judge, weights_of
     from hpc_rl.grading.samples import GradedSample, read_samples, write_samples
 
     samples = read_samples(samples_path)
@@ -66,20 +66,25 @@ def grade(job: Job, config: LewisConfig, shard: Shard, samples_path: Path, rows:
         )
         for sample, verdict in zip(samples, verdicts, strict=True)
     ]
-    path, predictions = shard.output("graded.parquet"), shard.output("predictions.jsonl")
+    path, log_lines = shard.output("graded.parquet"), shard.output("predictions.jsonl")
     write_samples(path, graded)
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    with predictions.open("w") as file:
-        for sample, row, verdict in zip(samples, games, verdicts, strict=True):
-            total = verdict.reward.total(weights)
-            line = prediction(now, job.round, sample.sample_id, row, sample.text, verdict, total)
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    predictions.write(
+        log_lines,
+        (
+            predictions.prediction(now, job.round, s.sample_id, row, s.text, verdict, verdict.reward.total(weights))
+            for s, row, verdict in zip(samples, games, verdicts, strict=True)
+        ),
+    )
     if config.logging.debug:
         write_debug_file(job, graded)
     for verdict in verdicts:
         if verdict.left_out:
             log.warning("left out: %s", getattr(verdict.score, "message", ""))
-    shard.commit([path, predictions], made_from={"samples": samples_path.name}, metrics=summary(graded, took_s))
+    made_from = {"samples": samples_path.name}
+    committed = shard.commit([path, log_lines], made_from=made_from, metrics=summary(graded, took_s))
+    if committed and config.logging.prediction_log is not None:
+        predictions.append(config.logging.prediction_log, log_lines)
 
 
 def summary(graded: Sequence[Any], took_s: float) -> dict[str, float]:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 from hpc_rl.cluster.rendezvous import rank_environment
 from hpc_rl.config.lewis import LewisConfig
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hpc_rl.services.batching import Batcher
     from hpc_rl.services.hosting import host
     from hpc_rl.services.images import ImageRoots
+    from hpc_rl.training.checkpoints import weights_hash
 
     config = job.config
     assert isinstance(config, LewisConfig)
@@ -67,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         address=address,
         options=options,
         details=lambda: listener.describe(batcher, scorer, about),
+        weights_hash=weights_hash(Path(judge.path)),
         environ=environ,
     )
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.utils import logging as logging_of_transformers
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def load_processor(path: str | Path, min_pixels: int, max_pixels: int) -> Any:
 
 def load_model(path: str | Path, dtype: str, attention: str, device: torch.device) -> PreTrainedModel:
     """A vision-language model from a folder, on a device, ready for inference."""
+    logging_of_transformers.disable_progress_bar()  # in a job's log a bar is thousands of lines
     model = AutoModelForImageTextToText.from_pretrained(
         path,
         dtype=getattr(torch, dtype),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hpc_rl.config.lewis import RewardsConfig
 from hpc_rl.data.lewis import GameRow
@@ -97,33 +96,6 @@ def judge(
 def weights_of(rewards: RewardsConfig) -> Weights:
     """The weights in a config."""
     return Weights(rewards.accuracy.weight, rewards.format.weight, rewards.length.weight)
-
-
-def prediction(
-    when: str, step: int, id: str, row: GameRow, text: str, verdict: Verdict, total: float
-) -> dict[str, Any]:
-    """One line of the prediction log (L22): time stamp, step, prompt, description, scores and reward."""
-    said, score = verdict.description, verdict.score
-    return {
-        "time": when,
-        "step": step,
-        "id": id,
-        "image": row.image,
-        "candidates": list(row.ret_paths),
-        "prompt": row.speaker_problem,
-        "completion": text,
-        "description": None if said is None else {"coarse": said.coarse, "detailed": said.detailed},
-        "yes_probabilities": [None if p != p else p for p in verdict.yes_probabilities],
-        "predicted_index": verdict.predicted_index,
-        "label": row.label,
-        "reward": None if verdict.left_out else total,
-        "rewards": {
-            "accuracy": None if verdict.left_out else verdict.reward.accuracy,
-            "format": verdict.reward.format,
-            "length": verdict.reward.length,
-        },
-        "error": score.message if isinstance(score, ScoreError) else None,
-    }
 
 
 def recognition(verdicts: Sequence[Verdict], rows: Sequence[GameRow]) -> Mapping[str, float]:

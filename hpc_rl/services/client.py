@@ -219,7 +219,8 @@ class ListenerClient:
     Parameters
     ----------
     ws, config
-        The run. `services.listener.client` has the settings; with a `url` that server is used and none is looked up.
+        The run. `services.listener.client` has the settings. With a `url` there, or in the variable LISTENER_URL of
+        this very job, that server is used and none is looked up.
     token
         For a server of another run. None = the variable LISTENER_TOKEN, else the run's own token.
     """
@@ -234,6 +235,8 @@ class ListenerClient:
         rng: random.Random | None = None,
     ) -> None:
         self._options = config.services.listener.client
+        if url := os.environ.get("LISTENER_URL"):
+            self._options = ClientConfig.model_validate({**self._options.model_dump(), "url": url})
         token = token or os.environ.get("LISTENER_TOKEN")
         self._service = ServiceClient(ws.service_dir("listener"), self._options, token=token, sleep=sleep, rng=rng)
         self._sleep = sleep

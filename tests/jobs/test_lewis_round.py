@@ -196,8 +196,9 @@ def test_a_game_whose_image_is_gone_is_left_out_and_counted(new_run: NewRun) -> 
     assert debug.read_text().count("---- r01-") == 32
 
 
-def test_evaluation_counts_both_sets_and_shows_its_games(new_run: NewRun) -> None:
-    ws = new_run("evaluate.batch_size=5", "evaluate.sample_texts_to_log=2")
+def test_evaluation_counts_both_sets_and_shows_its_games(new_run: NewRun, tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "lewis.json"
+    ws = new_run("evaluate.batch_size=5", "evaluate.sample_texts_to_log=2", f"logging.prediction_log={log}")
     with listener_thread(ws, stage="evaluate.listener", round=0):
         assert evaluate.main(arguments(ws, 0)) == 0
     made = manifest.read(ws, 0, "evaluate", 0)
@@ -216,6 +217,7 @@ def test_evaluation_counts_both_sets_and_shows_its_games(new_run: NewRun) -> Non
     if yes:
         assert metrics["recognition_yes"] == pytest.approx(sum(yes) / len(yes), abs=1e-4)
     assert len(made.path("predictions.jsonl").read_text().splitlines()) == 13
+    assert log.read_text() == made.path("predictions.jsonl").read_text()
     assert evaluation_events(ws) >= {"evaluate/accuracy_new_views", "new_views/0", "validation/1/text_summary"}
 
 

@@ -332,6 +332,9 @@ def test_a_given_url_is_used_and_nothing_is_looked_up(lab: Lab, monkeypatch: pyt
     url = f"{hosted.publication.endpoint.url}/batch_score"
     with client(elsewhere, url=url) as listener:
         assert isinstance(listener.score(games(1))[0], ScoreResult)
+    monkeypatch.setenv("LISTENER_URL", url)
+    with client(elsewhere) as listener:
+        assert isinstance(listener.score(games(1))[0], ScoreResult)
 
 
 def test_proxies_of_the_environment_are_ignored(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
