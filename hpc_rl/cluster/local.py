@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from hpc_rl.cluster.base import JobRequest, Queued
+from hpc_rl.cluster.base import ExecutorError, JobRequest, Queued
 from hpc_rl.cluster.entry import die_with_parent
 from hpc_rl.cluster.queries import clean_environment
 from hpc_rl.orchestrate.graph import Kind
@@ -74,7 +74,20 @@ class LocalExecutor:
         self._numbers = itertools.count(1)
 
     def submit(self, request: JobRequest, on_accepted: Callable[[str], None]) -> None:
-        """See `Executor.submit`."""
+        """See `Executor.submit`.
+
+        Raises
+        ------
+        ExecutorError
+            When it asks for more GPUs than there are: it would wait for ever.
+        """
+        gpus = request.resources.gpus_per_node * request.resources.nodes
+        if self._gpus and gpus > len(self._gpus):
+            stage = request.spec.stage
+            raise ExecutorError(
+                f"{stage} asks for {gpus} GPUs, this machine has {len(self._gpus)}. "
+                f"Ask for fewer: --set stages.{stage}.gpus_per_node=N --set stages.{stage}.nodes=1"
+            )
         job_id = f"local{os.getpid()}.{next(self._numbers)}"
         tasks = request.resources.tasks if request.kind is Kind.ARRAY else 1
         elements = [f"{job_id}_{n}" for n in range(tasks)] if tasks > 1 else [job_id]

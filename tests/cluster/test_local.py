@@ -1,0 +1,224 @@
+"""The local executor with real processes: dependencies, the limit of tasks, services, GPUs, and who dies with whom."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hpc_rl.cluster.base import ExecutorError, JobRequest, Resources
+from hpc_rl.cluster.entry import Spec
+from hpc_rl.cluster.local import LocalExecutor
+from hpc_rl.orchestrate.graph import Kind, StageId
+from hpc_rl.orchestrate.reconcile import end_records
+from hpc_rl.run.code import source_root
+
+SLEEP = "import time; time.sleep({})"
+
+
+class Machine:
+    """A local executor and the jobs handed to it, by name."""
+
+    def __init__(self, tmp_path: Path, limit: int, gpus: tuple[str, ...] = ()) -> None:
+        self.tmp_path, self.executor, self.ids = tmp_path, LocalExecutor(limit, gpus), dict[str, str]()
+
+    def submit(
+        self,
+        name: str,
+        body: str,
+        kind: Kind = Kind.SINGLE,
+        after_end: tuple[str, ...] = (),
+        after_start: tuple[str, ...] = (),
+        **resources: int,
+    ) -> None:
+        spec = Spec(name, str(self.tmp_path / "run"), 1, name, 0, "local", (sys.executable, "-u", "-c", body), {})
+        spec.save()
+        ended, started = (tuple(self.ids[n] for n in names) for names in (after_end, after_start))
+        wanted = Resources(**resources)  # type: ignore[arg-type]
+        request = JobRequest(spec, kind, wanted, source_root(), ended, started)
+        self.executor.submit(request, lambda job_id: self.ids.__setitem__(name, job_id))
+
+    def states(self, name: str) -> list[str]:
+        self.executor.poll()
+        return [job.state for job in self.executor.queue([name])]
+
+    def running(self) -> int:
+        self.executor.poll()
+        return sum(job.state == "RUNNING" for job in self.executor.queue(list(self.ids)))
+
+    def wait(self, *names: str, seconds: float = 60) -> None:
+        """Until these jobs have ended; all of them when none is named."""
+        deadline = time.monotonic() + seconds
+        while any(self.states(name) for name in names or self.ids):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def wait_until_running(self, name: str) -> None:
+        deadline = time.monotonic() + 30
+        while self.states(name) != ["RUNNING"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def outcomes(self, name: str) -> list[str]:
+        ws = Spec(name, str(self.tmp_path / "run"), 1, name, 0, "local", (), {}).ws
+        return [end.outcome for end in end_records(ws, StageId(1, name))]
+
+    def log(self, name: str) -> str:
+        logs = (self.tmp_path / "run" / "logs" / "round_01" / name).glob("*.out")
+        return "".join(sorted(path.read_text() for path in logs))
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Callable[..., Machine]]:
+    """Makes machines and shuts them down."""
+    made = []
+
+    def make(limit: int = 2, gpus: tuple[str, ...] = ()) -> Machine:
+        made.append(Machine(tmp_path, limit, gpus))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.executor.shutdown(5)
+
+
+def test_a_job_starts_when_those_it_follows_have_ended_however(machine: Callable[..., Machine]) -> None:
+    here = machine()
+    here.submit("first", "import time; time.sleep(0.3); raise ValueError")
+    here.submit("second", "pass", after_end=("first",))
+    assert (here.states("first"), here.states("second")) == (["RUNNING"], ["PENDING"])
+    here.wait("first")
+    here.wait("second")
+    assert (here.outcomes("first"), here.outcomes("second")) == (["error"], ["done"])
+
+
+def test_no_more_tasks_run_at_once_than_allowed(machine: Callable[..., Machine]) -> None:
+    here = machine(limit=2)
+    here.submit("array", SLEEP.format(0.2), Kind.ARRAY, tasks=5)
+    most = 0
+    while here.states("array"):
+        most = max(most, here.running())
+        time.sleep(0.01)
+    assert most == 2
+    assert here.outcomes("array") == ["done"] * 5
+
+
+def test_services_do_not_count_and_their_users_wait_for_their_start(machine: Callable[..., Machine]) -> None:
+    here = machine(limit=1)
+    here.submit("gate", SLEEP.format(0.3))
+    here.submit("service", SLEEP.format(60), Kind.SERVICE, after_end=("gate",))
+    here.submit("consumer", SLEEP.format(0.1), after_start=("service",))
+    here.submit("another", SLEEP.format(0.1), after_start=("service",))
+    assert here.states("consumer") == ["PENDING"]
+    here.wait("consumer", "another")
+    assert here.states("service") == ["RUNNING"]
+    assert here.outcomes("consumer") == ["done"]
+
+
+def test_the_ranks_of_a_job_start_together_and_know_each_other(machine: Callable[..., Machine]) -> None:
+    here = machine(limit=1)
+    words = "'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'HPC_RL_NODELIST_HEAD'"
+    here.submit(
+        "train", f"import os; print(*(os.environ[n] for n in ({words})))", Kind.MULTINODE, nodes=2, ranks_per_node=2
+    )
+    here.wait()
+    assert here.log("train") == "".join(f"{rank} 4 {rank} 4 localhost\n" for rank in range(4))
+
+
+def test_gpus_are_dealt_out_and_given_back(machine: Callable[..., Machine]) -> None:
+    here = machine(limit=8, gpus=("3", "5"))
+    body = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(0.3)"
+    here.submit("array", body, Kind.ARRAY, tasks=3, gpus_per_node=1)
+    here.submit("both", body, gpus_per_node=2)
+    assert here.running() == 2
+    here.wait()
+    assert sorted(here.log("array").split())[0] == "3"
+    assert here.log("both") == "3,5\n"
+
+
+def test_a_job_that_wants_more_gpus_than_there_are_is_refused_with_the_way_out(machine: Callable[..., Machine]) -> None:
+    with pytest.raises(ExecutorError, match=r"train asks for 8 GPUs, this machine has 2\. .*stages\.train\.gpus_per"):
+        machine(gpus=("0", "1")).submit("train", "pass", gpus_per_node=8)
+
+
+def test_waiting_elements_are_cancelled_and_running_ones_left_alone(machine: Callable[..., Machine]) -> None:
+    here = machine(limit=1)
+    here.submit("array", SLEEP.format(0.3), Kind.ARRAY, tasks=3)
+    here.submit("after", "pass", after_end=("array",))
+    assert here.running() == 1
+    here.executor.cancel(["array"], waiting_only=True)
+    assert here.states("array") == ["RUNNING"]
+    here.wait()
+    assert here.outcomes("array") == ["done"]
+    assert here.outcomes("after") == ["done"]
+
+
+def test_a_cancelled_job_is_told_to_leave(machine: Callable[..., Machine]) -> None:
+    here = machine()
+    here.submit("job", "print('x'); import time; time.sleep(60)")
+    here.wait_until_running("job")
+    while not here.log("job"):
+        time.sleep(0.02)
+    here.executor.cancel(["job"])
+    here.wait(seconds=20)
+    assert here.outcomes("job") == ["left"]
+
+
+def test_shutting_down_asks_first_and_kills_those_that_stay(machine: Callable[..., Machine]) -> None:
+    here = machine()
+    here.submit("stubborn", "import signal, time; signal.signal(15, signal.SIG_IGN); print('x'); time.sleep(60)")
+    here.wait_until_running("stubborn")
+    while not here.log("stubborn"):
+        time.sleep(0.02)
+    started = time.monotonic()
+    here.executor.shutdown(patience_s=0.5)
+    assert time.monotonic() - started < 10
+    here.wait(seconds=5)
+
+
+LAUNCHER = """
+import sys, time
+from pathlib import Path
+from tests.cluster.test_local import Machine
+here = Machine(Path(sys.argv[1]), 2)
+here.submit("job", "import os, time; print(os.getpid()); time.sleep(60)")
+while True:
+    here.executor.poll()
+    time.sleep(0.02)
+"""
+
+
+def test_jobs_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path)], cwd=source_root())
+    logs = tmp_path / "run" / "logs" / "round_01" / "job"
+    deadline = time.monotonic() + 30
+    while not (logs.exists() and any(path.read_text().strip() for path in logs.glob("*.out"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    body = int(next(logs.glob("*.out")).read_text())
+    assert alive(body)
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    deadline = time.monotonic() + 10
+    while alive(body):
+        assert time.monotonic() < deadline, "the job outlived its launcher"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_what_a_machine_would_run_can_be_shown(machine: Callable[..., Machine]) -> None:
+    spec = Spec("run-r01-train-a1-x", "/w", 1, "train", 1, "local", ("python",), {})
+    request = JobRequest(spec, Kind.MULTINODE, Resources(nodes=2, ranks_per_node=2), Path("/code"))
+    (line,) = machine().executor.render(request)
+    assert line.endswith("-m hpc_rl.cluster.entry /w/rounds/round_01/train/attempts/run-r01-train-a1-x.json   # × 4")
