@@ -76,7 +76,8 @@ def table(root: Path, shown: Overview) -> str:
 
 
 def _error(root: Path, stage: StageOverview) -> str:
-    return f"  round {stage.round} {stage.stage}: {stage.last_error}\n      log: {root / stage.log}"
+    log = f"\n      log: {root / stage.log}" if stage.log else ""
+    return f"  round {stage.round} {stage.stage}: {stage.last_error}{log}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
