@@ -20,7 +20,7 @@ from hpc_rl.config.schema import Config
 from hpc_rl.orchestrate import plan
 from hpc_rl.orchestrate.decide import Policy
 from hpc_rl.orchestrate.reconcile import DRIVER_LEASE, Run, RunBusy, look, reconcile
-from hpc_rl.orchestrate.start import OtherConfig, open_run
+from hpc_rl.orchestrate.start import OtherConfig, open_run, store_config
 from hpc_rl.run.atomic import CorruptFile
 from hpc_rl.run.code import snapshot
 from hpc_rl.run.lease import Lease, acquire
@@ -94,17 +94,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def start(config: Config, executor: str, arguments: argparse.Namespace) -> int:
     """Open the run and hand it to the executor."""
-    run, notes = open_run(config, arguments.config)
-    for note in notes:
-        say(note)
+    run = open_run(config, arguments.config)
     if arguments.init:
+        take_over_config(run, arguments)
         print(f"workspace: {run.ws.root}\nNow: sbatch slurm_templates/prepare.sbatch {run.ws.root}")
         return 0
     policy = Policy(
         config.run.lookahead, config.run.max_attempts, control=executor == "slurm" and config.cluster.advance == "jobs"
     )
     if executor == "slurm" and policy.control and not arguments.watch:
-        return submit(run, policy)
+        return submit(run, policy, arguments)
     if queued := others_jobs(run, executor):
         print(f"already running: Slurm jobs {queued}. Nothing was changed.\n{plan.commands(run.ws.root)}")
         return 0
@@ -112,7 +111,14 @@ def start(config: Config, executor: str, arguments: argparse.Namespace) -> int:
     if lease is None:
         return already_driven(run)
     with lease:
+        take_over_config(run, arguments)
         return drive(run, executor, policy, lease)
+
+
+def take_over_config(run: Run, arguments: argparse.Namespace) -> None:
+    """From here on the run goes on with our config: nobody else drives it."""
+    for note in store_config(run, arguments.config):
+        say(note)
 
 
 def others_jobs(run: Run, executor: str) -> str:
@@ -134,7 +140,7 @@ def _snapshot(run: Run) -> Path:
     return snapshot(run.ws, recipes.own_packages(run.config.recipe))
 
 
-def submit(run: Run, policy: Policy) -> int:
+def submit(run: Run, policy: Policy, arguments: argparse.Namespace) -> int:
     """Submit what the run needs next and return."""
     if look_at_lease(run.ws.lease_folder, DRIVER_LEASE).is_held(run.config.run.lease_ttl_s):
         return already_driven(run)
@@ -149,6 +155,7 @@ def submit(run: Run, policy: Policy) -> int:
             f"{plan.commands(run.ws.root)}"
         )
         return 0
+    take_over_config(run, arguments)
     report = reconcile(run, executor, _snapshot(run), policy, resume=True, say=say)
     for note in report.notes:
         say(note)
@@ -191,6 +198,7 @@ def drive(run: Run, name: str, policy: Policy, lease: Lease) -> int:
         print(f"nothing is lost; go on with the same command. {plan.commands(run.ws.root)}")
         return 130
     if decision.status == "finished":
+        print(f"the run in {run.ws.root} is finished.")
         report.show(run)
         print(plan.commands(run.ws.root))
         return 0

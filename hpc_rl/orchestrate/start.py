@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from hpc_rl import config as configs
@@ -17,15 +16,8 @@ class OtherConfig(RuntimeError):
     """The workspace belongs to a run with another config; the message names the differing keys and the ways out."""
 
 
-def open_run(config: Config, config_file: Path) -> tuple[Run, list[str]]:
-    """The run of `config` in its workspace, which is made if it is not there.
-
-    A config that differs only in circumstances (where and how patiently it runs, more rounds) replaces the stored one.
-
-    Returns
-    -------
-    run, notes
-        `notes` says what was taken over or changed.
+def open_run(config: Config, config_file: Path) -> Run:
+    """The run of `config` in its workspace, which is made if it is not there. One that is there is not changed.
 
     Raises
     ------
@@ -33,26 +25,33 @@ def open_run(config: Config, config_file: Path) -> tuple[Run, list[str]]:
         When the workspace holds another experiment.
     """
     ws = Workspace(config.run.workspace)
-    notes = []
     if not atomic.create_exclusive(ws.config_path, atomic.to_json(configs.to_json(config))):
         stored = configs.from_json(atomic.read_json(ws.config_path))
         if differing := configs.differing_keys(stored, config):
             raise OtherConfig(_refusal(ws, config, config_file, differing))
-        if configs.to_json(stored) != configs.to_json(config):
-            if config.run.rounds < stored.run.rounds:
-                notes.append(
-                    f"run.rounds goes down from {stored.run.rounds} to {config.run.rounds}: "
-                    "later rounds stay on disk, unused"
-                )
-            atomic.write_json(ws.config_path, configs.to_json(config))
+    return Run(ws, config, recipes.graph_of(config))
+
+
+def store_config(run: Run, config_file: Path) -> list[str]:
+    """Make the run's config the one that its jobs read, with the user's YAML beside it; returns what changed by that.
+
+    For a run that nobody else drives. `open_run` has seen to it that only circumstances differ: where and how
+    patiently it runs, or more rounds.
+    """
+    ws, config, notes = run.ws, run.config, []
+    stored = configs.from_json(atomic.read_json(ws.config_path))
+    if configs.to_json(stored) != configs.to_json(config):
+        if config.run.rounds < stored.run.rounds:
             notes.append(
-                "the stored config was updated where it may change (cluster, stages' resources, patience, rounds)"
+                f"run.rounds goes down from {stored.run.rounds} to {config.run.rounds}: "
+                "later rounds stay on disk, unused"
             )
+        atomic.write_json(ws.config_path, configs.to_json(config))
+        notes.append("the stored config was updated where it may change (cluster, stages' resources, patience, rounds)")
     if config_file.is_file():
-        shutil.copyfile(config_file, ws.root / config_file.name)
-    for folder in (ws.lease_folder, ws.tb_dir):
-        folder.mkdir(parents=True, exist_ok=True)
-    return Run(ws, config, recipes.graph_of(config)), notes
+        atomic.write_bytes(ws.root / config_file.name, config_file.read_bytes())
+    ws.tb_dir.mkdir(exist_ok=True)
+    return notes
 
 
 def _refusal(ws: Workspace, config: Config, config_file: Path, differing: list[tuple[str, object, object]]) -> str:

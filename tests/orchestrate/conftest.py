@@ -23,6 +23,6 @@ def make_run(tmp_path: Path) -> MakeRun:
 
     def make(*overrides: str) -> Run:
         config = configs.load(NOOP, overrides, {}, tmp_path / "run", cwd=tmp_path)
-        return open_run(config, NOOP)[0]
+        return open_run(config, NOOP)
 
     return make

@@ -36,7 +36,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
     def make(*overrides: str) -> Run:
         file = tmp_path / "shards.yaml"
         file.write_text(CONFIG)
-        return open_run(configs.load(file, overrides, {}, tmp_path / "run", cwd=tmp_path), file)[0]
+        return open_run(configs.load(file, overrides, {}, tmp_path / "run", cwd=tmp_path), file)
 
     return make
 
