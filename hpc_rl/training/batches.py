@@ -1,0 +1,156 @@
+"""Batches as tensors: what a rank's part of the plan becomes just before its forward pass."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from hpc_rl.training.plan import Item, Plan, Step
+from hpc_rl.training.rollouts import UnusableRollouts
+
+Tensors = dict[str, Any]
+ImagesOf = Callable[[str], Sequence[Image.Image]]
+"""From a row's id to its pictures, in the order in which the prompt has them."""
+
+PIXEL_CACHE_BYTES = 256 * 2**20
+
+
+class Pixels:
+    """Pictures of rows as a vision tower takes them. Those used last are kept: a group's samples share theirs.
+
+    Parameters
+    ----------
+    image_processor
+        Of the model, with the run's pixel limits.
+    images_of
+        Loads a row's pictures.
+    """
+
+    def __init__(self, image_processor: Any, images_of: ImagesOf, cache_bytes: int = PIXEL_CACHE_BYTES) -> None:
+        self._processor, self._images_of, self._room = image_processor, images_of, cache_bytes
+        self._kept: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+
+    def __call__(self, row_id: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patches (N, values) of all pictures of a row, and their grids (pictures, 3)."""
+        if row_id in self._kept:
+            self._kept.move_to_end(row_id)
+            return self._kept[row_id]
+        made = self._processor(images=list(self._images_of(row_id)), return_tensors="pt")
+        found = self._kept[row_id] = (made["pixel_values"], made["image_grid_thw"])
+        self._room -= found[0].nbytes
+        while self._room < 0 and len(self._kept) > 1:
+            self._room += self._kept.popitem(last=False)[1][0].nbytes
+        return found
+
+    def tokens(self, grids: torch.Tensor) -> int:
+        """How many image tokens stand for pictures of these grids."""
+        return int(grids.prod(-1).sum()) // int(self._processor.merge_size) ** 2
+
+
+class Batches(Dataset[Tensors]):
+    """One rank's forward passes of a plan, in order.
+
+    Parameters
+    ----------
+    plan, rank
+        Whose batches.
+    pixels
+        Pictures of the rows.
+    pad_id, image_id, vision_ids
+        The tokenizer's padding token, the token that stands for image features, and all tokens that only a prompt may
+        hold.
+    """
+
+    def __init__(
+        self, plan: Plan, rank: int, pixels: Pixels, *, pad_id: int, image_id: int, vision_ids: frozenset[int]
+    ) -> None:
+        self._steps, self._rank, self._pixels = plan.steps, rank, pixels
+        self._pad_id, self._image_id, self._vision_ids = pad_id, image_id, vision_ids
+        self._accumulation = plan.shape.accumulation
+
+    def __len__(self) -> int:
+        return len(self._steps) * self._accumulation
+
+    def __getitem__(self, number: int) -> Tensors:
+        step = self._steps[number // self._accumulation]
+        return self.tensors(step, step.batches[self._rank][number % self._accumulation])
+
+    def loader(self) -> DataLoader[Tensors]:
+        """Batches in order; a resumed training skips those that it has done without making them."""
+        return DataLoader(self, batch_size=1, shuffle=False, collate_fn=_only)
+
+    def tensors(self, step: Step, items: Sequence[Item]) -> Tensors:
+        """Tensors of one forward pass, named as TRL's GRPO loss takes them.
+
+        Returns
+        -------
+        dict
+            `prompt_ids`, `prompt_mask` (B, P), padded on the left; `completion_ids`, `completion_mask`,
+            `old_per_token_logps` (B, T), padded on the right, the mask 0 for fillers; `advantages` (B,);
+            `num_items_in_batch`, sampled tokens of the whole optimizer step over all ranks; `pixel_values`
+            (patches, values), `image_grid_thw` (pictures, 3), `num_images`; `mm_token_type_ids` (B, P + T).
+
+        Raises
+        ------
+        UnusableRollouts
+            When a prompt's image tokens do not fit its pictures, or a completion holds a vision token (L26).
+        """
+        pixels = []
+        for item in items:
+            found = self._pixels(item.rollout.row_id)
+            self._check(item, self._pixels.tokens(found[1]))
+            pixels.append(found)
+        prompts = [item.rollout.prompt_ids for item in items]
+        completions = [item.rollout.token_ids for item in items]
+        prompt_ids = _padded(prompts, self._pad_id, torch.long, left=True)
+        completion_ids = _padded(completions, self._pad_id, torch.long)
+        weights = torch.tensor([[item.weight] for item in items])
+        mask = _padded([np.ones(len(c), np.int64) for c in completions], 0, torch.long) * weights
+        logprobs = _padded([item.rollout.logprobs for item in items], 0.0, torch.float32) * mask
+        return {
+            "prompt_ids": prompt_ids,
+            "prompt_mask": _padded([np.ones(len(p), np.int64) for p in prompts], 0, torch.long, left=True),
+            "completion_ids": completion_ids,
+            "completion_mask": mask,
+            "old_per_token_logps": logprobs,
+            "advantages": torch.tensor([item.advantage for item in items], dtype=torch.float32),
+            "num_items_in_batch": torch.tensor(float(step.tokens)),
+            "pixel_values": torch.cat([values for values, _ in pixels]),
+            "image_grid_thw": torch.cat([grids for _, grids in pixels]),
+            "num_images": [len(grids) for _, grids in pixels],
+            "mm_token_type_ids": torch.cat(
+                [(prompt_ids == self._image_id).long(), torch.zeros_like(completion_ids)], dim=1
+            ),
+        }
+
+    def _check(self, item: Item, expected: int) -> None:
+        rollout = item.rollout
+        found = int((rollout.prompt_ids == self._image_id).sum())
+        if found != expected:
+            raise UnusableRollouts(
+                f"the prompt of sample {rollout.id} has {found} image tokens, but its pictures make {expected}: were "
+                "they sampled with other speaker.min_pixels or max_pixels, or have the pictures changed?"
+            )
+        if not self._vision_ids.isdisjoint(rollout.token_ids.tolist()):
+            raise UnusableRollouts(f"sample {rollout.id} holds a vision token, which sampling must ban (L26)")
+
+
+def _padded(rows: Sequence[NDArray[Any]], value: float, dtype: torch.dtype, left: bool = False) -> torch.Tensor:
+    """Rows as one (B, longest) tensor."""
+    longest = max(len(row) for row in rows)
+    out = torch.full((len(rows), longest), value, dtype=dtype)
+    for number, row in enumerate(rows):
+        place = slice(longest - len(row), None) if left else slice(0, len(row))
+        out[number, place] = torch.as_tensor(row, dtype=dtype)
+    return out
+
+
+def _only(batch: list[Tensors]) -> Tensors:
+    return batch[0]

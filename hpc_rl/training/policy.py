@@ -1,0 +1,118 @@
+"""The model that is trained: number type, LoRA or all weights, frozen vision; and the model that KL is measured to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+from hpc_rl.config.modeling import SpeakerConfig
+from hpc_rl.engines.base import BAN_BIAS
+from hpc_rl.engines.loading import choose_attention, pick_device
+
+log = logging.getLogger(__name__)
+
+VISION = frozenset({"visual", "vision_tower", "vision_model"})
+"""What families call the vision part of the model."""
+
+
+def load_policy(speaker: SpeakerConfig, base: str, adapter: Path | None, *, deepspeed: bool, seed: int) -> Any:
+    """The policy to be trained, as the last round left it.
+
+    Without DeepSpeed, trained weights are float32 whatever `speaker.dtype` is (forward passes run in `speaker.dtype` by
+    autocast): steps of 5e-7 vanish in bfloat16. DeepSpeed keeps float32 masters of its own.
+
+    Parameters
+    ----------
+    base, adapter
+        Model folder, and the adapter to go on with. With `speaker.lora` and none a new one is put on, which changes
+        nothing yet.
+    seed
+        Of a new adapter's first weights.
+
+    Returns
+    -------
+    PeftModel or PreTrainedModel
+    """
+    lora = speaker.lora
+    dtype = speaker.dtype if lora is not None or deepspeed else "float32"
+    model = _load(base, dtype, speaker)
+    if lora is None:
+        if speaker.freeze_vision:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(VISION.isdisjoint(name.split(".")))
+    else:
+        model = _with_adapter(model, speaker, adapter, deepspeed, seed)
+    trained = sum(size(p) for p in model.parameters() if p.requires_grad)
+    log.info("trained: %s of %s parameters", f"{trained:,}", f"{sum(size(p) for p in model.parameters()):,}")
+    if not trained:
+        raise ValueError(
+            f"speaker.lora.target_modules matches no module of {base}: {lora.target_modules if lora else '-'}"
+        )
+    return model
+
+
+def _with_adapter(model: Any, speaker: SpeakerConfig, adapter: Path | None, deepspeed: bool, seed: int) -> Any:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    lora = speaker.lora
+    assert lora is not None
+    # ZeRO gathers parameters of one number type only; without it PEFT keeps the adapter in float32
+    # (https://github.com/huggingface/trl/issues/6089).
+    autocast = not deepspeed
+    if adapter is not None:
+        log.info("going on with the adapter in %s", adapter)
+        return PeftModel.from_pretrained(
+            model, str(adapter), is_trainable=True, autocast_adapter_dtype=autocast, local_files_only=True
+        )
+    torch.manual_seed(seed)
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    fresh = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    return get_peft_model(model, fresh, autocast_adapter_dtype=autocast)
+
+
+def ban(model: Any, token_ids: Sequence[int]) -> None:
+    """Take tokens that sampling bans (L26) out of the policy's distribution, as the engines do, so that both agree.
+
+    The head gets a frozen bias for it; `ban_parameter` names what must not be saved.
+    """
+    head = _head(model)
+    if head.bias is not None:
+        raise ValueError(f"the head of {type(model).__name__} has a bias of its own: this family is not known here")
+    bias = torch.zeros(head.out_features, dtype=model.dtype, device=head.weight.device)
+    bias[list(token_ids)] = BAN_BIAS
+    head.bias = torch.nn.Parameter(bias, requires_grad=False)
+
+
+def ban_parameter(model: Any) -> str | None:
+    """Name of the parameter that `ban` added, None if there is none."""
+    bias = _head(model).bias
+    return next((name for name, parameter in model.named_parameters() if parameter is bias), None)
+
+
+def _head(model: Any) -> Any:
+    return getattr(model, "get_base_model", lambda: model)().get_output_embeddings()
+
+
+def load_initial_model(speaker: SpeakerConfig) -> Any:
+    """The run's initial model, frozen: the reference of full training. (With LoRA: the policy without its adapter.)"""
+    model = _load(str(speaker.path), speaker.dtype, speaker)
+    return model.requires_grad_(False).eval()
+
+
+def _load(path: str, dtype: str, speaker: SpeakerConfig) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(
+        path,
+        dtype=getattr(torch, dtype),
+        attn_implementation=choose_attention(speaker.attn_implementation, pick_device()),
+        local_files_only=True,
+    )
+
+
+def size(parameter: Any) -> int:
+    """Elements of a parameter, also where ZeRO-3 has spread it over the ranks."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

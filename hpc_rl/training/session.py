@@ -1,0 +1,269 @@
+"""One training of a round on one rank: settings, model, trainer, the checkpoint to go on from, final weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+
+from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.data.images import load_image
+from hpc_rl.data.lewis import GameRow
+from hpc_rl.engines.base import banned_ids
+from hpc_rl.engines.loading import load_processor
+from hpc_rl.run.seeds import derive
+from hpc_rl.training import export, plan, policy, settings
+from hpc_rl.training.batches import Batches, Pixels
+from hpc_rl.training.checkpoints import Checkpoints, sync_files, weights_hash
+from hpc_rl.training.distributed import World, all_gather_objects, barrier, broadcast_object
+from hpc_rl.training.grpo import Grpo, StoredRollouts
+from hpc_rl.training.leaving import EXIT_TERMINATED, Leaving
+from hpc_rl.training.reporting import Reporter, Saving
+from hpc_rl.training.rollouts import Rollouts, UnusableRollouts
+
+log = logging.getLogger(__name__)
+
+VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a round's training begins with: the policy's weights, games by row id, and where their pictures lie."""
+
+    base: str
+    adapter: Path | None
+    weights: str
+    rows: Mapping[str, GameRow]
+    image_root: Path
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where one training writes. `token` is unique to the claim under which it runs."""
+
+    checkpoints: Path
+    final: Path
+    tensorboard: Path | None
+    token: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of it, on rank 0: the hash of the final weights, and numbers for the manifest."""
+
+    weights: str
+    metrics: Mapping[str, Any]
+
+
+@dataclass
+class Session:
+    """Everything that trainings on stored and on live rollouts have in common. All ranks do the same with theirs."""
+
+    config: LewisConfig
+    round: int
+    world: World
+    leaving: Leaving
+    start: Start
+    places: Places
+    progress: Callable[[int, int], None]
+    seconds: dict[str, float] = field(default_factory=dict)
+    resumed_from: int = 0
+
+    def train_on(self, rollouts: Rollouts) -> Trained:
+        """Train on a round's stored rollouts.
+
+        Raises
+        ------
+        UnusableRollouts
+            When they were drawn with other weights than training begins with, or do not fit their pictures.
+        SystemExit
+            When told to leave before the last step; a checkpoint was made.
+        """
+        began = time.monotonic()
+        if rollouts.weights_hash != self.start.weights:
+            raise UnusableRollouts(
+                f"round {self.round} was sampled with weights {rollouts.weights_hash[:16]}, but training begins with "
+                f"{self.start.weights[:16]} ({self.start.adapter or self.start.base}). Sample again: remove the "
+                "round's sample and grade folders and launch."
+            )
+        train = self.config.train
+        made = plan.make(
+            rollouts, settings.shape_of(self.config, self.world), epochs=train.epochs, passes=train.passes,
+            scale=train.scale_rewards, run_seed=self.config.run.seed, round=self.round,
+        )  # fmt: skip
+        counts = rollouts.counts
+        log.info(
+            "round %d: %d samples in %d groups, %d left out, %d groups dropped, %d with equal rewards; %d steps of %d",
+            self.round, len(rollouts), len(rollouts.groups), counts.left_out, counts.dropped_groups,
+            counts.equal_groups, len(made.steps), made.shape.samples,
+        )  # fmt: skip
+        checkpoints = self._checkpoints(made.fingerprint())
+        trainer = self._stored_trainer(made, checkpoints)
+        self.seconds["loading"] = time.monotonic() - began
+        result = self._run(trainer, checkpoints)
+        first = all_gather_objects(trainer.first_step)
+        if result is None:
+            return Trained("", {})
+        numbers = {
+            **asdict(counts),
+            "used_samples": len(rollouts),
+            "tokens": sum(step.tokens for step in made.steps),
+            "mean_reward": rollouts.mean(),
+            **{f"mean_reward_{part}": rollouts.mean(part) for part in ("accuracy", "format", "length")},
+            "first_step_by_rank": [asdict(one) for one in first if one is not None],
+        }
+        return Trained(result.weights, {**numbers, **result.metrics})
+
+    def _stored_trainer(self, made: plan.Plan, checkpoints: Checkpoints) -> StoredRollouts:
+        processor = self.processor()
+        image_processor, tokenizer = processor.image_processor, processor.tokenizer
+        args = settings.grpo_config(self.config, self.deepspeed, checkpoints.own, round=self.round)
+        model = self.model(tokenizer)
+        root, rows = self.start.image_root, self.start.rows
+        batches = Batches(
+            made,
+            self.world.rank,
+            Pixels(image_processor, lambda row_id: [load_image(root / rows[row_id].image)]),
+            pad_id=tokenizer.pad_token_id,
+            image_id=model.config.image_token_id,
+            vision_ids=frozenset(getattr(model.config, name) for name in VISION_TOKENS if hasattr(model.config, name)),
+        )
+        return StoredRollouts(
+            plan=made,
+            batches=batches,
+            args=args,
+            model=model,
+            processor=processor,
+            **self.trainer_parts(tokenizer, checkpoints),
+        )
+
+    @property
+    def deepspeed(self) -> dict[str, Any] | None:
+        """The DeepSpeed config."""
+        return settings.deepspeed_config(self.config.train.deepspeed)
+
+    def processor(self) -> Any:
+        """Tokenizer and image processor, with the run's pixel limits (L19)."""
+        speaker = self.config.speaker
+        return load_processor(self.start.base, speaker.min_pixels, speaker.max_pixels)
+
+    def model(self, tokenizer: Any) -> Any:
+        """The policy. The trainer's settings must have been made: with ZeRO-3 they decide how it is loaded."""
+        seed = derive(self.config.run.seed, self.round, "adapter")
+        set_seed(seed)
+        model = policy.load_policy(
+            self.config.speaker, self.start.base, self.start.adapter, deepspeed=self.deepspeed is not None, seed=seed
+        )
+        policy.ban(model, banned_ids(self.start.base, tokenizer))
+        return model
+
+    def initial_model(self, tokenizer: Any) -> Any:
+        """The model that KL is measured to, where it is not the policy without its adapter."""
+        model = policy.load_initial_model(self.config.speaker)
+        policy.ban(model, banned_ids(self.start.base, tokenizer))
+        return model
+
+    def trainer_parts(self, tokenizer: Any, checkpoints: Checkpoints) -> dict[str, Any]:
+        """Arguments that every trainer takes."""
+        self._reporter = Reporter(self.places.tensorboard if self.world.is_main else None, self.progress)
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self._saving = Saving(self.config.train.save_steps, self.leaving, device)
+
+        def seal(folder: Path) -> None:
+            sync_files(folder)
+            barrier()
+            if self.world.is_main:
+                checkpoints.seal(folder, self.config.train.keep_checkpoints)
+
+        return {
+            "beta": self.config.train.beta,
+            "initial_model": lambda: self.initial_model(tokenizer),
+            "seal": seal,
+            "callbacks": [self._reporter, self._saving],
+        }
+
+    def remove_checkpoints(self) -> None:
+        """Remove the intermediate checkpoints: the final weights are verified and have their manifest (L23)."""
+        Checkpoints(self.places.checkpoints, self.places.token, "").remove()
+
+    def _checkpoints(self, work: str) -> Checkpoints:
+        """The stage's checkpoints; `work` is the fingerprint of what is trained on."""
+        train = self.config.train.model_dump(mode="json", exclude={"save_steps", "keep_checkpoints", "backend"})
+        same = {
+            "work": work, "round": self.round, "weights": self.start.weights, "ranks": self.world.size, "train": train,
+            "speaker": self.config.speaker.model_dump(mode="json", exclude={"path"}), "deepspeed": self.deepspeed,
+            "seed": self.config.run.seed, "temperature": self.config.sample.temperature,
+        }  # fmt: skip
+        fingerprint = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+        checkpoints = Checkpoints(self.places.checkpoints, self.places.token, fingerprint)
+        if self.world.is_main:
+            checkpoints.create()
+        barrier()
+        return checkpoints
+
+    def _run(self, trainer: Grpo, checkpoints: Checkpoints) -> Trained | None:
+        """Train to the end and write the final weights; None on ranks other than 0."""
+        found = broadcast_object(checkpoints.latest() if self.world.is_main else None)
+        if found is not None:
+            self.resumed_from = found.step
+            log.info("continuing after step %d: %s", found.step, found.folder)
+        began = time.monotonic()
+        with self.leaving.deferred():
+            trainer.train(resume_from_checkpoint=str(found.folder) if found else None)
+        if self._saving.leave:
+            raise SystemExit(EXIT_TERMINATED)
+        self.leaving.leave_if_asked()
+        self.seconds["training"] = time.monotonic() - began
+        return self._finish(trainer)
+
+    def _finish(self, trainer: Grpo) -> Trained | None:
+        began = time.monotonic()
+        state = export.gather(trainer)
+        result = None
+        if state is not None:
+            final, token = self.places.final, self.places.token
+            export.remove_leftovers(final)
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            folder = export.write(model, trainer.processing_class, state, final, token, self.config.speaker.dtype)
+            export.put_in_place(folder, final, token)
+            self.seconds["exporting"] = time.monotonic() - began
+            result = Trained(weights_hash(final), self._metrics(trainer))
+            log.info("%s is written and was loaded once, weights %s", final, result.weights[:16])
+        barrier()
+        return result
+
+    def _metrics(self, trainer: Grpo) -> dict[str, Any]:
+        steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+        means = {
+            name: sum(values) / len(values)
+            for name in sorted({name for entry in steps for name in entry})
+            if (values := [float(entry[name]) for entry in steps if isinstance(entry.get(name), int | float)])
+        }
+        kept = {
+            "loss": "mean_loss", "kl": "mean_kl", "entropy": "mean_entropy", "grad_norm": "mean_grad_norm",
+            "clip_ratio/region_mean": "mean_clip_ratio", "completions/mean_length": "mean_length",
+        }  # fmt: skip
+        at_first = {
+            "clip_ratio/region_mean": "first_step_clip_ratio",
+            "sampling/logprob_difference_mean": "first_step_logprob_difference_mean",
+            "sampling/logprob_difference_max": "first_step_logprob_difference_max",
+        }
+        return {
+            "steps": trainer.state.global_step,
+            "resumed_from_step": self.resumed_from,
+            "ranks": self.world.size,
+            **{ours: means[theirs] for theirs, ours in kept.items() if theirs in means},
+            **{ours: float(steps[0][theirs]) for theirs, ours in at_first.items() if steps and theirs in steps[0]},
+            "last_learning_rate": float(steps[-1]["learning_rate"]) if steps else 0.0,
+            "last_loss": float(steps[-1]["loss"]) if steps else 0.0,
+            "trained_parameters": sum(policy.size(p) for p in trainer.model.parameters() if p.requires_grad),
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+        }

@@ -1,0 +1,140 @@
+"""Job body of the train stage: a GRPO update of the speaker on the round's graded samples, on all ranks of the job."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Any, cast
+
+from hpc_rl.cluster.failures import EXIT_BLOCKED
+from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.orchestrate.job import Job, Shard, open_job
+
+log = logging.getLogger("hpc_rl")
+
+_LOST_RANK = re.compile(
+    r"connection (closed|reset) by peer|connection refused|broken pipe|socket closed|store\w* .*closed"
+    r"|remote process exited|ncclRemoteError|ncclSystemError|watchdog .*timeout|timed out waiting|recvValue failed",
+    re.IGNORECASE,
+)
+GRACE_SHARE = 0.8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m jobs.train --workspace W --round R`, once per rank.
+
+    75 when inputs or a service are missing, or when another rank was lost (its own log says why).
+    """
+    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+    job = open_job("train", argv)
+    config = job.config
+    assert isinstance(config, LewisConfig)
+    from hpc_rl.training.distributed import process_group
+    from hpc_rl.training.leaving import EXIT_GRACE_S, Leaving
+
+    client = config.services.listener.client
+    with (
+        Leaving(max(EXIT_GRACE_S, GRACE_SHARE * min(0.5 * config.cluster.signal_delay_s, 600.0))) as leaving,
+        _blocked_by_lost_rank(),
+        process_group(
+            job.folder,
+            backend=config.train.backend,
+            interface=config.cluster.network_interface,
+            deepspeed=config.train.deepspeed is not None,
+            timeout_s=max(1800.0, config.run.linger_s + 600.0, client.deadline_s + 600.0),
+        ) as world,
+    ):
+        for shard, token in _claims(job, world.is_main):
+            train(job, config, shard, token, world, leaving)
+    return 0
+
+
+def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, leaving: Any) -> None:
+    """Train this round's speaker and, on rank 0, commit it."""
+    from hpc_rl.data.lewis import image_root, read_rows
+    from hpc_rl.recipes.lewis import speaker_weights
+    from hpc_rl.training import rollouts
+    from hpc_rl.training.distributed import broadcast_object
+    from hpc_rl.training.session import Places, Session, Start
+
+    _set_up_wandb(job, config)
+    weights = broadcast_object(speaker_weights(job.ws, config, job.round - 1) if world.is_main else None)
+    assert weights is not None
+    (dataset,) = job.inputs(0, "dataset")
+    rows = {row.id: row for row in read_rows(dataset.path("train.parquet"))}
+    root = image_root(job.ws, config.data.image_root)
+    final = job.ws.checkpoint_dir("speaker", job.round)
+    places = Places(
+        checkpoints=job.folder / "checkpoints",
+        final=final,
+        tensorboard=job.ws.tb_dir / f"round_{job.round:02d}" / "train" if config.logging.tensorboard else None,
+        token=token,
+    )
+    start = Start(weights.base, weights.adapter, weights.hash, rows, root)
+    session = Session(config, job.round, world, leaving, start, places, shard.progress)
+    graded = [manifest.path("graded.parquet") for manifest in job.inputs(job.round, "grade")]
+    trained = session.train_on(rollouts.read(graded, config.sample.samples_per_prompt))
+    if shard.lease is None:
+        return
+    if shard.lease.lost:
+        log.error("another job has taken this training over")
+        raise SystemExit(EXIT_BLOCKED)
+    done = shard.commit(
+        sorted(path for path in final.iterdir() if path.is_file()),
+        made_from={"weights": weights.hash, "weights_out": trained.weights, "base": weights.base},
+        metrics=trained.metrics,
+    )
+    if done:
+        session.remove_checkpoints()
+
+
+def _claims(job: Job, leader: bool) -> Iterator[tuple[Shard, str]]:
+    """The stage's shard on every rank, with the token of rank 0's claim; rank 0's exit is every rank's."""
+    from hpc_rl.training.distributed import broadcast_object
+
+    with closing(cast(Generator[Shard, None, None], job.shards(leader=leader))) as shards:
+        while True:
+            shard, said = None, None
+            if leader:
+                try:
+                    shard = next(shards, None)
+                    said = ("work", shard.lease.token) if shard is not None and shard.lease else ("done", "")
+                except SystemExit as leave:
+                    said = ("exit", str(leave.code))
+            kind, detail = broadcast_object(said) or ("done", "")
+            if kind == "exit":
+                raise SystemExit(int(detail))
+            if kind == "done":
+                return
+            if not leader:
+                shard = next(shards)
+            assert shard is not None
+            yield shard, detail
+
+
+@contextmanager
+def _blocked_by_lost_rank() -> Iterator[None]:
+    """A rank that lost another one is not to blame: it exits as blocked. The lost rank's own end says what happened."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _LOST_RANK.search(str(error)):
+            raise
+        log.exception("another rank is gone")
+        raise SystemExit(EXIT_BLOCKED) from error
+
+
+def _set_up_wandb(job: Job, config: LewisConfig) -> None:
+    wandb = config.logging.wandb
+    if wandb.enabled:
+        folder = wandb.dir or job.ws.root / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.update(WANDB_MODE=wandb.mode, WANDB_PROJECT=wandb.project, WANDB_DIR=str(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
