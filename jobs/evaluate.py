@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 import time
@@ -60,6 +61,7 @@ def evaluate(job: Job, shard: Shard) -> None:
 
     config = job.config
     assert isinstance(config, LewisConfig)
+    wandb = find_wandb(config)
     (dataset,) = job.inputs(0, "dataset")
     rows = [(name, row) for name in SETS for row in read_rows(dataset.path(f"{name}.parquet"))]
     weights = speaker_weights(job.ws, config, job.round)
@@ -85,6 +87,8 @@ def evaluate(job: Job, shard: Shard) -> None:
             predictions.append(config.logging.prediction_log, log_lines)
         if config.logging.tensorboard:
             write_tensorboard(job, config, played, metrics, root)
+        if wandb is not None:
+            write_wandb(wandb, job, config, metrics)
 
 
 def play(
@@ -208,6 +212,31 @@ def write_tensorboard(
                 said = f"`{game.text}`\n\ntarget {game.row.label}, picked {game.verdict.predicted_index}"
                 chances = ", ".join(f"{p:.3f}" for p in game.verdict.yes_probabilities)
                 writer.add_text(tag, f"{said}, P(yes) {chances or '-'}", job.round)
+
+
+def find_wandb(config: LewisConfig) -> Any:
+    """The wandb package where the config asks for it, else None; an error, before any work, when it is not installed."""
+    if not config.logging.wandb.enabled:
+        return None
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise RuntimeError(
+            "logging.wandb.enabled is true and wandb is not installed: pip install wandb in the evaluate stage's "
+            "environment, or set logging.wandb.enabled: false"
+        ) from error
+
+
+def write_wandb(wandb: Any, job: Job, config: LewisConfig, metrics: dict[str, float]) -> None:
+    """Metrics of the round as one more step of the W&B run `<run name>-evaluate`; offline unless the config says so."""
+    options = config.logging.wandb
+    folder = options.dir or job.ws.root / "wandb"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{config.run.name}-evaluate"
+    with wandb.init(
+        project=options.project, mode=options.mode, dir=str(folder), id=name, name=name, resume="allow"
+    ) as run:
+        run.log({f"evaluate/{name}": value for name, value in metrics.items()}, step=job.round)
 
 
 if __name__ == "__main__":

@@ -221,6 +221,16 @@ def test_evaluation_counts_both_sets_and_shows_its_games(new_run: NewRun, tmp_pa
     assert evaluation_events(ws) >= {"evaluate/accuracy_new_views", "new_views/0", "validation/1/text_summary"}
 
 
+def test_wandb_that_is_asked_for_and_not_installed_is_an_error_before_any_work(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ws = new_run("logging.wandb.enabled=true")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(RuntimeError, match="wandb is not installed"):
+        evaluate.main(arguments(ws, 0))
+    assert not manifest.done_shards(ws, 0, "evaluate")
+
+
 def evaluation_events(ws: Workspace) -> set[str]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
