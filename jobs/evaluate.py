@@ -215,7 +215,7 @@ def write_tensorboard(
 
 
 def find_wandb(config: LewisConfig) -> Any:
-    """The wandb package where the config asks for it, else None; an error, before any work, when it is not installed."""
+    """The wandb package where the config asks for it, else None; not installed is an error, before any work is done."""
     if not config.logging.wandb.enabled:
         return None
     try:
