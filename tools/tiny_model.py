@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def encode(processor: Any, patches: torch.Tensor, prompts: list[list[int]], answ
     }
 
 
-def left_padded(rows: list[list[int]], value: int) -> torch.Tensor:
+def left_padded(rows: Sequence[Sequence[float]], value: int) -> torch.Tensor:
     """Rows as one (B, longest) tensor, padded on the left."""
     longest = max(len(row) for row in rows)
-    return torch.tensor([[value] * (longest - len(row)) + row for row in rows])
+    return torch.tensor([[value] * (longest - len(row)) + [*row] for row in rows])
