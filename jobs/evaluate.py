@@ -132,8 +132,8 @@ def summary_of_set(config: LewisConfig, name: str, games: Sequence[Played]) -> d
     found = recognition([game.verdict for game in scored], [game.row for game in scored])
     metrics = {
         f"accuracy_{name}": mean([float(game.correct) for game in scored]),
-        f"n_{name}": float(len(scored)),
-        f"left_out_{name}": float(len(games) - len(scored)),
+        f"n_{name}": len(scored),
+        f"left_out_{name}": len(games) - len(scored),
         f"format_rate_{name}": mean([game.verdict.reward.format for game in games]),
         f"one_sentence_{name}": mean([float(game.verdict.reward.length > 0) for game in games]),
         **{f"{key}_{name}": round(value, 4) for key, value in found.items()},

@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert isinstance(config, LewisConfig)
     options = config.services.listener
     address = handoff.choose_address(
-        options.host, config.cluster.network_interface, in_allocation=bool(environ["HPC_RL_NODELIST_HEAD"])
+        options.host,
+        config.cluster.network_interface,
+        in_allocation=environ["HPC_RL_NODELIST_HEAD"] not in ("", "localhost"),
     )
     judge = config.listener
     model = YesNoModel(

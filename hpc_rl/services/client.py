@@ -107,6 +107,7 @@ class ServiceClient:
     ) -> None:
         self._folder, self._options, self._given_token, self._sleep = folder, options, token, sleep
         self._rng = rng or random.Random()
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # else every call is a line in the job's log
         # Cluster nodes often carry http_proxy, and a proxy knows nothing of compute nodes: trust_env=False ignores it.
         self._http = httpx.Client(timeout=httpx.Timeout(options.timeout_s, connect=10.0), trust_env=False)
         self._replicas = Replicas(folder, options.url, self._http, self._rng)
