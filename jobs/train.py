@@ -6,8 +6,10 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 from hpc_rl.cluster.failures import EXIT_BLOCKED
@@ -29,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     75 when inputs or a service are missing, or when another rank was lost (its own log says why).
     """
+    # DeepSpeed calls collectives by their old names, which torch notes at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
     job = open_job("train", argv)
     config = job.config
@@ -57,7 +61,7 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
     """Train this round's speaker and, on rank 0, commit it."""
     from hpc_rl.data.lewis import image_root, read_rows
     from hpc_rl.recipes.lewis import speaker_weights
-    from hpc_rl.training import rollouts
+    from hpc_rl.training import rollouts, stored
     from hpc_rl.training.distributed import broadcast_object
     from hpc_rl.training.session import Places, Session, Start
 
@@ -76,20 +80,42 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
     )
     start = Start(weights.base, weights.adapter, weights.hash, rows, root)
     session = Session(config, job.round, world, leaving, start, places, shard.progress)
-    graded = [manifest.path("graded.parquet") for manifest in job.inputs(job.round, "grade")]
-    trained = session.train_on(rollouts.read(graded, config.sample.samples_per_prompt))
+    outputs = []
+    if config.train.rollouts == "live":
+        predictions = shard.output("predictions.jsonl")
+        trained = _train_live(job, config, session, list(rows.values()), predictions)
+        outputs.append(predictions)
+    else:
+        graded = [manifest.path("graded.parquet") for manifest in job.inputs(job.round, "grade")]
+        trained = stored.train(session, rollouts.read(graded, config.sample.samples_per_prompt))
     if shard.lease is None:
         return
     if shard.lease.lost:
         log.error("another job has taken this training over")
         raise SystemExit(EXIT_BLOCKED)
     done = shard.commit(
-        sorted(path for path in final.iterdir() if path.is_file()),
+        [*outputs, *sorted(path for path in final.iterdir() if path.is_file())],
         made_from={"weights": weights.hash, "weights_out": trained.weights, "base": weights.base},
         metrics=trained.metrics,
     )
     if done:
         session.remove_checkpoints()
+
+
+def _train_live(job: Job, config: LewisConfig, session: Any, rows: list[Any], predictions: Path) -> Any:
+    """Sample, ask and train; SystemExit(75) when no listener answers."""
+    from hpc_rl.data.lewis import rows_of_round
+    from hpc_rl.services.client import ListenerClient, ServiceUnavailable
+    from hpc_rl.training import live
+
+    games = rows_of_round(rows, job.round, prompts_per_round=config.sample.prompts_per_round, seed=config.run.seed)
+    with ExitStack() as stack:
+        listener = stack.enter_context(ListenerClient(job.ws, config)) if session.world.is_main else None
+        try:
+            return live.train(session, games, listener, predictions)
+        except ServiceUnavailable as error:
+            log.error("ServiceUnavailable: %s", error)
+            raise SystemExit(EXIT_BLOCKED) from error
 
 
 def _claims(job: Job, leader: bool) -> Iterator[tuple[Shard, str]]:

@@ -160,12 +160,13 @@ def process_group(
     log.info("rank %d of %d on %s, %s", world.rank, world.size, socket.gethostname(), backend)
     try:
         yield world
-        barrier()
     finally:
         if published is not None and world.is_main:
             published.unlink(missing_ok=True)
-        with exit_anyway_after(EXIT_GRACE_S):  # a group with a dead member may never come apart
-            dist.destroy_process_group()
+    # Only where all went well: a group with a dead member may never come apart, and the process ends anyway.
+    with exit_anyway_after(EXIT_GRACE_S):
+        barrier()
+        dist.destroy_process_group()
 
 
 def rendezvous_name(environ: dict[str, str] | os._Environ[str]) -> str:
@@ -199,8 +200,8 @@ def _init_deepspeed(backend: str) -> None:
 
     if not torch.cuda.is_available():
         # Its shared-memory all-reduce for CPU inference is compiled for 40 s on first use, needs all ranks on one host,
-        # and training never calls it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # and training never calls it. Set as a whole, since looking it up probes all operators with a compiler.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
 

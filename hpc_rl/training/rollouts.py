@@ -179,9 +179,7 @@ def read(files: Iterable[Path], group_size: int) -> Rollouts:
         raise UnusableRollouts(f"the samples were drawn with different weights: {', '.join(sorted(hashes))}")
     used = [Group(tuple(sorted(g, key=lambda r: r.index))) for _, g in sorted(groups.items()) if len(g) >= 2]
     if not used:
-        raise UnusableRollouts(
-            f"of {len(seen)} samples {left_out} were left out: no group has two that can be compared"
-        )
+        raise UnusableRollouts(f"{left_out} of {len(seen)} samples were left out: no group has two to compare")
     counts = Counts(
         samples=len(seen),
         left_out=left_out,

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,16 @@ import torch
 from accelerate.utils import set_seed
 
 from hpc_rl.config.lewis import LewisConfig
-from hpc_rl.data.images import load_image
 from hpc_rl.data.lewis import GameRow
 from hpc_rl.engines.base import banned_ids
 from hpc_rl.engines.loading import load_processor
 from hpc_rl.run.seeds import derive
-from hpc_rl.training import export, plan, policy, settings
-from hpc_rl.training.batches import Batches, Pixels
+from hpc_rl.training import export, policy, settings
 from hpc_rl.training.checkpoints import Checkpoints, sync_files, weights_hash
-from hpc_rl.training.distributed import World, all_gather_objects, barrier, broadcast_object
-from hpc_rl.training.grpo import Grpo, StoredRollouts
+from hpc_rl.training.distributed import World, barrier, broadcast_object
+from hpc_rl.training.grpo import Grpo
 from hpc_rl.training.leaving import EXIT_TERMINATED, Leaving
 from hpc_rl.training.reporting import Reporter, Saving
-from hpc_rl.training.rollouts import Rollouts, UnusableRollouts
 
 log = logging.getLogger(__name__)
 
@@ -76,74 +73,6 @@ class Session:
     progress: Callable[[int, int], None]
     seconds: dict[str, float] = field(default_factory=dict)
     resumed_from: int = 0
-
-    def train_on(self, rollouts: Rollouts) -> Trained:
-        """Train on a round's stored rollouts.
-
-        Raises
-        ------
-        UnusableRollouts
-            When they were drawn with other weights than training begins with, or do not fit their pictures.
-        SystemExit
-            When told to leave before the last step; a checkpoint was made.
-        """
-        began = time.monotonic()
-        if rollouts.weights_hash != self.start.weights:
-            raise UnusableRollouts(
-                f"round {self.round} was sampled with weights {rollouts.weights_hash[:16]}, but training begins with "
-                f"{self.start.weights[:16]} ({self.start.adapter or self.start.base}). Sample again: remove the "
-                "round's sample and grade folders and launch."
-            )
-        train = self.config.train
-        made = plan.make(
-            rollouts, settings.shape_of(self.config, self.world), epochs=train.epochs, passes=train.passes,
-            scale=train.scale_rewards, run_seed=self.config.run.seed, round=self.round,
-        )  # fmt: skip
-        counts = rollouts.counts
-        log.info(
-            "round %d: %d samples in %d groups, %d left out, %d groups dropped, %d with equal rewards; %d steps of %d",
-            self.round, len(rollouts), len(rollouts.groups), counts.left_out, counts.dropped_groups,
-            counts.equal_groups, len(made.steps), made.shape.samples,
-        )  # fmt: skip
-        checkpoints = self._checkpoints(made.fingerprint())
-        trainer = self._stored_trainer(made, checkpoints)
-        self.seconds["loading"] = time.monotonic() - began
-        result = self._run(trainer, checkpoints)
-        first = all_gather_objects(trainer.first_step)
-        if result is None:
-            return Trained("", {})
-        numbers = {
-            **asdict(counts),
-            "used_samples": len(rollouts),
-            "tokens": sum(step.tokens for step in made.steps),
-            "mean_reward": rollouts.mean(),
-            **{f"mean_reward_{part}": rollouts.mean(part) for part in ("accuracy", "format", "length")},
-            "first_step_by_rank": [asdict(one) for one in first if one is not None],
-        }
-        return Trained(result.weights, {**numbers, **result.metrics})
-
-    def _stored_trainer(self, made: plan.Plan, checkpoints: Checkpoints) -> StoredRollouts:
-        processor = self.processor()
-        image_processor, tokenizer = processor.image_processor, processor.tokenizer
-        args = settings.grpo_config(self.config, self.deepspeed, checkpoints.own, round=self.round)
-        model = self.model(tokenizer)
-        root, rows = self.start.image_root, self.start.rows
-        batches = Batches(
-            made,
-            self.world.rank,
-            Pixels(image_processor, lambda row_id: [load_image(root / rows[row_id].image)]),
-            pad_id=tokenizer.pad_token_id,
-            image_id=model.config.image_token_id,
-            vision_ids=frozenset(getattr(model.config, name) for name in VISION_TOKENS if hasattr(model.config, name)),
-        )
-        return StoredRollouts(
-            plan=made,
-            batches=batches,
-            args=args,
-            model=model,
-            processor=processor,
-            **self.trainer_parts(tokenizer, checkpoints),
-        )
 
     @property
     def deepspeed(self) -> dict[str, Any] | None:
@@ -194,7 +123,7 @@ class Session:
         """Remove the intermediate checkpoints: the final weights are verified and have their manifest (L23)."""
         Checkpoints(self.places.checkpoints, self.places.token, "").remove()
 
-    def _checkpoints(self, work: str) -> Checkpoints:
+    def checkpoints(self, work: str) -> Checkpoints:
         """The stage's checkpoints; `work` is the fingerprint of what is trained on."""
         train = self.config.train.model_dump(mode="json", exclude={"save_steps", "keep_checkpoints", "backend"})
         same = {
@@ -209,8 +138,14 @@ class Session:
         barrier()
         return checkpoints
 
-    def _run(self, trainer: Grpo, checkpoints: Checkpoints) -> Trained | None:
-        """Train to the end and write the final weights; None on ranks other than 0."""
+    def run(self, trainer: Grpo, checkpoints: Checkpoints) -> Trained | None:
+        """Train to the end and write the final weights; None on ranks other than 0.
+
+        Raises
+        ------
+        SystemExit
+            When told to leave before the last step; a checkpoint was made.
+        """
         found = broadcast_object(checkpoints.latest() if self.world.is_main else None)
         if found is not None:
             self.resumed_from = found.step

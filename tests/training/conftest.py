@@ -1,4 +1,4 @@
-"""A prepared Lewis run with a tiny speaker, sampled by transformers and graded with made-up rewards; ranks as processes."""
+"""A prepared Lewis run: a tiny speaker, sampled by transformers, graded with made-up rewards; ranks as processes."""
 
 from __future__ import annotations
 
@@ -47,6 +47,14 @@ CORPUS = [
 ]
 
 NewRun = Callable[..., Workspace]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny models are slower on two threads, and much slower on two busy cores."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -166,21 +174,18 @@ def start_ranks(
     environment: Mapping[str, str] | None = None, round: int = 1,
 ) -> Ranks:  # fmt: skip
     """Start `jobs.train` (or a program that stands in for it) on a number of ranks."""
+    command = [sys.executable, *program, "--workspace", str(ws.root), "--round", str(round)]
     processes, logs = [], []
     for rank in range(ranks):
         logs.append(ws.root / f"train-{job_id}-{rank}.out")
         variables = {
-            **os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1",
-            "LOCAL_WORLD_SIZE": str(ranks), "HPC_RL_JOB_ID": job_id, "HPC_RL_RESTART": "0", "PYTHONPATH": str(REPOSITORY),
-            **(environment or {}),
+            **os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(ranks), "HPC_RL_JOB_ID": job_id, "HPC_RL_RESTART": "0", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(REPOSITORY), **(environment or {}),
         }  # fmt: skip
         with logs[-1].open("wb") as log:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, *program, "--workspace", str(ws.root), "--round", str(round)],
-                    stdout=log, stderr=subprocess.STDOUT, env=variables, cwd=REPOSITORY,
-                )  # fmt: skip
-            )
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables, cwd=REPOSITORY)
+        processes.append(process)
     return Ranks(ws, processes, logs)
 
 

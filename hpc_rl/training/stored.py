@@ -1,0 +1,84 @@
+"""`rollouts: round`: train on the samples that other jobs drew and graded."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict
+
+from hpc_rl.data.images import load_image
+from hpc_rl.training import plan, settings
+from hpc_rl.training.batches import Batches, Pixels
+from hpc_rl.training.checkpoints import Checkpoints
+from hpc_rl.training.distributed import all_gather_objects
+from hpc_rl.training.grpo import StoredRollouts
+from hpc_rl.training.rollouts import PARTS, Rollouts, UnusableRollouts
+from hpc_rl.training.session import Session, Trained
+
+log = logging.getLogger(__name__)
+
+VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def train(session: Session, rollouts: Rollouts) -> Trained:
+    """Train on a round's stored rollouts. All ranks must call it, with the same rollouts.
+
+    Raises
+    ------
+    UnusableRollouts
+        When they were drawn with other weights than training begins with, or do not fit their pictures.
+    SystemExit
+        When told to leave before the last step; a checkpoint was made.
+    """
+    began = time.monotonic()
+    start, config = session.start, session.config
+    if rollouts.weights_hash != start.weights:
+        raise UnusableRollouts(
+            f"round {session.round} was sampled with weights {rollouts.weights_hash[:16]}, but training begins with "
+            f"{start.weights[:16]} ({start.adapter or start.base}). Sample again: remove the round's sample and grade "
+            "folders and launch."
+        )
+    made = plan.make(
+        rollouts, settings.shape_of(config, session.world), epochs=config.train.epochs, passes=config.train.passes,
+        scale=config.train.scale_rewards, run_seed=config.run.seed, round=session.round,
+    )  # fmt: skip
+    counts = rollouts.counts
+    log.info(
+        "%d samples in %d groups, %d left out, %d groups dropped, %d with equal rewards; %d steps of up to %d",
+        len(rollouts), len(rollouts.groups), counts.left_out, counts.dropped_groups,
+        counts.equal_groups, len(made.steps), made.shape.samples,
+    )  # fmt: skip
+    checkpoints = session.checkpoints(made.fingerprint())
+    trainer = _trainer(session, made, checkpoints)
+    session.seconds["loading"] = time.monotonic() - began
+    result = session.run(trainer, checkpoints)
+    first = all_gather_objects(trainer.first_step)
+    if result is None:
+        return Trained("", {})
+    numbers = {
+        **asdict(counts),
+        "used_samples": len(rollouts),
+        "tokens": sum(step.tokens for step in made.steps),
+        "mean_reward": rollouts.mean(),
+        **{f"mean_reward_{part}": rollouts.mean(part) for part in PARTS},
+        "first_step_by_rank": [asdict(one) for one in first if one is not None],
+    }
+    return Trained(result.weights, {**numbers, **result.metrics})
+
+
+def _trainer(session: Session, made: plan.Plan, checkpoints: Checkpoints) -> StoredRollouts:
+    args = settings.grpo_config(session.config, session.deepspeed, checkpoints.own, round=session.round)
+    processor = session.processor()
+    tokenizer = processor.tokenizer
+    model = session.model(tokenizer)
+    root, rows = session.start.image_root, session.start.rows
+    batches = Batches(
+        made,
+        session.world.rank,
+        Pixels(processor.image_processor, lambda row_id: [load_image(root / rows[row_id].image)]),
+        pad_id=tokenizer.pad_token_id,
+        image_id=model.config.image_token_id,
+        vision_ids=frozenset(getattr(model.config, name) for name in VISION_TOKENS if hasattr(model.config, name)),
+    )
+    parts = session.trainer_parts(tokenizer, checkpoints)
+    return StoredRollouts(plan=made, batches=batches, args=args, model=model, processor=processor, **parts)

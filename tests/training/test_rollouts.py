@@ -1,0 +1,95 @@
+"""Groups and advantages: what is left out, dropped and counted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_rl.grading.samples import GradedSample, write_samples
+from hpc_rl.training import rollouts
+from hpc_rl.training.rollouts import Group, UnusableRollouts
+
+
+def graded(group: int, index: int, reward: float | None = 1.0, **changes: object) -> GradedSample:
+    sample = GradedSample(
+        sample_id=f"r01-{group}-g{index}", row_id=f"row{group}", group=group, index=index, prompt_token_ids=(5, 6, 7),
+        token_ids=(8, 9), logprobs=(-0.5, -1.5), text="x", finish_reason="stop", seed=1, weights_hash="w",
+        reward_accuracy=reward, reward_format=1.0, reward_length=0.1, reward=reward, left_out=reward is None,
+        predicted_index=0, yes_probabilities=(0.1, 0.2),
+    )  # fmt: skip
+    return replace(sample, **changes)
+
+
+def read(tmp_path: Path, *shards: list[GradedSample], group_size: int = 4) -> rollouts.Rollouts:
+    paths = [tmp_path / f"{number}.parquet" for number in range(len(shards))]
+    for path, shard in zip(paths, shards, strict=True):
+        write_samples(path, shard)
+    return rollouts.read(paths, group_size)
+
+
+def test_samples_come_back_as_groups_in_order_with_their_tokens(tmp_path: Path) -> None:
+    found = read(tmp_path, [graded(1, 1, 0.0), graded(1, 0)], [graded(0, i, float(i)) for i in range(4)])
+    assert [[r.id for r in g.rollouts] for g in found.groups] == [
+        [f"r01-0-g{i}" for i in range(4)], ["r01-1-g0", "r01-1-g1"]
+    ]  # fmt: skip
+    one = found.groups[0].rollouts[2]
+    assert (one.prompt_ids.tolist(), one.token_ids.tolist(), one.logprobs.tolist()) == ([5, 6, 7], [8, 9], [-0.5, -1.5])
+    assert one.parts == {"accuracy": 2.0, "format": 1.0, "length": pytest.approx(0.1)} and one.reward == 2.0
+    assert one.finished and found.weights_hash == "w" and len(found) == 6
+
+
+def test_a_sample_without_a_score_is_out_of_its_group_and_a_group_of_one_is_dropped(tmp_path: Path) -> None:
+    whole = [graded(0, i, float(i % 2)) for i in range(4)]
+    short = [graded(1, 0, 2.0), graded(1, 1, None), graded(1, 2, 0.0), graded(1, 3, 1.0)]
+    lost = [graded(2, i, 1.0 if i == 0 else None) for i in range(4)]
+    equal = [graded(3, i, 0.5) for i in range(4)]
+    found = read(tmp_path, [*whole, *short, *lost, *equal])
+    assert found.counts == rollouts.Counts(
+        samples=16, left_out=4, groups=4, dropped_groups=1, short_groups=1, equal_groups=1
+    )
+    assert [r.id for r in found.groups[1].rollouts] == ["r01-1-g0", "r01-1-g2", "r01-1-g3"]
+    rewards = np.array([2.0, 0.0, 1.0])
+    assert found.groups[1].advantages() == pytest.approx((rewards - 1) / (rewards.std(ddof=1) + 1e-4), rel=1e-6)
+    assert found.groups[2].has_equal_rewards and not found.groups[2].advantages().any()
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 21), min_size=2, max_size=8), st.sampled_from(["group", "none"]))
+def test_advantages_are_those_of_trl(points: list[int], scale: str) -> None:
+    from trl.trainer.utils import nanstd
+
+    from hpc_rl.training import trl_parts  # noqa: F401  (TRL without vLLM)
+
+    rewards = torch.tensor([point / 10 for point in points])
+    group = Group(tuple(_rollout(float(reward)) for reward in rewards))
+    theirs = rewards - torch.nanmean(rewards)
+    if scale == "group":
+        theirs = theirs / (nanstd(rewards, dim=0) + 1e-4)
+    assert group.advantages(scale) == pytest.approx(theirs.numpy(), abs=1e-3)  # type: ignore[arg-type]
+
+
+def _rollout(reward: float) -> rollouts.Rollout:
+    ids = np.array([1], np.int32)
+    return rollouts.Rollout("s", "r", 0, 0, ids, ids, np.zeros(1, np.float32), True, {}, reward)
+
+
+@pytest.mark.parametrize(
+    ("samples", "complaint"),
+    [
+        ([graded(0, 0), graded(0, 0)], "r01-0-g0 is there twice"),
+        ([graded(0, 0), graded(0, 1, weights_hash="v")], "different weights: v, w"),
+        ([graded(0, 0), graded(0, 1, logprobs=(-1.0,))], "r01-0-g1 in .* 2 tokens and 1 log-prob"),
+        ([graded(0, 0), graded(0, 1, logprobs=(-1.0, float("nan")))], "r01-0-g1 in .* no number"),
+        ([graded(0, 0), graded(0, 1, token_ids=(), logprobs=())], "r01-0-g1 in .* no tokens"),
+        ([graded(0, 0), graded(1, 0), graded(1, 1, None)], "1 of 3 samples were left out: no group has two"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_named(tmp_path: Path, samples: list[GradedSample], complaint: str) -> None:
+    with pytest.raises(UnusableRollouts, match=complaint):
+        read(tmp_path, samples)
