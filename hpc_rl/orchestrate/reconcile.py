@@ -105,7 +105,7 @@ def reconcile(
     patience_s
         How long to wait for another reconcile that is under way.
     resume
-        Go on with a run that is paused or stopped.
+        Go on with a run that is paused or stopped, or that would have to stop.
     say
         Gets a line for each thing done.
 
@@ -125,12 +125,13 @@ def reconcile(
         )
     with lease:
         ledger = Ledger(run.ws)
-        history = ledger.history()
-        if resume and (history.paused or history.stopped):
-            ledger.append("resumed")
-            history = ledger.history()
-        view = look(run, executor, history)
+        view = look(run, executor, ledger.history())
         decision = decide(view, policy, me)
+        if resume and decision.status in ("paused", "stopped"):
+            # a person says so: what was tried before does not count any more
+            ledger.append("resumed")
+            view = replace(view, history=ledger.history())
+            decision = decide(view, policy, me)
         report = Report(decision)
         if view.history.skipped_lines:
             report.notes.append(

@@ -73,7 +73,8 @@ SUBMISSIONS = 12
 
 
 def bring(run: Run, cluster: Cluster, **more: object) -> Report:
-    return reconcile(run, cluster, Path("/code"), Policy(), **more)  # type: ignore[arg-type]
+    policy = Policy(run.config.run.lookahead, run.config.run.max_attempts)
+    return reconcile(run, cluster, Path("/code"), policy, **more)  # type: ignore[arg-type]
 
 
 def finish(run: Run, round: int) -> None:
@@ -192,6 +193,15 @@ def test_a_paused_run_is_left_alone_until_it_is_resumed(make_run: MakeRun) -> No
     assert not cluster.requests
     assert bring(run, cluster, resume=True).decision.status == "running"
     assert len(cluster.requests) == SUBMISSIONS
+
+
+def test_a_person_who_launches_is_never_told_that_it_was_tried_often_enough(make_run: MakeRun) -> None:
+    run = make_run("run.max_attempts=2")
+    for _ in range(4):  # each time the launcher is killed, and its jobs with it
+        cluster = Cluster(run)
+        assert bring(run, cluster, resume=True).decision.status == "running"
+        assert cluster.live()["round 1 sample"] == 1
+    assert bring(run, Cluster(run)).decision.status == "stopped"
 
 
 def test_somebody_who_does_not_end_is_waited_for_in_vain_and_named(make_run: MakeRun) -> None:
