@@ -228,6 +228,14 @@ class BatchAnswer(BaseModel):
     """Seconds, the wait for a turn included."""
 
 
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "the body is no JSON"},
+    401: {"description": "no token, or the wrong one"},
+    413: {"description": "the body or the batch is too large: send fewer items at once"},
+    422: {"description": "the body is not as documented, or (/score) the game cannot be scored"},
+    500: {"description": "the model failed"},
+    503: {"description": "busy or leaving: try again after Retry-After, or ask another replica"},
+}
 ListenerBatcher = Batcher[Pair, "float | Unscorable"]
 
 
@@ -258,7 +266,7 @@ def create_app(batcher: ListenerBatcher, *, max_pairs: int, acquire_timeout_s: f
         rest = iter(scores)
         return [_answer(body, [next(rest) for _ in body.candidate_paths]) for body in batch]
 
-    @app.post("/score", responses={422: {"description": "the game cannot be scored"}})
+    @app.post("/score", responses=REFUSALS)
     async def score(body: ScoreBody) -> TopAnswer | ScoreAnswer:
         """Score one game."""
         (result,) = await answer([body])
@@ -266,7 +274,7 @@ def create_app(batcher: ListenerBatcher, *, max_pairs: int, acquire_timeout_s: f
             raise HTTPException(422, result.error)
         return result
 
-    @app.post("/batch_score")
+    @app.post("/batch_score", responses=REFUSALS)
     async def batch_score(body: BatchBody) -> BatchAnswer:
         """Score many games; an item that cannot be scored has an error in its place."""
         started = time.perf_counter()
