@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from hpc_rl.run import manifest
+from hpc_rl.run.workspace import Workspace
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.hosts import wait_for
 
@@ -99,3 +102,39 @@ def test_a_cancelled_job_stays_cancelled(cluster: SlurmCluster, repository: Path
     cluster.run(["scancel", job])
     assert cluster.wait_for_state(job, "CANCELLED", "COMPLETED", "FAILED")["JobState"] == "CANCELLED"
     cluster.wait_for_empty_queue()
+
+
+@pytest.mark.slow
+def test_two_rounds_without_the_launcher(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """`launch --init`, then nothing but sbatch: the preparation and a round, submitted at once and chained."""
+    workspace = tmp_path / "workspace"
+    settings = (
+        *("sample.engine=transformers", "sample.prompts_per_round=16", "sample.samples_per_prompt=4"),
+        *("sample.shard_size=4", "data.train_rows=64", "data.eval_rows={new_views: 24, validation: 24}"),
+    )
+    init = [sys.executable, "-m", "hpc_rl.launch", "tests/slurm/lewis.yaml", "--workspace", str(workspace), "--init"]
+    cluster.run([*init, *(part for setting in settings for part in ("--set", setting))], cwd=REPOSITORY, timeout_s=120)
+    # the headers' sizes are those of real models and real nodes
+    here = ("--", "--cpus-per-task=1", "--mem=1500M", "--gpus-per-node=1", "--ntasks-per-node=1", "--time=20")
+    environment = {"PATH": f"{Path(sys.executable).parent}:{cluster.env()['PATH']}", "OMP_NUM_THREADS": "1"}
+
+    def submit(round: int, *options: str) -> list[str]:
+        command = ["slurm_templates/round.sh", *options, str(workspace), str(round), *here]
+        said = cluster.run(command, cwd=REPOSITORY, env=environment).stdout
+        return [line.split()[1] for line in said.partition("\n\n")[0].splitlines()]
+
+    first = submit(0)
+    second = submit(1, "--tasks", "3", "--after", first[0])
+    cluster.wait_for_empty_queue(timeout_s=400)
+    states = {job: cluster.state(job) for job in (*first, *second)}
+    assert set(states.values()) == {"COMPLETED"}, _logs(workspace)
+    ws = Workspace(workspace)
+    assert manifest.read(ws, 0, "evaluate", 0).metrics["n_validation"] == 24
+    assert [len(manifest.done_shards(ws, 1, stage)) for stage in ("sample", "grade", "evaluate")] == [4, 4, 1]
+    assert manifest.read(ws, 1, "train", 0).metrics["ranks"] == 2
+
+
+def _logs(workspace: Path) -> str:
+    """The end of every job's log, for the report of a failure."""
+    logs = sorted((workspace / "logs").rglob("*.out"))
+    return "\n".join(f"--- {log.relative_to(workspace)}\n{log.read_text()[-600:]}" for log in logs)
