@@ -170,9 +170,9 @@ def test_a_second_launch_while_the_first_runs_says_who_runs_and_changes_nothing(
 
 
 def test_two_launches_at_one_moment_make_one_run(shell: Shell) -> None:
-    launches = [shell.start() for _ in range(3)]
+    launches = [shell.start() for _ in range(2)]
     outputs = [launch.communicate(timeout=120)[0] for launch in launches]
-    assert [launch.returncode for launch in launches] == [0, 0, 0], outputs
+    assert [launch.returncode for launch in launches] == [0, 0], outputs
     assert sum("is finished" in output for output in outputs) >= 1
     assert all("is finished" in output or "already running" in output for output in outputs), outputs
     assert shell.done() == STAGES

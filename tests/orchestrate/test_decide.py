@@ -34,7 +34,7 @@ def test_a_run_in_which_nothing_fails_submits_each_stage_once_and_finishes(
     assert all(len(run.submissions(stage.id)) == 1 for stage in run.graph.work)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(
     seed=seeds,
     rounds=st.integers(1, 3),
@@ -61,7 +61,7 @@ def test_an_advance_killed_before_each_of_its_steps_is_made_good_by_the_next(adv
         assert run.launches == 1, f"killed before step {step}, nobody was left to go on"
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(seed=seeds, lookahead=st.integers(0, 2), failures=st.integers(0, 10))
 def test_one_advance_killed_among_other_failures_is_made_good_by_the_next(
     seed: int, lookahead: int, failures: int
@@ -74,7 +74,7 @@ def test_one_advance_killed_among_other_failures_is_made_good_by_the_next(
     assert run.launches == launched + 1
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(seed=seeds, lookahead=st.integers(0, 2), failures=st.integers(0, 10), kills=st.integers(0, 10))
 def test_whatever_is_killed_launching_again_finishes_the_run(
     seed: int, lookahead: int, failures: int, kills: int

@@ -85,7 +85,7 @@ def test_a_stage_whose_last_job_ended_well_is_waited_for(ws: Workspace) -> None:
     finish(ws, GRADE)
     record_end(ws, SAMPLE, Outcome.ERROR, 1.0)
     record_end(ws, SAMPLE, Outcome.DONE, 2.0)
-    threading.Timer(3.0, finish, [ws, SAMPLE]).start()
+    threading.Timer(2.5, finish, [ws, SAMPLE]).start()
     absent, seconds = took(ws, 60)
     assert absent == []
     assert seconds > gate.BRIEFLY_S
