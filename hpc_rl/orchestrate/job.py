@@ -36,7 +36,8 @@ from hpc_rl.run.workspace import Workspace
 
 log = logging.getLogger("hpc_rl")
 
-POLL_S = 1.0
+POLL_FIRST_S, POLL_MOST_S = 0.1, 2.0
+"""Pauses between two looks at shards in other hands, growing from the first to the most."""
 
 
 @dataclass
@@ -163,6 +164,7 @@ class Job:
             return
         ttl_s = self.config.run.lease_ttl_s
         waiting_since: float | None = None
+        pause_s = POLL_FIRST_S
         offset = int.from_bytes(os.urandom(2), "big")
         while True:
             left = sorted(set(range(self.stage.shards)) - manifest.done_shards(self.ws, self.round, self.stage.name))
@@ -176,9 +178,10 @@ class Job:
                     if self.stage.shards == 1:
                         raise SystemExit(EXIT_BLOCKED)
                     return
-                time.sleep(POLL_S)
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, POLL_MOST_S)
                 continue
-            waiting_since = None
+            waiting_since, pause_s = None, POLL_FIRST_S
             try:
                 yield claim
             finally:
