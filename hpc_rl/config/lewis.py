@@ -132,10 +132,11 @@ class LewisConfig(Config):
     """The whole tree of `configs/lewis.yaml`."""
 
     stage_names: ClassVar[tuple[str, ...] | None] = (
-        "prepare", "dataset", "sample", "grade", "train", "evaluate", "advance", "grade.listener", "evaluate.listener",
+        "prepare", "dataset", "sample", "grade", "train", "evaluate", "advance",
+        "grade.listener", "train.listener", "evaluate.listener",
     )  # fmt: skip
     array_stages: ClassVar[frozenset[str]] = frozenset(
-        {"prepare", "sample", "grade", "grade.listener", "evaluate.listener"}
+        {"prepare", "sample", "grade", "grade.listener", "train.listener", "evaluate.listener"}
     )
     stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"advance": {"time_min": 15}}
 

@@ -1,0 +1,162 @@
+"""The Lewis game on a real cluster, whole; and the kill matrix: whatever dies, the run finishes with the very same samples.
+
+Every case of the matrix ends in a finished run whose samples and rewards are, one by one, those of a run that nobody
+disturbed. To save time a case begins where its subject does: the stages before are copied from the undisturbed run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.runs import ClusterRun
+
+CONFIG = "tests/slurm/lewis.yaml"
+SMALL = (
+    "run.rounds=1",
+    "sample.engine=transformers",  # starts faster than vLLM; the first test has the real engine
+    "sample.prompts_per_round=32",
+    "sample.samples_per_prompt=4",
+    "sample.shard_size=4",
+    "data.train_rows=64",
+    "data.eval_rows={new_views: 24, validation: 24}",
+)
+
+Samples = dict[str, tuple[tuple[int, ...], float]]
+
+
+def samples_of(run: ClusterRun, round: int = 1) -> Samples:
+    """sample id → (token ids, reward). Fails when an id occurs twice."""
+    found: Samples = {}
+    for made in run.manifests(round, "grade"):
+        for row in pq.read_table(made.path("graded.parquet")).to_pylist():
+            assert row["sample_id"] not in found, f"{row['sample_id']} was counted twice"
+            assert not row["left_out"], row["sample_id"]
+            found[row["sample_id"]] = (tuple(row["token_ids"]), row["reward"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterRun]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = ClusterRun(cluster, folder, CONFIG, SMALL)
+    run.launch()
+    run.wait_until_finished(300)
+    yield run
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def run_from(cluster: SlurmCluster, tmp_path: Path, undisturbed: ClusterRun) -> Iterator[Callable[..., ClusterRun]]:
+    """A run in which some stages of the undisturbed one are done already."""
+
+    def make(*stages: str, settings: tuple[str, ...] = ()) -> ClusterRun:
+        run = ClusterRun(cluster, tmp_path, CONFIG, [*SMALL, *settings])
+        for part in ("rounds/round_00", "datasets", "images", *(f"rounds/round_01/{stage}" for stage in stages)):
+            leases = shutil.ignore_patterns("*.lease.*", "attempts")
+            shutil.copytree(undisturbed.ws.root / part, run.ws.root / part, ignore=leases, dirs_exist_ok=True)
+        return run
+
+    yield make
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def assert_finishes_with_the_same_samples(run: ClusterRun, undisturbed: ClusterRun) -> None:
+    run.wait_until_finished(240)
+    expected, found = samples_of(undisturbed), samples_of(run)
+    assert len(expected) == 32 * 4
+    assert found == expected
+    assert run.manifests(1, "evaluate")[0].metrics["n_validation"] == 24
+
+
+def holds_a_shard(run: ClusterRun, stage: str) -> Callable[[], bool]:
+    """Whether some task of a stage is in the middle of a shard."""
+    folder = run.ws.stage_dir(1, stage)
+    return lambda: any(
+        not path.with_name(f"{path.name}.released").exists() and not (folder / f"{path.name.partition('.')[0]}.json").exists()
+        for path in folder.glob("shard_*.lease.????")
+    )
+
+
+def test_three_rounds_over_several_nodes_after_the_launcher_is_gone(cluster: SlurmCluster, tmp_path: Path) -> None:
+    run = ClusterRun(cluster, tmp_path, CONFIG)
+    assert "you can log off" in run.launch().stdout
+    assert not run.manifests(1, "sample"), "the launcher stayed until round 1 was under way"
+    run.wait_until_finished(900)
+    for round in (1, 2, 3):
+        sampled = run.manifests(round, "sample")
+        assert len(sampled) >= 4 and len({m.host for m in sampled}) >= 2
+        assert {m.host for m in run.manifests(round, "grade")}.isdisjoint({"node4"})  # where the listener is
+        assert len(samples_of(run, round)) == 128 * 8
+        (trained,) = run.manifests(round, "train")
+        assert trained.metrics["ranks"] == 2
+    first, last = (run.manifests(round, "evaluate")[0].metrics for round in (0, 3))
+    assert first["accuracy_new_views"] < 0.45
+    assert last["accuracy_new_views"] > first["accuracy_new_views"] + 0.25
+    assert any((run.ws.tb_dir).rglob("events.out.tfevents.*"))
+    assert "3" in run.tool("hpc_rl.report").stdout
+
+
+def test_a_sampling_task_killed_in_the_middle_of_a_shard(run_from: Callable[..., ClusterRun], undisturbed: ClusterRun) -> None:
+    run = run_from()
+    run.launch()
+    run.kill_body("jobs.sample", holds_a_shard(run, "sample"))
+    assert_finishes_with_the_same_samples(run, undisturbed)
+
+
+def test_a_node_that_dies_with_everything_on_it(run_from: Callable[..., ClusterRun], undisturbed: ClusterRun) -> None:
+    run = run_from()
+    run.launch()
+    run.wait_for(holds_a_shard(run, "sample"), "a shard to be under way")
+    host = run.wait_for(lambda: run.bodies("jobs.sample"), "a sampling task")[0][0]
+    with run.cluster.node_killed(host):
+        run.wait_for(lambda: len(run.manifests(1, "sample")) == 8, "the others to do its shards", 180)
+    assert_finishes_with_the_same_samples(run, undisturbed)
+
+
+def test_an_array_element_that_is_cancelled(run_from: Callable[..., ClusterRun], undisturbed: ClusterRun) -> None:
+    run = run_from()
+    run.launch()
+    (attempt,) = run.attempts(1, "sample")
+    run.wait_for(holds_a_shard(run, "sample"), "a shard to be under way")
+    run.cluster.run(["scancel", f"{(attempt.job_ids or ('',))[0]}_0"])
+    assert_finishes_with_the_same_samples(run, undisturbed)
+
+
+def test_preemption_with_requeue(run_from: Callable[..., ClusterRun], undisturbed: ClusterRun) -> None:
+    run = run_from(settings=("stages.sample.partition=low",))
+    run.launch()
+    run.wait_for(holds_a_shard(run, "sample"), "a shard to be under way")
+    urgent = run.cluster.sbatch(
+        "--partition=high", "--nodes=3", "--exclude=node4", "--exclusive", "--wrap=sleep 5", f"--output={run.folder}/urgent.out"
+    )
+    run.cluster.wait_for_state(urgent, "RUNNING", timeout_s=60)
+    assert_finishes_with_the_same_samples(run, undisturbed)
+
+
+def test_a_listener_killed_while_grading(run_from: Callable[..., ClusterRun], undisturbed: ClusterRun) -> None:
+    run = run_from("sample")
+    run.launch()
+    run.kill_body("jobs.serve", lambda: run.bodies("jobs.grade") and len(run.manifests(1, "grade")) >= 1)
+    assert_finishes_with_the_same_samples(run, undisturbed)
+
+
+def test_a_training_job_killed_after_its_first_checkpoint(run_from: Callable[..., ClusterRun], undisturbed: ClusterRun) -> None:
+    run = run_from("sample", "grade", settings=("train.save_steps=1",))
+    run.launch()
+    run.kill_body("jobs.train", lambda: list(run.ws.stage_dir(1, "train").glob("checkpoints/*/checkpoint-*/COMPLETE.json")))
+    assert_finishes_with_the_same_samples(run, undisturbed)
+    assert run.manifests(1, "train")[0].metrics["resumed_from_step"] >= 1
+
+
+def test_the_same_run_on_one_machine_has_the_same_samples_and_rewards(
+    cluster: SlurmCluster, undisturbed: ClusterRun, tmp_path: Path
+) -> None:
+    run = ClusterRun(cluster, tmp_path, CONFIG, [*SMALL, "run.rounds=1"])
+    run.cluster.run(run.launch_command("--executor", "local"), cwd=Path(__file__).resolve().parents[2], env=run.env, timeout_s=400)
+    assert samples_of(run) == samples_of(undisturbed)
