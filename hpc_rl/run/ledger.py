@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from hpc_rl.run.workspace import Workspace
@@ -45,7 +46,15 @@ class History:
 
     def of(self, round: int, stage: str) -> tuple[Attempt, ...]:
         """The attempts at one stage, oldest first."""
-        return tuple(a for a in self.attempts if (a.round, a.stage) == (round, stage))
+        return self._by_stage.get((round, stage), ())
+
+    @cached_property
+    def _by_stage(self) -> dict[tuple[int, str], tuple[Attempt, ...]]:
+        found: dict[tuple[int, str], tuple[Attempt, ...]] = {}
+        for attempt in self.attempts:
+            key = (attempt.round, attempt.stage)
+            found[key] = (*found.get(key, ()), attempt)
+        return found
 
 
 class Ledger:
