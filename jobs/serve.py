@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hpc_rl.services.batching import Batcher
     from hpc_rl.services.hosting import host
     from hpc_rl.services.images import ImageRoots
+    from hpc_rl.services.scorer import Scorer
     from hpc_rl.training.checkpoints import weights_hash
 
     config = job.config
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         min_pixels=judge.min_pixels,
         max_pixels=judge.max_pixels,
     )
-    scorer = listener.Scorer(model, ImageRoots([image_root(job.ws, config.data.image_root)]))
+    scorer = Scorer(model, ImageRoots([image_root(job.ws, config.data.image_root)]))
     batcher: listener.ListenerBatcher = Batcher(
         scorer,
         batch_size=options.batch_size,

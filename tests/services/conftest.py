@@ -18,6 +18,7 @@ from hpc_rl.services import handoff, listener
 from hpc_rl.services.batching import Batcher
 from hpc_rl.services.hosting import Hosted, host
 from hpc_rl.services.images import ImageRoots
+from hpc_rl.services.scorer import Scorer
 from tools.tiny_model import build, save
 
 PIXELS = {"min_pixels": 784, "max_pixels": 12544}
@@ -80,7 +81,7 @@ class Lab:
     def serve(self, replica: str = "r0", model: Any = None, **options: Any) -> Hosted:
         """One more replica of the listener."""
         settings = self.config(**options).services.listener
-        scorer = listener.Scorer(model or self.model, ImageRoots([self.pictures]))
+        scorer = Scorer(model or self.model, ImageRoots([self.pictures]))
         batcher: listener.ListenerBatcher = Batcher(
             scorer,
             batch_size=settings.batch_size,
