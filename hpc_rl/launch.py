@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -188,13 +189,14 @@ def drive(run: Run, name: str, policy: Policy, lease: Lease) -> int:
     executor = make_executor(run.config, name)
     say(f"run {run.config.run.name} in {run.ws.root}, executor {name}. {lease.holder} drives it; Ctrl-C pauses it.")
     print(plan.commands(run.ws.root))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout`, or the end of an allocation: as Ctrl-C
     try:
         decision = follow(run, executor, _snapshot(run), policy, say, poll_s=10.0)
     except KeyboardInterrupt:
         say("interrupted: telling the jobs to leave" if name != "slurm" else "interrupted: jobs that are queued go on")
         if isinstance(executor, LocalExecutor):
             executor.shutdown()
-            Ledger(run.ws).append("paused", why="interrupted by Ctrl-C")
+            Ledger(run.ws).append("paused", why="the launcher was interrupted")
         print(f"nothing is lost; go on with the same command. {plan.commands(run.ws.root)}")
         return 130
     if decision.status == "finished":

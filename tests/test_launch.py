@@ -179,16 +179,18 @@ def test_two_launches_at_one_moment_make_one_run(shell: Shell) -> None:
     assert len(Ledger(shell.ws).history().attempts) == len(STAGES)
 
 
-def test_ctrl_c_pauses_and_the_same_command_goes_on(shell: Shell) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_pauses_and_the_same_command_goes_on(shell: Shell, number: signal.Signals) -> None:
     go_on = hold_up(shell)
     first = shell.start()
     wait_for(lambda: shell.done()["sample"] == 4, first)
-    first.send_signal(signal.SIGINT)
+    first.send_signal(number)
     output, _ = first.communicate(timeout=60)
     assert first.returncode == 130
     assert "nothing is lost; go on with the same command" in output
     assert "Traceback" not in output
-    assert Ledger(shell.ws).history().paused == "interrupted by Ctrl-C"
+    assert Ledger(shell.ws).history().paused == "the launcher was interrupted"
+    assert not processes_of(shell)
     before = [manifest.read(shell.ws, 1, "sample", shard) for shard in range(4)]
     go_on()
     again = shell.launch()
