@@ -180,6 +180,7 @@ def test_a_holder_whose_folder_was_removed_has_lost_the_lease_and_may_release_it
     shutil.rmtree(tmp_path / "stage")
     assert lease.lost
     lease.release()
+    assert not (tmp_path / "stage").exists()
 
 
 # late takers
