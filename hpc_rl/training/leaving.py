@@ -28,6 +28,7 @@ class Leaving:
         self.asked = False
         self._grace_s = grace_s
         self._deferred = False
+        self._timers: list[threading.Timer] = []
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -63,7 +64,7 @@ class Leaving:
         with suppress(OSError):
             while heard := self._reader.recv(1):
                 if heard[0] == signal.SIGTERM:
-                    _exit_later(self._grace_s, EXIT_TERMINATED)
+                    self._timers.append(_exit_later(self._grace_s, EXIT_TERMINATED))
 
     def __exit__(self, *_: object) -> None:
         if not self._hears:
@@ -72,6 +73,8 @@ class Leaving:
         signal.signal(signal.SIGTERM, self._previous)
         self._writer.close()
         self._reader.close()
+        for timer in self._timers:
+            timer.cancel()
 
 
 @contextmanager

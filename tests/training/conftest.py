@@ -100,16 +100,33 @@ def new_run(sampled: Path, speaker: Path, tmp_path: Path) -> NewRun:
     """Make a copy of the sampled workspace, with settings of its own, graded."""
     made: list[Path] = []
 
-    def make(*settings: str, left_out: Sequence[str] = ()) -> Workspace:
+    def make(*settings: str, left_out: Sequence[str] = (), graded: bool = True) -> Workspace:
         root = tmp_path / f"run{len(made)}"
         made.append(root)
-        shutil.copytree(sampled, root)
-        (root / "training_config.json").unlink()
-        open_(root, speaker, *settings)
-        grade(root, left_out=left_out)
+        _copy(sampled, speaker, root, *settings)
+        if graded:
+            grade(root, left_out=left_out)
         return Workspace(root)
 
     return make
+
+
+def _copy(sampled: Path, speaker: Path, root: Path, *settings: str) -> None:
+    shutil.copytree(sampled, root)
+    (root / "training_config.json").unlink()
+    open_(root, speaker, *settings)
+
+
+@pytest.fixture(scope="session")
+def plain(sampled: Path, speaker: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A run without any settings of its own, trained by one undisturbed rank; to be looked at, or copied."""
+    from jobs import train
+
+    root = tmp_path_factory.mktemp("plain") / "run"
+    _copy(sampled, speaker, root)
+    grade(root)
+    assert train.main(["--workspace", str(root), "--round", "1"]) == 0
+    return Workspace(root)
 
 
 def grade(root: Path, round: int = 1, left_out: Sequence[str] = ()) -> None:

@@ -50,20 +50,10 @@ def config_of(ws: Workspace) -> LewisConfig:
     return config
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, sampled: Path, speaker: Path) -> tuple[Workspace, Any]:
-    """A run with one plain round, which several tests look at."""
-    import shutil
-
-    from tests.training.conftest import open_
-
-    root = tmp_path_factory.mktemp("trained") / "run"
-    shutil.copytree(sampled, root)
-    (root / "training_config.json").unlink()
-    open_(root, speaker)
-    grade(root)
-    ws = Workspace(root)
-    return ws, run(ws)
+@pytest.fixture
+def trained(plain: Workspace) -> tuple[Workspace, Any]:
+    """A plain run and the manifest of its training."""
+    return plain, manifest.read(plain, 1, "train", 0)
 
 
 def test_the_first_step_meets_the_policy_that_sampled(trained: tuple[Workspace, Any]) -> None:
@@ -162,9 +152,6 @@ def test_passes_train_again_on_the_same_samples(new_run: NewRun) -> None:
 
 
 def test_left_out_samples_and_short_steps_train(new_run: NewRun, trained: tuple[Workspace, Any]) -> None:
-    column = (
-        pq.read_table(trained[0].stage_dir(1, "grade"), columns=["sample_id", "group"]).to_pylist() if False else []
-    )
     files = [manifest.read(trained[0], 1, "grade", shard).path("graded.parquet") for shard in range(2)]
     rows = [row for file in files for row in pq.read_table(file, columns=["sample_id", "group"]).to_pylist()]
     gone = [rows[0]["sample_id"], *[row["sample_id"] for row in rows if row["group"] == 3][:3]]

@@ -1,0 +1,103 @@
+"""Ranks that find each other, whatever lies around, and that leave when told to."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from hpc_rl.run.workspace import Workspace
+from hpc_rl.training import distributed
+from hpc_rl.training.distributed import World
+from tests.training.conftest import Ranks, start_ranks
+
+PROGRAM = ("-m", "tests.training.ranks")
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_one_process_needs_nobody(alone: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert distributed.get_world_info() == World(0, 1, 0, 1)
+    with distributed.process_group(tmp_path) as world:
+        assert world.is_main and distributed.all_gather_objects("x") == ["x"]
+        assert distributed.broadcast_object({"a": 1}) == {"a": 1}
+        distributed.barrier()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_of_one_is_not_taken_for_a_distributed_one(alone: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        alone.setenv(name, value)
+    with distributed.process_group(tmp_path):
+        from accelerate import PartialState
+
+        PartialState._reset_state()
+        assert not PartialState(cpu=True).use_distributed
+
+
+def test_slurms_words_for_ranks_are_understood(alone: pytest.MonkeyPatch) -> None:
+    slurm = {
+        "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "5",
+        "SLURM_JOB_ID": "80", "SLURM_RESTART_COUNT": "2",
+    }  # fmt: skip
+    for name, value in slurm.items():
+        alone.setenv(name, value)
+    alone.delenv("HPC_RL_JOB_ID", raising=False)
+    assert distributed.get_world_info() == World(3, 4, 1, 2)
+    assert distributed.rendezvous_name({**slurm}) == "rendezvous-77_5-2.json"
+
+
+def test_backends_follow_the_hardware() -> None:
+    import torch
+
+    assert distributed.choose_backend("auto") == ("nccl" if torch.cuda.is_available() else "gloo")
+    assert distributed.choose_backend("gloo") == "gloo"
+
+
+def test_ranks_meet_although_a_file_of_a_dead_job_lies_there(tmp_path: Path) -> None:
+    with socket.socket() as listening:  # somebody else's server now has the dead job's port
+        listening.bind(("127.0.0.1", 0))
+        stale = {"host": "127.0.0.1", "port": listening.getsockname()[1], "nonce": "dead", "world_size": 2}
+        (tmp_path / "rendezvous-5-0.json").write_text(json.dumps(stale))
+        ranks = start_ranks(Workspace(tmp_path), 2, "5", (*PROGRAM, "meet"))
+        assert ranks.wait(90) == [0, 0], ranks.said()
+    assert all("HEARD [0, 1] from 0" in log.read_text() for log in ranks.logs)
+    assert not list(tmp_path.glob("rendezvous-*"))
+
+
+def wait_for(text: str, ranks: Ranks) -> None:
+    deadline = time.monotonic() + 60
+    while not all(text in log.read_text() for log in ranks.logs):
+        assert time.monotonic() < deadline, ranks.said()
+        time.sleep(0.05)
+
+
+def test_a_rank_that_hangs_in_a_collective_leaves_on_sigterm(tmp_path: Path) -> None:
+    ranks = start_ranks(Workspace(tmp_path), 2, "6", (*PROGRAM, "hang"))
+    try:
+        wait_for("TOGETHER", ranks)
+        time.sleep(0.5)
+        ranks.processes[0].send_signal(signal.SIGTERM)
+        assert ranks.processes[0].wait(20) == 128 + signal.SIGTERM, ranks.said()
+        ranks.processes[1].send_signal(signal.SIGTERM)
+        assert ranks.processes[1].wait(20) == 128 + signal.SIGTERM, ranks.said()
+    finally:
+        ranks.kill()
+
+
+def test_a_missing_rank_is_named(tmp_path: Path) -> None:
+    world = World(0, 2, 0, 2)
+    with pytest.raises(distributed.MeetingFailed, match=r"only 1 of 2 ranks came .* see the others' logs"):
+        distributed._meet(world, tmp_path / "rendezvous-1-0.json", None, patience_s=0.3)
+    with pytest.raises(distributed.MeetingFailed, match=r"rank 1 did not find rank 0: .* did not appear"):
+        distributed._meet(World(1, 2, 1, 2), tmp_path / "nothing-1-0.json", None, patience_s=0.3)

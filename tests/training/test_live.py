@@ -1,0 +1,87 @@
+"""`rollouts: live`: two ranks sample by themselves and share one listener, one asker and one cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import httpx
+import pytest
+
+from hpc_rl.cluster.failures import EXIT_BLOCKED
+from hpc_rl.run import manifest
+from hpc_rl.run.workspace import Workspace
+from hpc_rl.services import handoff
+from jobs import train
+from tests.training.conftest import REPOSITORY, NewRun, Ranks, start_ranks
+
+LIVE = (
+    "train.rollouts=live", "train.live_max_steps=3", "services.listener.client.deadline_s=60",
+    "services.listener.client.backoff_factor=0.05",
+)  # fmt: skip
+
+
+@contextmanager
+def listener(ws: Workspace) -> Iterator[str]:
+    """`jobs.serve` for the train stage; its URL."""
+    command = [sys.executable, "-m", "jobs.serve", "--workspace", str(ws.root), "--round", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HPC_RL_JOB_ID": "9"}
+    with (ws.root / "serve.out").open("wb") as out:
+        process = subprocess.Popen(
+            [*command, "--stage", "train.listener"], env=environment, stdout=out, stderr=subprocess.STDOUT,
+            cwd=REPOSITORY,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 90
+        while not (found := handoff.discover(ws.service_dir("listener"))):
+            assert process.poll() is None and time.monotonic() < deadline, (ws.root / "serve.out").read_text()
+            time.sleep(0.05)
+        yield found[0].url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def watch(url: str, token: str, ranks: Ranks) -> int:
+    """How many pairs the listener had scored when the ranks were done (it leaves by itself soon after)."""
+    scored = 0
+    with httpx.Client(headers={"Authorization": f"Bearer {token}"}, trust_env=False) as client:
+        while any(process.poll() is None for process in ranks.processes):
+            with suppress(httpx.TransportError):
+                scored = client.get(f"{url}/health").json()["counters"]["items"]
+            time.sleep(0.1)
+    return scored
+
+
+def test_two_ranks_share_one_asker(new_run: NewRun) -> None:
+    ws = new_run(*LIVE, "stages.train.nodes=2", "train.per_device_batch_size=4", graded=False)
+    with listener(ws) as url:
+        ranks = start_ranks(ws, 2)
+        scored = watch(url, handoff.read_token(ws.service_dir("listener")), ranks)
+        assert ranks.wait() == [0, 0], ranks.said()
+    made = manifest.read(ws, 1, "train", 0)
+    assert made.metrics["steps"] == 3 and made.metrics["samples"] == 24 and made.metrics["left_out"] == 0
+    lines = [json.loads(line) for line in made.path("predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 24 and {line["step"] for line in lines} == {0, 1, 2}
+    asked = {(json.dumps(line["description"]), tuple(line["candidates"])) for line in lines if line["description"]}
+    assert scored == 3 * len(asked), "each question with its candidates went out once, for all ranks"
+    assert made.metrics["mean_clip_ratio"] == 0, "on-policy: the ratio is 1"
+    assert made.made_from["weights"] != made.made_from["weights_out"]
+
+
+def test_without_a_listener_all_ranks_are_blocked(new_run: NewRun) -> None:
+    ws = new_run(*LIVE, "services.listener.client.deadline_s=1", graded=False)
+    with pytest.raises(SystemExit) as left:
+        train.main(["--workspace", str(ws.root), "--round", "1"])
+    assert left.value.code == EXIT_BLOCKED
+
+
+def test_more_completions_per_step_than_the_round_has_is_explained(new_run: NewRun) -> None:
+    ws = new_run(*LIVE, "train.gradient_accumulation_steps=100", graded=False)
+    with pytest.raises(ValueError, match=r"takes 800 completions, but the round has 12 prompts × 4: lower"):
+        train.main(["--workspace", str(ws.root), "--round", "1"])

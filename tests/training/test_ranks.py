@@ -1,0 +1,165 @@
+"""Training on two ranks, DeepSpeed included, and killed in several ways: the result is that of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hpc_rl.cluster.failures import EXIT_BLOCKED
+from hpc_rl.run import manifest
+from hpc_rl.run.workspace import Workspace
+from hpc_rl.training.checkpoints import COMPLETE
+from jobs import train as job
+from tests.training.conftest import NewRun, Ranks, start_ranks
+
+ZERO2 = "train.deepspeed=configs/deepspeed/zero2.json"
+ZERO3 = "train.deepspeed=configs/deepspeed/zero3.json"
+TWO = ("stages.train.nodes=2", "train.per_device_batch_size=4")
+
+
+def trained(ws: Workspace) -> Any:
+    return manifest.read(ws, 1, "train", 0)
+
+
+def weights(ws: Workspace) -> dict[str, torch.Tensor]:
+    folder = ws.checkpoint_dir("speaker", 1)
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def differ(one: Workspace, other: Workspace) -> float:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def here(ws: Workspace) -> Any:
+    """Train in this process, one rank."""
+    assert job.main(["--workspace", str(ws.root), "--round", "1"]) == 0
+    return trained(ws)
+
+
+def checkpoints(ws: Workspace) -> list[str]:
+    return sorted(path.parent.name for path in ws.stage_dir(1, "train").glob(f"checkpoints/*/*/{COMPLETE}"))
+
+
+def wait_for_checkpoint(ws: Workspace, ranks: Ranks | None = None) -> None:
+    deadline = time.monotonic() + 90
+    while not checkpoints(ws):
+        assert time.monotonic() < deadline and (ranks is None or ranks.processes[0].poll() is None)
+        time.sleep(0.01)
+
+
+def assert_right_rollouts_on_each_rank(metrics: Any, ranks: int = 2) -> None:
+    first = metrics["first_step_by_rank"]
+    assert [one["rank"] for one in first] == list(range(ranks))
+    for one in first:
+        assert one["tokens"] > 20 and one["clipped"] == 0 and one["logprob_difference_max"] < 1e-4
+
+
+def test_two_ranks_train_as_one_does(new_run: NewRun) -> None:
+    """Plain data parallel; full training, because then every parameter's gradient is averaged."""
+    full = ("speaker.lora=null", "train.learning_rate=3e-4")
+    alone, both = new_run(*full), new_run(*full, *TWO)
+    here(alone)
+    ranks = start_ranks(both, 2)
+    assert ranks.wait() == [0, 0], ranks.said()
+    assert_right_rollouts_on_each_rank(trained(both).metrics)
+    assert trained(both).metrics["mean_loss"] == pytest.approx(trained(alone).metrics["mean_loss"], abs=1e-6)
+    assert differ(alone, both) < 1e-5
+
+
+def test_zero2_trains_as_one_rank_does(new_run: NewRun, plain: Workspace) -> None:
+    both = new_run(TWO[0], "train.per_device_batch_size=2", "train.gradient_accumulation_steps=2", ZERO2)
+    ranks = start_ranks(both, 2)
+    assert ranks.wait() == [0, 0], ranks.said()
+    assert_right_rollouts_on_each_rank(trained(both).metrics)
+    assert trained(both).metrics["steps"] == trained(plain).metrics["steps"] == 6
+    assert differ(plain, both) < 2e-4, "Adam enlarges rounding where gradients are near 0"
+
+
+def test_zero3_goes_on_after_both_ranks_were_killed(new_run: NewRun, plain: Workspace) -> None:
+    whole, killed = new_run(*TWO, ZERO3), new_run(*TWO, ZERO3)
+    ranks = start_ranks(whole, 2)
+    assert ranks.wait() == [0, 0], ranks.said()
+    assert_right_rollouts_on_each_rank(trained(whole).metrics)
+    assert differ(plain, whole) < 2e-4
+
+    ranks = start_ranks(killed, 2)
+    wait_for_checkpoint(killed, ranks)
+    ranks.kill()
+    assert not manifest.manifest_path(killed, 1, "train", 0).exists()
+    time.sleep(0.1)
+    ranks = start_ranks(killed, 2, job_id="2")
+    assert ranks.wait() == [0, 0], ranks.said()
+    assert trained(killed).metrics["resumed_from_step"] in (2, 4)
+    assert trained(killed).made_from["weights_out"] == trained(whole).made_from["weights_out"]
+    assert not (killed.stage_dir(1, "train") / "checkpoints").exists()
+
+
+def test_a_rank_that_loses_another_is_blocked_not_at_fault(new_run: NewRun) -> None:
+    ws = new_run(*TWO, "train.epochs=200")
+    ranks = start_ranks(ws, 2)
+    try:
+        wait_for_checkpoint(ws, ranks)
+        ranks.processes[1].kill()
+        assert ranks.processes[0].wait(60) == EXIT_BLOCKED, ranks.said()
+        assert "another rank is gone" in ranks.said()
+    finally:
+        ranks.kill()
+
+
+def test_told_to_leave_it_saves_and_the_next_attempt_goes_on(new_run: NewRun) -> None:
+    settings = ("train.passes=2", "train.epochs=4", "train.save_steps=1000", "speaker.lora.dropout=0.1")
+    whole, left = new_run(*settings), new_run(*settings)
+    here(whole)
+
+    def tell() -> None:
+        while not list(left.tb_dir.glob("round_01/train/*")):
+            time.sleep(0.005)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=tell, daemon=True).start()
+    with pytest.raises(SystemExit) as leave:
+        here(left)
+    assert leave.value.code == 128 + signal.SIGTERM
+    assert len(checkpoints(left)) == 1, "saved although no checkpoint was due"
+    made = here(left)
+    assert 0 < made.metrics["resumed_from_step"] < made.metrics["steps"] == 48
+    assert made.made_from["weights_out"] == trained(whole).made_from["weights_out"], "to the last bit"
+
+
+def test_killed_while_saving_the_checkpoint_before_counts(new_run: NewRun, plain: Workspace, tmp_path: Path) -> None:
+    killed = new_run()
+    ranks = start_ranks(killed, 1, program=("-m", "tests.training.ranks", "killed_while_saving"))
+    assert ranks.wait() == [-signal.SIGKILL], ranks.said()
+    folders = sorted(path.name for path in killed.stage_dir(1, "train").glob("checkpoints/*/*"))
+    assert folders == ["checkpoint-2", "checkpoint-4"] and checkpoints(killed) == ["checkpoint-2"]
+    shutil.copytree(killed.root, tmp_path / "other")
+    made = here(killed)
+    assert made.metrics["resumed_from_step"] == 2
+    assert made.made_from["weights_out"] == trained(plain).made_from["weights_out"]
+
+    other = Workspace(tmp_path / "other")
+    text = other.config_path.read_text()
+    assert '"epsilon": 0.2' in text
+    other.config_path.write_text(text.replace('"epsilon": 0.2', '"epsilon": 0.1'))
+    assert here(other).metrics["resumed_from_step"] == 0, "that checkpoint was made with other settings"
+
+
+def test_killed_between_the_final_weights_and_the_manifest(new_run: NewRun) -> None:
+    whole = new_run()
+    made = here(whole)
+    manifest.manifest_path(whole, 1, "train", 0).unlink()
+    again = here(whole)
+    assert again.made_from["weights_out"] == made.made_from["weights_out"]
+    assert {Path(o.path).name: o.sha256 for o in again.outputs} == {Path(o.path).name: o.sha256 for o in made.outputs}
