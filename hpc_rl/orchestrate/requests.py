@@ -53,7 +53,7 @@ def build_request(
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(wanted.cpus_per_task),
-        # idle threads that spin, as OpenMP's do by default, starve the other jobs of a CPU node (30 × was seen)
+        # idle threads that spin, as OpenMP's do by default, starve the other jobs of a CPU node
         **({} if wanted.gpus_per_node else {"OMP_WAIT_POLICY": "PASSIVE"}),
         "HPC_RL_CODE": code.name,
         **wanted.env,
