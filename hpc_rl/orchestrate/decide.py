@@ -202,7 +202,8 @@ def _hopeless(view: View, plan: _Planner, unfinished: Sequence[Stage], policy: P
             times = counts[fingerprint(repeated.error)]
             return f"{stage.id} failed {times} times with the same error: {repeated.error} (log: {repeated.log})"
         tries = [a for a in attempts if not a.cancelled]
-        blocked = [a for a in tries if _only(view, a, Outcome.BLOCKED)]
+        # neither is the stage's fault: its inputs were not there, or it was told to leave (time limit, preemption)
+        blocked = [a for a in tries if _only(view, a, Outcome.BLOCKED, Outcome.LEFT)]
         if (
             len(tries) - len(blocked) >= policy.max_attempts
             or len(blocked) >= BLOCKED_PER_ATTEMPT * policy.max_attempts
@@ -226,6 +227,6 @@ def _count_by_fingerprint(errors: Sequence[EndRecord]) -> Counter[str]:
     return counts
 
 
-def _only(view: View, attempt: Attempt, outcome: Outcome) -> bool:
-    ends = view.ends.get(attempt.name, ())
-    return bool(ends) and all(end.outcome == outcome.value for end in ends)
+def _only(view: View, attempt: Attempt, *outcomes: Outcome) -> bool:
+    ends, wanted = view.ends.get(attempt.name, ()), {outcome.value for outcome in outcomes}
+    return bool(ends) and all(end.outcome in wanted for end in ends)

@@ -157,6 +157,7 @@ class Job:
             claim.
         """
         if not leader:
+            assert self.stage.shards == 1, "followers cannot know which of several shards the leader claims"
             for index in sorted(
                 set(range(self.stage.shards)) - manifest.done_shards(self.ws, self.round, self.stage.name)
             ):
