@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,32 +50,55 @@ def show(run: Run) -> None:
     print()
 
 
+COLUMNS = {
+    "new views": "accuracy_new_views",
+    "held-out": "accuracy_validation",
+    "true": "true_validation",
+    "format": "format_rate",
+    "reward": "mean_reward",
+    "equal groups": "equal_groups",
+    "left out": "left_out",
+}
+"""Column titles, and the metrics of `evaluate` and `train` below them; a column that no round has is not shown."""
+
+
 def accuracy_table(run: Run) -> str:
-    """Metrics of each round's evaluation, and the mean reward of its samples."""
-    rows = []
+    """What each round's evaluation and training measured."""
+    rows = {}
     for round in range(run.graph.rounds + 1):
-        evaluated = manifests(run, round, "evaluate")
-        graded = manifests(run, round, "grade") if round else []
-        if not evaluated and not graded:
-            continue
-        metrics = evaluated[0].metrics if evaluated else {}
-        n = sum(m.metrics.get("n_samples", 0) for m in graded)
-        reward = sum(m.metrics.get("reward", 0.0) * m.metrics.get("n_samples", 0) for m in graded) / n if n else None
-        left_out = sum(m.metrics.get("n_left_out", 0) for m in graded)
-        rows.append((round, metrics, reward, left_out))
-    columns = ("accuracy_new_views", "accuracy_validation", "format_rate")
-    lines = [f"{'round':>5}  {'new views':>10} {'held-out':>10} {'format':>8} {'reward':>8} {'left out':>9}"]
-    for round, metrics, reward, left_out in rows:
-        cells = [f"{metrics[c]:.3f}" if c in metrics else "-" for c in columns]
-        shown = f"{reward:.3f}" if reward is not None else "-"
-        lines.append(f"{round:>5}  {cells[0]:>10} {cells[1]:>10} {cells[2]:>8} {shown:>8} {left_out or '':>9}")
-    chance = 1 / run.config.data.k if hasattr(run.config, "data") else None
-    title = "identification accuracy" + (f" (chance {chance:.2f})" if chance else "")
-    games = next((m for _, m, _, _ in rows if "n_new_views" in m), {})
-    if games:
-        title += f", {games['n_new_views']} games on new views of training concepts"
-        title += f", {games['n_validation']} on held-out concepts"
-    return "\n".join([title, *lines])
+        found = [
+            m.metrics
+            for stage in ("train", "evaluate")
+            for m in manifests(run, round, stage)
+            if round or stage != "train"
+        ]
+        if found:
+            rows[round] = {name: value for metrics in found for name, value in metrics.items()}
+    shown = {title: name for title, name in COLUMNS.items() if any(name in metrics for metrics in rows.values())}
+    lines = ["round  " + "  ".join(f"{title:>9}" for title in shown)]
+    for round, metrics in rows.items():
+        lines.append(
+            f"{round:>5}  "
+            + "  ".join(f"{_cell(metrics.get(name)):>{max(9, len(title))}}" for title, name in shown.items())
+        )
+    title = "identification accuracy"
+    if any("n_validation" in metrics for metrics in rows.values()):
+        games = next(metrics for metrics in rows.values() if "n_validation" in metrics)
+        title += f" (chance {games['chance']:.2f}) in {games['n_new_views']} games on new views of training concepts"
+        title += f" and {games['n_validation']} on held-out concepts"
+    notes = {
+        "true": "share of descriptions of held-out concepts that are true (rendered scenes only)",
+        "reward": "mean over the round's samples, before its training",
+        "equal groups": "groups whose rewards are all equal: no gradient",
+        "left out": "samples that could not be scored",
+    }
+    return "\n".join([title, *lines, *(f"  {name}: {text}" for name, text in notes.items() if name in shown)])
+
+
+def _cell(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,4 +118,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` is no error
     sys.exit(main())
