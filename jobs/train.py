@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import re
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, leaving: Any) -> None:
     """Train this round's speaker and, on rank 0, commit it."""
     from hpc_rl.data.lewis import image_root, read_rows
+    from hpc_rl.grading.predictions import append
     from hpc_rl.recipes.lewis import speaker_weights
     from hpc_rl.training import rollouts, stored
     from hpc_rl.training.distributed import broadcast_object
@@ -80,7 +82,7 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
     )
     start = Start(weights.base, weights.adapter, weights.hash, rows, root)
     session = Session(config, job.round, world, leaving, start, places, shard.progress)
-    outputs = []
+    outputs: list[Path] = []
     if config.train.rollouts == "live":
         predictions = shard.output("predictions.jsonl")
         trained = _train_live(job, config, session, list(rows.values()), predictions)
@@ -100,6 +102,8 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
     )
     if done:
         session.remove_checkpoints()
+        if outputs and config.logging.prediction_log is not None:
+            append(config.logging.prediction_log, outputs[0])
 
 
 def _train_live(job: Job, config: LewisConfig, session: Any, rows: list[Any], predictions: Path) -> Any:
@@ -112,10 +116,19 @@ def _train_live(job: Job, config: LewisConfig, session: Any, rows: list[Any], pr
     with ExitStack() as stack:
         listener = stack.enter_context(ListenerClient(job.ws, config)) if session.world.is_main else None
         try:
-            return live.train(session, games, listener, predictions)
+            return live.train(session, games, listener, predictions, _debug_file(job, config, session.world.rank))
         except ServiceUnavailable as error:
             log.error("ServiceUnavailable: %s", error)
             raise SystemExit(EXIT_BLOCKED) from error
+
+
+def _debug_file(job: Job, config: LewisConfig, rank: int) -> Path | None:
+    """Where this rank writes raw completions and rewards, in debug mode (L24)."""
+    if not config.logging.debug:
+        return None
+    folder = job.ws.log_dir(job.round, job.stage.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"debug_speaker_{rank}_{os.environ.get('HPC_RL_JOB_ID') or 'local'}.txt"
 
 
 def _claims(job: Job, leader: bool) -> Iterator[tuple[Shard, str]]:
@@ -157,6 +170,11 @@ def _blocked_by_lost_rank() -> Iterator[None]:
 def _set_up_wandb(job: Job, config: LewisConfig) -> None:
     wandb = config.logging.wandb
     if wandb.enabled:
+        if importlib.util.find_spec("wandb") is None:
+            raise RuntimeError(
+                "logging.wandb.enabled is true and wandb is not installed: pip install wandb in the train stage's "
+                "environment, or set logging.wandb.enabled: false"
+            )
         folder = wandb.dir or job.ws.root / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.update(WANDB_MODE=wandb.mode, WANDB_PROJECT=wandb.project, WANDB_DIR=str(folder))

@@ -212,19 +212,19 @@ class StoredRollouts(Grpo):
         )
 
     def _describe(self, step: Step) -> None:
-        """Record what the plan knows of a step: rewards by part, lengths, groups without a gradient."""
+        """Record what the plan knows of a step: rewards by part, lengths, groups without a gradient. TRL's names."""
         rollouts = [item.rollout for item in step.items]
         rewards = torch.tensor([rollout.reward for rollout in rollouts])
         lengths = torch.tensor([float(len(rollout.token_ids)) for rollout in rollouts])
         for part in PARTS:
-            self._record(f"rewards/{part}", float(torch.tensor([r.parts[part] for r in rollouts]).mean()))
+            self._record(f"rewards/{part}/mean", float(torch.tensor([r.parts[part] for r in rollouts]).mean()))
         self._record("reward", float(rewards.mean()))
         self._record("reward_std", float(rewards.std(unbiased=len(rewards) > 1)))
-        self._record("groups_with_equal_rewards", step.equal_groups)
+        self._record("frac_reward_zero_std", step.equal_groups)
         self._record("completions/mean_length", float(lengths.mean()))
         self._record("completions/min_length", float(lengths.min()))
         self._record("completions/max_length", float(lengths.max()))
-        self._record("completions/cut_off", 1.0 - sum(r.finished for r in rollouts) / len(rollouts))
+        self._record("completions/clipped_ratio", 1.0 - sum(r.finished for r in rollouts) / len(rollouts))
 
     def _record(self, name: str, value: float) -> None:
         self._metrics["train"][name].append(value)

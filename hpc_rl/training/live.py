@@ -59,6 +59,8 @@ class LiveRewards:
         On rank 0; None on the others.
     predictions
         File for the prediction log (L22), written by rank 0.
+    debug
+        File for this rank's raw completions and rewards (L24), or None.
     """
 
     def __init__(
@@ -68,9 +70,10 @@ class LiveRewards:
         rows: Sequence[GameRow],
         listener: ListenerClient | None,
         predictions: Path | None,
+        debug: Path | None,
     ) -> None:
         self._world, self._config, self._rows, self._listener = world, config, rows, listener
-        self._predictions = predictions
+        self._predictions, self._debug = predictions, debug
         self.samples = self.left_out = 0
 
     def __call__(self, ours: Sequence[Asked], step: int) -> list[Parts]:
@@ -94,7 +97,12 @@ class LiveRewards:
         self.samples += len(verdicts)
         self.left_out += sum(verdict is None for verdict in verdicts)
         before = sum(len(rank) for rank in everyone[: self._world.rank])
-        return verdicts[before : before + len(ours)]
+        mine = verdicts[before : before + len(ours)]
+        if self._debug is not None:
+            with self._debug.open("a") as file:
+                for asked, parts in zip(ours, mine, strict=True):
+                    file.write(f"---- step {step} {self._rows[asked.row].id}\n{asked.text}\n{PARTS} {parts}\n")
+        return mine
 
     def _judge(self, asked: Sequence[Asked], step: int) -> list[Parts]:
         assert self._listener is not None
@@ -160,7 +168,13 @@ class LiveRollouts(Grpo):
         return gathered
 
 
-def train(session: Session, rows: Sequence[GameRow], listener: ListenerClient | None, predictions: Path) -> Trained:
+def train(
+    session: Session,
+    rows: Sequence[GameRow],
+    listener: ListenerClient | None,
+    predictions: Path,
+    debug: Path | None,
+) -> Trained:
     """Train on samples that the trainer draws by itself. All ranks must call it, with the same rows.
 
     Parameters
@@ -171,6 +185,8 @@ def train(session: Session, rows: Sequence[GameRow], listener: ListenerClient | 
         Who judges; on rank 0 only.
     predictions
         File for the prediction log.
+    debug
+        File for this rank's raw completions and rewards, or None.
 
     Raises
     ------
@@ -186,7 +202,7 @@ def train(session: Session, rows: Sequence[GameRow], listener: ListenerClient | 
     args = settings.grpo_config(config, session.deepspeed, checkpoints.own, round=session.round, live_steps=steps)
     processor = session.processor()
     model = session.model(processor.tokenizer)
-    rewards = LiveRewards(world, config, rows, listener, predictions if world.is_main else None)
+    rewards = LiveRewards(world, config, rows, listener, predictions if world.is_main else None, debug)
     trainer = LiveRollouts(
         rows=rows, picture=lambda row: load_image(session.start.image_root / row.image), rewards=rewards, args=args,
         model=model, processor=processor, **session.trainer_parts(processor.tokenizer, checkpoints),

@@ -17,8 +17,9 @@ from hpc_rl.training.leaving import Leaving
 log = logging.getLogger(__name__)
 
 IN_THE_LOG = {
-    "loss": "loss", "reward": "reward", "rewards/accuracy": "accuracy", "kl": "KL", "clip_ratio/region_mean": "clipped",
-    "sampling/logprob_difference_mean": "Δ log p", "completions/mean_length": "length", "learning_rate": "lr",
+    "loss": "loss", "reward": "reward", "rewards/accuracy/mean": "accuracy", "kl": "KL",
+    "clip_ratio/region_mean": "clipped", "sampling/logprob_difference_mean": "Δ log p",
+    "completions/mean_length": "length", "learning_rate": "lr",
 }  # fmt: skip
 
 

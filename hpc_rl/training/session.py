@@ -185,6 +185,7 @@ class Session:
         kept = {
             "loss": "mean_loss", "kl": "mean_kl", "entropy": "mean_entropy", "grad_norm": "mean_grad_norm",
             "clip_ratio/region_mean": "mean_clip_ratio", "completions/mean_length": "mean_length",
+            "frac_reward_zero_std": "mean_share_of_equal_groups",
         }  # fmt: skip
         at_first = {
             "clip_ratio/region_mean": "first_step_clip_ratio",

@@ -86,6 +86,29 @@ def sampled(speaker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def second(plain: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plain run's workspace with round 2 sampled by its adapter, and graded; to be copied, not used."""
+    from jobs import sample
+
+    root = tmp_path_factory.mktemp("second") / "run"
+    shutil.copytree(plain.root, root)
+    assert sample.main(["--workspace", str(root), "--round", "2"]) == 0
+    grade(root, round=2)
+    return root
+
+
+@pytest.fixture(scope="session")
+def plain_second(second: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The plain run after round 2, trained by one undisturbed rank; to be looked at."""
+    from jobs import train
+
+    root = tmp_path_factory.mktemp("plain_second") / "run"
+    shutil.copytree(second, root)
+    assert train.main(["--workspace", str(root), "--round", "2"]) == 0
+    return Workspace(root)
+
+
 def open_(root: Path, speaker: Path, *settings: str) -> None:
     """Write a run's config."""
     file = REPOSITORY / "configs/tiny/lewis.yaml"
@@ -100,10 +123,10 @@ def new_run(sampled: Path, speaker: Path, tmp_path: Path) -> NewRun:
     """Make a copy of the sampled workspace, with settings of its own, graded."""
     made: list[Path] = []
 
-    def make(*settings: str, left_out: Sequence[str] = (), graded: bool = True) -> Workspace:
+    def make(*settings: str, left_out: Sequence[str] = (), graded: bool = True, of: Path = sampled) -> Workspace:
         root = tmp_path / f"run{len(made)}"
         made.append(root)
-        _copy(sampled, speaker, root, *settings)
+        _copy(of, speaker, root, *settings)
         if graded:
             grade(root, left_out=left_out)
         return Workspace(root)

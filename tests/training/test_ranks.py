@@ -26,17 +26,17 @@ ZERO3 = "train.deepspeed=configs/deepspeed/zero3.json"
 TWO = ("stages.train.nodes=2", "train.per_device_batch_size=4")
 
 
-def trained(ws: Workspace) -> Any:
-    return manifest.read(ws, 1, "train", 0)
+def trained(ws: Workspace, round: int = 1) -> Any:
+    return manifest.read(ws, round, "train", 0)
 
 
-def weights(ws: Workspace) -> dict[str, torch.Tensor]:
-    folder = ws.checkpoint_dir("speaker", 1)
+def weights(ws: Workspace, round: int) -> dict[str, torch.Tensor]:
+    folder = ws.checkpoint_dir("speaker", round)
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def differ(one: Workspace, other: Workspace) -> float:
-    a, b = weights(one), weights(other)
+def differ(one: Workspace, other: Workspace, round: int = 1) -> float:
+    a, b = weights(one, round), weights(other, round)
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
@@ -47,14 +47,14 @@ def here(ws: Workspace) -> Any:
     return trained(ws)
 
 
-def checkpoints(ws: Workspace) -> list[str]:
-    return sorted(path.parent.name for path in ws.stage_dir(1, "train").glob(f"checkpoints/*/*/{COMPLETE}"))
+def checkpoints(ws: Workspace, round: int = 1) -> list[str]:
+    return sorted(path.parent.name for path in ws.stage_dir(round, "train").glob(f"checkpoints/*/*/{COMPLETE}"))
 
 
-def wait_for_checkpoint(ws: Workspace, ranks: Ranks | None = None) -> None:
+def wait_for_checkpoint(ws: Workspace, ranks: Ranks, round: int = 1) -> None:
     deadline = time.monotonic() + 90
-    while not checkpoints(ws):
-        assert time.monotonic() < deadline and (ranks is None or ranks.processes[0].poll() is None)
+    while not checkpoints(ws, round):
+        assert time.monotonic() < deadline and ranks.processes[0].poll() is None, ranks.said()
         time.sleep(0.01)
 
 
@@ -86,23 +86,24 @@ def test_zero2_trains_as_one_rank_does(new_run: NewRun, plain: Workspace) -> Non
     assert differ(plain, both) < 2e-4, "Adam enlarges rounding where gradients are near 0"
 
 
-def test_zero3_goes_on_after_both_ranks_were_killed(new_run: NewRun, plain: Workspace) -> None:
-    whole, killed = new_run(*TWO, ZERO3), new_run(*TWO, ZERO3)
-    ranks = start_ranks(whole, 2)
+def test_zero3_goes_on_with_an_adapter_and_after_both_ranks_were_killed(
+    new_run: NewRun, second: Path, plain_second: Workspace
+) -> None:
+    whole, killed = (new_run(*TWO, ZERO3, of=second, graded=False) for _ in range(2))
+    ranks = start_ranks(whole, 2, round=2)
     assert ranks.wait() == [0, 0], ranks.said()
-    assert_right_rollouts_on_each_rank(trained(whole).metrics)
-    assert differ(plain, whole) < 2e-4
+    assert_right_rollouts_on_each_rank(trained(whole, 2).metrics)
+    assert differ(plain_second, whole, 2) < 2e-4
 
-    ranks = start_ranks(killed, 2)
-    wait_for_checkpoint(killed, ranks)
+    ranks = start_ranks(killed, 2, round=2)
+    wait_for_checkpoint(killed, ranks, 2)
     ranks.kill()
-    assert not manifest.manifest_path(killed, 1, "train", 0).exists()
-    time.sleep(0.1)
-    ranks = start_ranks(killed, 2, job_id="2")
+    assert not manifest.manifest_path(killed, 2, "train", 0).exists()
+    ranks = start_ranks(killed, 2, job_id="2", round=2)
     assert ranks.wait() == [0, 0], ranks.said()
-    assert trained(killed).metrics["resumed_from_step"] in (2, 4)
-    assert trained(killed).made_from["weights_out"] == trained(whole).made_from["weights_out"]
-    assert not (killed.stage_dir(1, "train") / "checkpoints").exists()
+    assert trained(killed, 2).metrics["resumed_from_step"] in (2, 4)
+    assert trained(killed, 2).made_from["weights_out"] == trained(whole, 2).made_from["weights_out"]
+    assert not (killed.stage_dir(2, "train") / "checkpoints").exists()
 
 
 def test_a_rank_that_loses_another_is_blocked_not_at_fault(new_run: NewRun) -> None:
