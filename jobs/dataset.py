@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.data.image_folder import ImageFolderError
 from hpc_rl.data.lewis import SETS, image_root, merge_rows, read_rows, write_rows
+from hpc_rl.data.preparation import rows_wanted
 from hpc_rl.orchestrate.job import open_job
 from hpc_rl.run import atomic
 
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = open_job("dataset", argv)
     assert isinstance(job.config, LewisConfig)
     data = job.config.data
-    asked = {"train": data.train_rows, "new_views": data.eval_rows.new_views, "validation": data.eval_rows.validation}
+    wanted = rows_wanted(data)
     for shard in job.shards():
         prepared = job.inputs(job.round, "prepare")
         folder = job.ws.dataset_dir(job.round)
@@ -43,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"no category has a concept for the {name} games: data.k={data.k} and "
                     f"data.validation_fraction={data.validation_fraction} hold none out. Add concepts, or raise it."
                 )
-            if len(rows) < asked[name]:  # categories too small to hold a concept out give no validation games
-                log.warning("%s: %d games instead of %d", name, len(rows), asked[name])
+            if len(rows) < wanted[name]:  # categories too small to hold a concept out give no validation games
+                log.warning("%s: %d games instead of %d", name, len(rows), wanted[name])
             write_rows(folder / f"{name}.parquet", rows)
             info["sets"][name] = {
                 "rows": len(rows),

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.config.lewis import EvalRowsConfig, LewisConfig
 from hpc_rl.data import scenes
-from hpc_rl.data.embedding import Embedder, embed_concepts
-from hpc_rl.data.games import build_games, share_of
-from hpc_rl.data.image_folder import catalog
+from hpc_rl.data.embedding import Embedder
 from hpc_rl.data.images import load_image
 from hpc_rl.data.lewis import GameRow
+from hpc_rl.data.preparation import prepare_category
 from hpc_rl.engines.base import Prompt, Request, Sampling
 from hpc_rl.engines.transformers_engine import TransformersEngine
 from hpc_rl.engines.yes_no import YesNoModel
@@ -65,33 +64,11 @@ def examine(config: LewisConfig, listener: Path, speaker: Path, scratch: Path, g
 
 def held_out_games(config: LewisConfig, speaker: Path, root: Path, games: int) -> list[GameRow]:
     """Validation games on pictures in `root`, made as the `prepare` stage makes them."""
-    data = config.data
-    assert data.scenes is not None, "the tiny game is played on rendered scenes"
-    views = {"train": data.scenes.views_train, "test": data.scenes.views_test}
+    update = {"categories": tuple(scenes.categories()), "eval_rows": EvalRowsConfig(new_views=1, validation=games)}
+    data = config.data.model_copy(update=update)
     embedder = Embedder(str(speaker), min_pixels=config.speaker.min_pixels, max_pixels=config.speaker.max_pixels)
-    rows = []
-    for index, category in enumerate(scenes.categories()):
-        scenes.render_category(root, data.split_seed, category, views, data.scenes.size)
-        found = catalog(
-            root,
-            category,
-            k=data.k,
-            validation_fraction=data.validation_fraction,
-            split_seed=data.split_seed,
-            new_views_per_concept=data.new_views_per_concept,
-            skip_unreadable=False,
-        )
-        rows += build_games(
-            found,
-            embed_concepts(embedder, root, {concept.name: concept.train_views for concept in found.concepts}),
-            "validation",
-            share_of(games, index, len(scenes.categories())),
-            k=data.k,
-            negatives_from=data.negatives_from,
-            seed=data.split_seed,
-            speaker_problem=data.speaker_problem,
-        )
-    return rows
+    prepared = [prepare_category(data, root, index, embedder) for index in range(len(scenes.categories()))]
+    return [row for category in prepared for row in category.games["validation"]]
 
 
 def _found(

@@ -63,7 +63,6 @@ class Embedder:
             }
         self._wanted = set(inspect.signature(self._model.get_image_features).parameters)
         self._device = device
-        self.model_path = model_path
 
     def embed(self, paths: Sequence[Path], batch_size: int = 32) -> npt.NDArray[np.float32]:
         """Embed pictures.
