@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText
+from transformers.utils.logging import disable_progress_bar
 
 from hpc_rl.config.modeling import SpeakerConfig
 from hpc_rl.engines.base import BAN_BIAS
@@ -66,9 +67,11 @@ def _with_adapter(model: Any, speaker: SpeakerConfig, adapter: Path | None, deep
     autocast = not deepspeed
     if adapter is not None:
         log.info("going on with the adapter in %s", adapter)
-        return PeftModel.from_pretrained(
+        loaded = PeftModel.from_pretrained(
             model, str(adapter), is_trainable=True, autocast_adapter_dtype=autocast, local_files_only=True
         )
+        loaded.peft_config["default"].base_model_name_or_path = model.config.name_or_path  # models may have moved
+        return loaded
     torch.manual_seed(seed)
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     fresh = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
@@ -105,10 +108,13 @@ def load_initial_model(speaker: SpeakerConfig) -> Any:
 
 
 def _load(path: str, dtype: str, speaker: SpeakerConfig) -> Any:
+    disable_progress_bar()  # logs are files
+    attention = choose_attention(speaker.attn_implementation, pick_device())
+    log.info("%s in %s, attention %s", path, dtype, attention)  # L19
     return AutoModelForImageTextToText.from_pretrained(
         path,
         dtype=getattr(torch, dtype),
-        attn_implementation=choose_attention(speaker.attn_implementation, pick_device()),
+        attn_implementation=attention,
         local_files_only=True,
     )
 

@@ -68,7 +68,7 @@ def assert_right_rollouts_on_each_rank(metrics: Any, ranks: int = 2) -> None:
 def test_two_ranks_train_as_one_does(new_run: NewRun) -> None:
     """Plain data parallel; full training, because then every parameter's gradient is averaged."""
     full = ("speaker.lora=null", "train.learning_rate=3e-4")
-    alone, both = new_run(*full), new_run(*full, *TWO)
+    alone, both = new_run(*full), new_run(*full, *TWO, "cluster.network_interface=lo")
     here(alone)
     ranks = start_ranks(both, 2)
     assert ranks.wait() == [0, 0], ranks.said()
