@@ -65,7 +65,7 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
     from hpc_rl.recipes.lewis import speaker_weights
     from hpc_rl.training import rollouts, stored
     from hpc_rl.training.distributed import broadcast_object
-    from hpc_rl.training.session import Places, Session, Start
+    from hpc_rl.training.one_round import Places, RoundTraining, Start
 
     _set_up_wandb(job, config)
     weights = broadcast_object(speaker_weights(job.ws, config, job.round - 1) if world.is_main else None)
@@ -81,15 +81,15 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
         token=token,
     )
     start = Start(weights.base, weights.adapter, weights.hash, rows, root)
-    session = Session(config, job.round, world, leaving, start, places, shard.progress)
+    training = RoundTraining(config, job.round, world, leaving, start, places, shard.progress)
     outputs: list[Path] = []
     if config.train.rollouts == "live":
         predictions = shard.output("predictions.jsonl")
-        trained = _train_live(job, config, session, list(rows.values()), predictions)
+        trained = _train_live(job, config, training, list(rows.values()), predictions)
         outputs.append(predictions)
     else:
         graded = [manifest.path("graded.parquet") for manifest in job.inputs(job.round, "grade")]
-        trained = stored.train(session, rollouts.read(graded, config.sample.samples_per_prompt))
+        trained = stored.train(training, rollouts.read(graded, config.sample.samples_per_prompt))
     if shard.lease is None:
         return
     if shard.lease.lost:
@@ -101,12 +101,12 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
         metrics=trained.metrics,
     )
     if done:
-        session.remove_checkpoints()
+        training.remove_checkpoints()
         if outputs and config.logging.prediction_log is not None:
             append(config.logging.prediction_log, outputs[0])
 
 
-def _train_live(job: Job, config: LewisConfig, session: Any, rows: list[Any], predictions: Path) -> Any:
+def _train_live(job: Job, config: LewisConfig, training: Any, rows: list[Any], predictions: Path) -> Any:
     """Sample, ask and train; SystemExit(75) when no listener answers."""
     from hpc_rl.data.lewis import rows_of_round
     from hpc_rl.services.client import ListenerClient, ServiceUnavailable
@@ -114,9 +114,9 @@ def _train_live(job: Job, config: LewisConfig, session: Any, rows: list[Any], pr
 
     games = rows_of_round(rows, job.round, prompts_per_round=config.sample.prompts_per_round, seed=config.run.seed)
     with ExitStack() as stack:
-        listener = stack.enter_context(ListenerClient(job.ws, config)) if session.world.is_main else None
+        listener = stack.enter_context(ListenerClient(job.ws, config)) if training.world.is_main else None
         try:
-            return live.train(session, games, listener, predictions, _debug_file(job, config, session.world.rank))
+            return live.train(training, games, listener, predictions, _debug_file(job, config, training.world.rank))
         except ServiceUnavailable as error:
             log.error("ServiceUnavailable: %s", error)
             raise SystemExit(EXIT_BLOCKED) from error

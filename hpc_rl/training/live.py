@@ -29,8 +29,8 @@ from hpc_rl.services.client import ListenerClient, ServiceRefused, ServiceUnavai
 from hpc_rl.training import settings
 from hpc_rl.training.distributed import World, all_gather_objects, broadcast_object
 from hpc_rl.training.grpo import Grpo, named
+from hpc_rl.training.one_round import RoundTraining, Trained
 from hpc_rl.training.rollouts import PARTS
-from hpc_rl.training.session import Session, Trained
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class LiveRollouts(Grpo):
 
 
 def train(
-    session: Session,
+    training: RoundTraining,
     rows: Sequence[GameRow],
     listener: ListenerClient | None,
     predictions: Path,
@@ -196,19 +196,19 @@ def train(
         When told to leave before the last step; a checkpoint was made.
     """
     began = time.monotonic()
-    config, world = session.config, session.world
+    config, world = training.config, training.world
     steps = _steps(config, world, len(rows))
-    checkpoints = session.checkpoints(f"live {steps} " + " ".join(row.id for row in rows))
-    args = settings.grpo_config(config, session.deepspeed, checkpoints.own, round=session.round, live_steps=steps)
-    processor = session.processor()
-    model = session.model(processor.tokenizer)
+    checkpoints = training.checkpoints(f"live {steps} " + " ".join(row.id for row in rows))
+    args = settings.grpo_config(config, training.deepspeed, checkpoints.own, round=training.round, live_steps=steps)
+    processor = training.processor()
+    model = training.model(processor.tokenizer)
     rewards = LiveRewards(world, config, rows, listener, predictions if world.is_main else None, debug)
     trainer = LiveRollouts(
-        rows=rows, picture=lambda row: load_image(session.start.image_root / row.image), rewards=rewards, args=args,
-        model=model, processor=processor, **session.trainer_parts(processor.tokenizer, checkpoints),
+        rows=rows, picture=lambda row: load_image(training.start.image_root / row.image), rewards=rewards, args=args,
+        model=model, processor=processor, **training.trainer_parts(processor.tokenizer, checkpoints),
     )  # fmt: skip
-    session.seconds["loading"] = time.monotonic() - began
-    result = session.run(trainer, checkpoints)
+    training.seconds["loading"] = time.monotonic() - began
+    result = training.run(trainer, checkpoints)
     if result is None:
         return Trained("", {})
     return Trained(result.weights, {"samples": rewards.samples, "left_out": rewards.left_out, **result.metrics})

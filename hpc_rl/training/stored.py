@@ -12,15 +12,15 @@ from hpc_rl.training.batches import Batches, Pixels
 from hpc_rl.training.checkpoints import Checkpoints
 from hpc_rl.training.distributed import all_gather_objects
 from hpc_rl.training.grpo import StoredRollouts
+from hpc_rl.training.one_round import RoundTraining, Trained
 from hpc_rl.training.rollouts import PARTS, Rollouts, UnusableRollouts
-from hpc_rl.training.session import Session, Trained
 
 log = logging.getLogger(__name__)
 
 VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def train(session: Session, rollouts: Rollouts) -> Trained:
+def train(training: RoundTraining, rollouts: Rollouts) -> Trained:
     """Train on a round's stored rollouts. All ranks must call it, with the same rollouts.
 
     Raises
@@ -31,16 +31,16 @@ def train(session: Session, rollouts: Rollouts) -> Trained:
         When told to leave before the last step; a checkpoint was made.
     """
     began = time.monotonic()
-    start, config = session.start, session.config
+    start, config = training.start, training.config
     if rollouts.weights_hash != start.weights:
         raise UnusableRollouts(
-            f"round {session.round} was sampled with weights {rollouts.weights_hash[:16]}, but training begins with "
+            f"round {training.round} was sampled with weights {rollouts.weights_hash[:16]}, but training begins with "
             f"{start.weights[:16]} ({start.adapter or start.base}). Sample again: remove the round's sample and grade "
             "folders and launch."
         )
     made = plan.make(
-        rollouts, settings.shape_of(config, session.world), epochs=config.train.epochs, passes=config.train.passes,
-        scale=config.train.scale_rewards, run_seed=config.run.seed, round=session.round,
+        rollouts, settings.shape_of(config, training.world), epochs=config.train.epochs, passes=config.train.passes,
+        scale=config.train.scale_rewards, run_seed=config.run.seed, round=training.round,
     )  # fmt: skip
     counts = rollouts.counts
     log.info(
@@ -48,10 +48,10 @@ def train(session: Session, rollouts: Rollouts) -> Trained:
         len(rollouts), len(rollouts.groups), counts.left_out, counts.dropped_groups,
         counts.equal_groups, len(made.steps), made.shape.samples,
     )  # fmt: skip
-    checkpoints = session.checkpoints(made.fingerprint())
-    trainer = _trainer(session, made, checkpoints)
-    session.seconds["loading"] = time.monotonic() - began
-    result = session.run(trainer, checkpoints)
+    checkpoints = training.checkpoints(made.fingerprint())
+    trainer = _trainer(training, made, checkpoints)
+    training.seconds["loading"] = time.monotonic() - began
+    result = training.run(trainer, checkpoints)
     first = all_gather_objects(trainer.first_step)
     if result is None:
         return Trained("", {})
@@ -66,19 +66,19 @@ def train(session: Session, rollouts: Rollouts) -> Trained:
     return Trained(result.weights, {**numbers, **result.metrics})
 
 
-def _trainer(session: Session, made: plan.Plan, checkpoints: Checkpoints) -> StoredRollouts:
-    args = settings.grpo_config(session.config, session.deepspeed, checkpoints.own, round=session.round)
-    processor = session.processor()
+def _trainer(training: RoundTraining, made: plan.Plan, checkpoints: Checkpoints) -> StoredRollouts:
+    args = settings.grpo_config(training.config, training.deepspeed, checkpoints.own, round=training.round)
+    processor = training.processor()
     tokenizer = processor.tokenizer
-    model = session.model(tokenizer)
-    root, rows = session.start.image_root, session.start.rows
+    model = training.model(tokenizer)
+    root, rows = training.start.image_root, training.start.rows
     batches = Batches(
         made,
-        session.world.rank,
+        training.world.rank,
         Pixels(processor.image_processor, lambda row_id: [load_image(root / rows[row_id].image)]),
         pad_id=tokenizer.pad_token_id,
         image_id=model.config.image_token_id,
         vision_ids=frozenset(getattr(model.config, name) for name in VISION_TOKENS if hasattr(model.config, name)),
     )
-    parts = session.trainer_parts(tokenizer, checkpoints)
+    parts = training.trainer_parts(tokenizer, checkpoints)
     return StoredRollouts(plan=made, batches=batches, args=args, model=model, processor=processor, **parts)

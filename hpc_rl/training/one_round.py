@@ -61,7 +61,7 @@ class Trained:
 
 
 @dataclass
-class Session:
+class RoundTraining:
     """Everything that trainings on stored and on live rollouts have in common. All ranks do the same with theirs."""
 
     config: LewisConfig
