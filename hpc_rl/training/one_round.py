@@ -111,6 +111,7 @@ class RoundTraining:
             barrier()
             if self.world.is_main:
                 checkpoints.seal(folder, self.config.train.keep_checkpoints)
+            barrier()  # a rank that leaves now would take rank 0 with it (srun --kill-on-bad-exit)
 
         return {
             "beta": self.config.train.beta,
