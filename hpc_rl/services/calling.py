@@ -24,6 +24,7 @@ import httpx
 from hpc_rl.config.services import ClientConfig
 from hpc_rl.services import handoff
 from hpc_rl.services.replicas import Replica, Replicas
+from hpc_rl.services.trust import Untrusted
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +156,8 @@ class ServiceClient:
             return handoff.read_token(self._folder)
         except FileNotFoundError:
             return None
+        except Untrusted as error:
+            raise ServiceRefused(str(error)) from error
 
 
 @dataclass(frozen=True)

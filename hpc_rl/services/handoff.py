@@ -3,7 +3,8 @@
 A server binds first and publishes afterwards, so a published address answers. `services/NAME/REPLICA.json` is replaced
 atomically and renewed by a heartbeat. What a record says is a hint: whether the server at that address is the one that
 wrote it is decided by the nonce, which its `/health` must repeat. The token lies beside the records in a file that only
-the user can read; records may be readable to the group.
+the user can read; records may be readable to the group. In a workspace that a group may write to, others could plant
+either: the folder is therefore closed to other writers, and what belongs to somebody else is not believed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from hpc_rl.run import atomic
+from hpc_rl.services.trust import Untrusted, make_folder, read_own
 
 TOKEN_FILE = "token"
 LOOPBACK = "127.0.0.1"
@@ -157,16 +159,31 @@ def bind(address: str, port: int, port_range: tuple[int, int] | None = None) -> 
 
 
 def run_token(folder: Path) -> str:
-    """The token of a service in this run: drawn by whoever asks first (0600, created exclusively), then the same."""
+    """The token of a service in this run: drawn by whoever asks first (0600, created exclusively), then the same.
+
+    Raises
+    ------
+    Untrusted
+        See `read_token`.
+    """
+    make_folder(folder)
     path = folder / TOKEN_FILE
-    if not path.exists():
+    if not os.path.lexists(path):
         atomic.create_exclusive(path, secrets.token_urlsafe(32) + "\n", private=True)
     return read_token(folder)
 
 
 def read_token(folder: Path) -> str:
-    """The token of a service; FileNotFoundError before its first server started."""
-    token = (folder / TOKEN_FILE).read_text().strip()
+    """The token of a service; FileNotFoundError before its first server started.
+
+    Raises
+    ------
+    Untrusted
+        When the file is another user's, or others may read or write it: somebody else may know the token.
+    CorruptFile
+        When it is empty.
+    """
+    token = read_own(folder / TOKEN_FILE, private=True).decode(errors="replace").strip()
     if not token:
         raise atomic.CorruptFile(f"{folder / TOKEN_FILE} is empty; remove it and start the service again")
     return token
@@ -190,6 +207,7 @@ class Publication:
         self.path = folder / f"{endpoint.replica}.json"
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        make_folder(folder)
         self._write(endpoint)
         self._thread = threading.Thread(target=self._beat, name="handoff-heartbeat", daemon=True)
         self._thread.start()
@@ -200,7 +218,10 @@ class Publication:
 
     def _is_ours(self) -> bool:
         """False once the same job, requeued elsewhere, has published a newer record."""
-        record = _read(self.path)
+        try:
+            record = _read(self.path)
+        except Untrusted:
+            return True  # planted, or damaged: no successor of ours
         return record is None or record.nonce == self.endpoint.nonce
 
     def _beat(self) -> None:
@@ -261,11 +282,11 @@ def replica_name(environ: Mapping[str, str]) -> str:
     return f"job-{job}" if job else f"{socket.gethostname()}-{os.getpid()}"
 
 
-def discover(folder: Path, on_corrupt: Callable[[Path], None] | None = None) -> list[Endpoint]:
+def discover(folder: Path, on_refused: Callable[[str], None] | None = None) -> list[Endpoint]:
     """All published replicas that take requests, those with the youngest heartbeat first.
 
     The folder is listed and every record opened, which makes NFS clients ask the server for changes. Records that
-    cannot be read are handed to `on_corrupt` and left out.
+    cannot be read, and those that another user wrote, are left out; `on_refused` is told the reason.
     """
     try:
         names = sorted(os.listdir(folder))
@@ -275,19 +296,24 @@ def discover(folder: Path, on_corrupt: Callable[[Path], None] | None = None) -> 
     for name in names:
         if not name.endswith(".json") or name.startswith("."):
             continue
-        endpoint = _read(folder / name)
+        path = folder / name
+        try:
+            endpoint, problem = _read(path), f"{path} is no handoff record"
+        except Untrusted as error:
+            endpoint, problem = None, str(error)
         if endpoint is None:
-            if on_corrupt is not None and (folder / name).exists():
-                on_corrupt(folder / name)
+            if on_refused is not None and os.path.lexists(path):
+                on_refused(problem)
         elif endpoint.state == "ready":
             found.append(endpoint)
     return sorted(found, key=lambda endpoint: -endpoint.heartbeat)
 
 
 def _read(path: Path) -> Endpoint | None:
-    """The record in `path`; None when it is gone or is no record."""
+    """The record in `path`; None when it is gone or is no record; Untrusted when it is somebody else's."""
     try:
-        data = json.loads(path.read_bytes())
-        return Endpoint(**data)
+        return Endpoint(**json.loads(read_own(path)))
+    except Untrusted:
+        raise
     except (FileNotFoundError, ValueError, TypeError):
         return None

@@ -121,7 +121,7 @@ class Replicas:
         if self._fixed or (fresh and any(replica.verified for replica in self._known.values())):
             return
         self._read_at = time.monotonic()
-        records = handoff.discover(self._folder, lambda path: log.warning("%s is no handoff record", path))
+        records = handoff.discover(self._folder, lambda problem: log.warning("left out: %s", problem))
         self._known = {r.nonce: self._known.get(r.nonce) or Replica(r.url, r.nonce) for r in records}
         if not self._known:
             self.problem = f"no server is published in {self._folder}"
