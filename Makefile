@@ -3,7 +3,7 @@ VENV ?= .venv
 export VENV
 PYTEST_ARGS ?=
 
-.PHONY: help install demo test lint slurm
+.PHONY: help install demo test lint
 help:
 	@echo "make install   the environment in $(VENV), for GPUs or CPUs by what the machine has"
 	@echo "make demo      a Lewis run on this machine: three rounds, about 6 minutes on 2 cores"

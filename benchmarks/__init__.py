@@ -1,1 +1,1 @@
-"""Measurements behind the project's performance claims. Each script prints a ratio, measured side by side in one run."""
+"""Measurements behind the project's performance claims. Each script measures side by side in one run."""

@@ -1,4 +1,4 @@
-"""A recipe that does nothing: 3 rounds × 5 stages of jobs that start and end, to measure what the orchestration itself costs.
+"""A recipe that does nothing: 3 rounds × 5 stages of jobs that start and end, to measure what orchestration costs.
 
 It is also the shortest example of a recipe of your own: `recipe: benchmarks.noop_recipe` in a config.
 """

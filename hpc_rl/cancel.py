@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hpc_rl.cluster.base import ExecutorError
 from hpc_rl.cluster.choose import make_executor
-from hpc_rl.orchestrate.reconcile import RECONCILE_LEASE, Run, look
+from hpc_rl.orchestrate.reconcile import RECONCILE_LEASE, NoRun, Run, look
 from hpc_rl.run.lease import acquire_patiently
 from hpc_rl.run.ledger import Ledger
 
@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         run = Run.load(arguments.workspace)
-    except FileNotFoundError:
-        print(f"error: {arguments.workspace} holds no run (no training_config.json)", file=sys.stderr)
+    except NoRun as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     # under the lease: an advance job that is just submitting would otherwise submit behind our back
     lease = acquire_patiently(run.ws.lease_folder, RECONCILE_LEASE, min(30.0, run.config.run.lease_ttl_s), PATIENCE_S)

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from hpc_rl import config as configs
@@ -156,8 +157,8 @@ def submit(run: Run, policy: Policy, arguments: argparse.Namespace) -> int:
             f"{plan.commands(run.ws.root)}"
         )
         return 0
-    take_over_config(run, arguments)
-    report = reconcile(run, executor, _snapshot(run), policy, resume=True, say=say)
+    take_over = partial(take_over_config, run, arguments)
+    report = reconcile(run, executor, _snapshot(run), policy, resume=True, on_work=take_over, say=say)
     for note in report.notes:
         say(note)
     if report.decision.status == "finished":

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_rl.orchestrate.reconcile import Run, end_records
+from hpc_rl.orchestrate.reconcile import NoRun, Run, end_records
 from hpc_rl.run import manifest
 from hpc_rl.run.manifest import StoredManifest
 
@@ -110,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         run = Run.load(arguments.workspace)
-    except FileNotFoundError:
-        print(f"error: {arguments.workspace} holds no run (no training_config.json)", file=sys.stderr)
+    except NoRun as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     show(run)
     return 0

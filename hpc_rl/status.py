@@ -14,7 +14,7 @@ from pathlib import Path
 from hpc_rl.cluster.base import ExecutorError, Queued
 from hpc_rl.orchestrate import overview
 from hpc_rl.orchestrate.overview import Overview, StageOverview
-from hpc_rl.orchestrate.reconcile import DRIVER_LEASE, Run, look
+from hpc_rl.orchestrate.reconcile import DRIVER_LEASE, NoRun, Run, look
 from hpc_rl.run import atomic
 from hpc_rl.run.lease import look as look_at_lease
 from hpc_rl.run.ledger import Ledger
@@ -92,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         run = Run.load(arguments.workspace)
-    except FileNotFoundError:
-        print(f"error: {arguments.workspace} holds no run (no training_config.json)", file=sys.stderr)
+    except NoRun as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     while True:
         reader = Reader(run)

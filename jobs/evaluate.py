@@ -81,12 +81,12 @@ def evaluate(job: Job, shard: Shard) -> None:
     write_table(table, played)
     write_predictions(log_lines, job, config, played)
     made_from = {"weights": weights.hash, "engine": kind, "temperature": config.evaluate.temperature}
+    if config.logging.tensorboard:  # before the commit: written twice it does no harm, missing it would stay missing
+        write_tensorboard(job, config, played, metrics, root)
     if shard.commit([table, log_lines], made_from=made_from, metrics=metrics):
         log.info("round %d: %s", job.round, metrics)
         if config.logging.prediction_log is not None:
             predictions.append(config.logging.prediction_log, log_lines)
-        if config.logging.tensorboard:
-            write_tensorboard(job, config, played, metrics, root)
         if wandb is not None:
             write_wandb(wandb, job, config, metrics)
 

@@ -16,14 +16,14 @@ stamp="$VENV/.installed-$(cat "${files[@]}" tools/install.sh tools/cpu/*.py setu
 echo "installing into $VENV for $ACCELERATOR (minutes, about 3 GB for cpu and 10 GB for cuda) ..."
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 args=(); for file in "${files[@]}"; do args+=(-r "$file"); done
-"$VENV/bin/python" -m pip install -q --disable-pip-version-check "${args[@]}" 2> >(grep -v "is ignored: it is neither a file nor a directory" >&2)
+"$VENV/bin/python" -m pip install -qq --disable-pip-version-check "${args[@]}"
 if [ "$ACCELERATOR" = cpu ]; then
   # linked against CUDA, or slow to compile where there is no GPU; nothing here needs them
   "$VENV/bin/python" -m pip uninstall -qy torchaudio torchcodec triton >/dev/null 2>&1 || true
   packages=$("$VENV/bin/python" -c 'import site; print(site.getsitepackages()[0])')
   cp tools/cpu/hpc_rl_torchvision_hook.py tools/cpu/hpc_rl_torchvision_hook.pth "$packages/"
-  "$VENV/bin/python" -m pip show -q vllm >/dev/null 2>&1 || "$VENV/bin/python" -m pip install -q --disable-pip-version-check --no-deps ./tools/cpu/vllm_alias 2>/dev/null
+  "$VENV/bin/python" -m pip show -q vllm >/dev/null 2>&1 || "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-deps ./tools/cpu/vllm_alias
 fi
-"$VENV/bin/python" -m pip install -q --disable-pip-version-check --no-deps --editable . 2>/dev/null
+"$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-deps --editable .
 rm -f "$VENV"/.installed-*; touch "$stamp"
 echo "installed."

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -122,6 +123,7 @@ class Runner:
         self.asked_to_leave = False
         self.requeue = False
         self.cpu_before_s = 0.0
+        self.log_before_bytes = 0
         job, restart, rank = self.ranks["HPC_RL_JOB_ID"], self.ranks["HPC_RL_RESTART"], self.ranks["RANK"]
         self.tag = f"{job}-{restart}" + (f"-rank{rank}" if self.ranks["WORLD_SIZE"] != "1" else "")
         self.log = spec.ws.log_dir(spec.round, spec.stage) / f"{self.tag}.out"
@@ -136,8 +138,13 @@ class Runner:
 
     def on_grace_over(self, _number: int, _frame: FrameType | None) -> None:
         """Kill a body that did not leave in time."""
+        self._kill_group()
+
+    def _kill_group(self) -> None:
+        """Kill the body's session: what it has started (an engine's workers) must not keep a GPU after it."""
         if self.process is not None:
-            self.process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
 
     def run(self) -> int:
         """Run the body to its end and record it; returns its exit code."""
@@ -150,7 +157,9 @@ class Runner:
         while True:
             started, self.cpu_before_s = time.time(), _cpu_of_children_s()
             with self.log.open("ab") as log:
+                self.log_before_bytes = log.tell()
                 code = self._run_body(log, environment)
+            self._kill_group()
             outcome = self.record(code, started)
             if outcome in (Outcome.DONE, Outcome.BLOCKED, Outcome.LEFT) or not left:
                 return code
@@ -178,7 +187,7 @@ class Runner:
     def record(self, code: int, started: float) -> Outcome:
         """Write the end record of the body that has just ended."""
         with self.log.open("rb") as log:
-            log.seek(max(0, self.log.stat().st_size - TAIL_BYTES))
+            log.seek(max(self.log_before_bytes, self.log.stat().st_size - TAIL_BYTES))
             tail = log.read().decode(errors="replace")
         outcome = classify(code, tail, self.asked_to_leave)
         ended = time.time()
@@ -204,12 +213,29 @@ def _cpu_of_children_s() -> float:
 def _requeue(job_id: str) -> None:
     """Put this very job, or array element (never the bare array's id), back into the queue (scontrol(1), requeue)."""
     print(f"asking Slurm to run {job_id} again", flush=True)
-    subprocess.run(["scontrol", "requeue", job_id], check=False, timeout=60)
+    _tell_slurm("scontrol", "requeue", job_id)
 
 
 def _cancel_waiting_siblings(spec: Spec) -> None:
     """Cancel elements of this array that never started: the work has run out."""
-    subprocess.run(["scancel", "--state=PENDING", f"--name={spec.name}"], check=False, timeout=60)
+    _tell_slurm("scancel", "--state=PENDING", f"--name={spec.name}")
+
+
+def _tell_slurm(*command: str) -> None:
+    """A Slurm command, tried again while the controller does not answer.
+
+    It never changes how the job ends: what it does not achieve, the next reconcile does.
+    """
+    for pause_s in (1, 5, 15, 0):
+        try:
+            done = subprocess.run(command, check=False, timeout=60, capture_output=True, text=True)
+            if done.returncode == 0:
+                return
+            problem = done.stderr.strip()
+        except (subprocess.TimeoutExpired, OSError) as error:
+            problem = str(error)
+        print(f"{' '.join(command)}: {problem}", flush=True)
+        time.sleep(pause_s)
 
 
 def run_spec(path: Path) -> int:

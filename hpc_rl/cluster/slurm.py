@@ -131,11 +131,11 @@ class SlurmExecutor:
                     raise ExecutorError(
                         f"sbatch did not accept {request.spec.name} within {SUBMIT_PATIENCE_S:.0f} s: {message.strip()}"
                     ) from error
+            time.sleep(pause_s)  # before the look: a controller that is busy may accept late
+            pause_s = min(2 * pause_s, 20.0)
             accepted = {job.job_id.split("_")[0] for job in self.queue([request.spec.name])} - known
             if accepted:
                 return accepted.pop()
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, 20.0)
 
     def _executor(self, request: JobRequest) -> _CommandExecutor:
         wanted, spec = request.resources, request.spec

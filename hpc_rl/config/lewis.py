@@ -136,7 +136,7 @@ class LewisConfig(Config):
         "grade.listener", "train.listener", "evaluate.listener",
     )  # fmt: skip
     array_stages: ClassVar[frozenset[str]] = frozenset(
-        {"prepare", "sample", "grade", "grade.listener", "train.listener", "evaluate.listener"}
+        {"prepare", "sample", "grade"}
     )
     stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"advance": {"time_min": 15}}
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from hpc_rl.cluster.base import Executor
+from hpc_rl.cluster.base import Executor, ExecutorError
 from hpc_rl.cluster.local import LocalExecutor
 from hpc_rl.orchestrate import overview
 from hpc_rl.orchestrate.decide import Decision, Policy
@@ -24,6 +25,7 @@ from hpc_rl.run.ledger import Ledger
 PROGRESS_EVERY_S = 10.0
 LOOK_EVERY_S = 1.0
 LOCAL_POLL_S = 0.2
+AWAY_S = 30.0
 
 
 def follow(
@@ -40,7 +42,16 @@ def follow(
     watch = _Watch(run, say)
     resume = True
     while True:
-        report = reconcile(run, executor, code, policy, resume=resume)
+        try:
+            report = reconcile(run, executor, code, policy, resume=resume)
+        except ExecutorError as error:
+            if local or resume:
+                raise
+            say(
+                f"{error}; trying again in {AWAY_S:.0f} s"
+            )  # a controller may be away for longer than one question waits
+            time.sleep(AWAY_S)
+            continue
         resume = False
         for note in report.notes:
             say(note)
@@ -49,15 +60,16 @@ def follow(
             if local:
                 local.shutdown()
             return report.decision
-        before = _alive(run, executor)
-        while before and _alive(run, executor) == before:
-            if local:
-                local.poll()
-                write_local_queue(run, local)
-            watch.look(executor)
-            if Ledger(run.ws).history().paused:
-                break
-            time.sleep(LOCAL_POLL_S if local else poll_s)
+        with suppress(ExecutorError):  # what the scheduler did not answer, the next reconcile asks again
+            before = _alive(run, executor)
+            while before and _alive(run, executor) == before:
+                if local:
+                    local.poll()
+                    write_local_queue(run, local)
+                watch.look(executor)
+                if Ledger(run.ws).history().paused:
+                    break
+                time.sleep(LOCAL_POLL_S if local else poll_s)
 
 
 def _alive(run: Run, executor: Executor) -> set[str]:

@@ -59,10 +59,11 @@ def _list(ws: Workspace, id: StageId) -> list[str]:
 
 
 def _last_attempt_failed(ws: Workspace, id: StageId) -> bool:
-    """True when the newest end record of a stage says anything but "done"."""
+    """True when no task of a stage's newest attempt ended as done."""
     folder = ws.attempts_dir(id.round, id.name)
     ends = [folder / name for name in _list(ws, id) if ".end-" in name and not name.startswith(".")]
     if not ends:
         return False
     records = [atomic.read_json(path) for path in ends]
-    return bool(max(records, key=lambda record: record["ended"])["outcome"] != "done")
+    newest = max(records, key=lambda record: record["ended"])["name"]
+    return all(record["outcome"] != "done" for record in records if record["name"] == newest)

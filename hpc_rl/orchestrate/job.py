@@ -65,6 +65,15 @@ class Shard:
             temporary.write_text(f'{{"done": {done}, "total": {total}}}\n')
             temporary.replace(path)
 
+    def still_ours(self) -> bool:
+        """True while the claim holds and nobody has committed the shard.
+
+        To be asked right before output is put under a name that all claims share: a job that was frozen while another
+        one took over must not replace what that one has committed.
+        """
+        path = manifest.manifest_path(self.job.ws, self.job.round, self.job.stage.name, self.index)
+        return self.lease is not None and not self.lease.lost and not path.exists()
+
     def commit(
         self, outputs: Sequence[Path], *, made_from: Mapping[str, Any], metrics: Mapping[str, Any] | None = None
     ) -> bool:

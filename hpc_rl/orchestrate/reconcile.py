@@ -23,13 +23,17 @@ from hpc_rl.orchestrate.decide import Cancel, Decision, Policy, Submit, View, Wr
 from hpc_rl.orchestrate.graph import Graph, StageId
 from hpc_rl.orchestrate.requests import build_request, submission_name, task_count
 from hpc_rl.run import atomic, manifest
-from hpc_rl.run.lease import acquire_patiently
+from hpc_rl.run.lease import Lease, acquire_patiently
 from hpc_rl.run.ledger import History, Ledger
 from hpc_rl.run.workspace import SCHEMA, Workspace
 
 RECONCILE_LEASE = "reconcile"
 DRIVER_LEASE = "driver"
 """Held by a launcher that stays with its run: one at a time."""
+
+
+class NoRun(RuntimeError):
+    """A folder without a run, or with one that cannot be read; the message says which."""
 
 
 class RunBusy(RuntimeError):
@@ -46,9 +50,14 @@ class Run:
 
     @classmethod
     def load(cls, root: Path) -> Run:
-        """The run in a workspace; FileNotFoundError when there is none."""
+        """The run in a workspace; `NoRun` when there is none that can be read."""
         ws = Workspace(root)
-        config = configs.from_json(atomic.read_json(ws.config_path))
+        try:
+            config = configs.from_json(atomic.read_json(ws.config_path))
+        except FileNotFoundError:
+            raise NoRun(f"{root} holds no run (no {ws.config_path.name})") from None
+        except (atomic.CorruptFile, configs.ConfigError, PermissionError) as error:
+            raise NoRun(f"the run in {root} cannot be read: {error}. `launch` with its YAML file says more.") from error
         return cls(ws, config, recipes.graph_of(config))
 
 
@@ -92,6 +101,7 @@ def reconcile(
     me: str = "",
     patience_s: float = 120.0,
     resume: bool = False,
+    on_work: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Bring the queue in line with what the run still needs.
@@ -106,6 +116,8 @@ def reconcile(
         How long to wait for another reconcile that is under way.
     resume
         Go on with a run that is paused or stopped, or that would have to stop.
+    on_work
+        Called under the lease before anything is submitted, and only if something is.
     say
         Gets a line for each thing done.
 
@@ -139,7 +151,9 @@ def reconcile(
             )
         _adopt(ledger, view)
         try:
-            _carry_out(run, executor, code, decision, ledger, view, report, say)
+            if any(isinstance(action, Submit) for action in decision.actions):
+                on_work()
+            _carry_out(run, executor, code, decision, ledger, view, report, say, lease)
         finally:
             _write_state(run, _view_after(run, view, report), report)
     return report
@@ -162,6 +176,7 @@ def _carry_out(
     view: View,
     report: Report,
     say: Callable[[str], None],
+    lease: Lease,
 ) -> None:
     ids: dict[str, list[str]] = {a.name: list(a.job_ids or ()) for a in view.history.attempts}
     for job in view.queue:
@@ -172,6 +187,8 @@ def _carry_out(
     if decision.status == "stopped" and not view.history.stopped:
         ledger.append("stopped", why=decision.reason)
     for action in decision.actions:
+        if lease.lost:  # we were frozen for so long that somebody else goes on in our place: our view is out of date
+            raise RunBusy(f"another process has taken over reconciling {run.ws.root}; nothing is lost")
         if isinstance(action, WriteOff):
             ledger.append("written_off", name=action.name)
         elif isinstance(action, Cancel):

@@ -219,7 +219,7 @@ def acquire(folder: Path, name: str, ttl_s: float) -> Lease | None:
     if not atomic.create_exclusive(path, json.dumps(vars(holder))):
         return None
     generations = _generations(folder, name)
-    if max(generations) > generation:
+    if max(generations, default=generation) > generation:
         path.unlink(missing_ok=True)  # we built on a view that was out of date
         return None
     for lower in sorted(set(generations) - {generation}):

@@ -84,13 +84,13 @@ def test_what_no_file_set_is_listed(minimal: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "key", "expected"),
     [
-        ("stages.grade.listener.tasks=2", "grade.listener", 2),
-        ("stages.grade.tasks=3", "grade", 3),
-        ("stages.sample={tasks: 4}", "sample", 4),
+        ("stages.grade.listener.cpus_per_task=2", "grade.listener", 2),
+        ("stages.grade.cpus_per_task=3", "grade", 3),
+        ("stages.sample={cpus_per_task: 4}", "sample", 4),
     ],
 )
 def test_set_reaches_stages_whose_name_has_a_dot(override: str, key: str, expected: int, small: Load) -> None:
-    assert small(override).stages[key].tasks == expected
+    assert small(override).stages[key].cpus_per_task == expected
 
 
 def test_set_takes_any_yaml(small: Load) -> None:

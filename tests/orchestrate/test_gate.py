@@ -31,7 +31,7 @@ def finish(ws: Workspace, stage: Stage, shards: int | None = None) -> None:
 
 def record_end(ws: Workspace, stage: Stage, outcome: Outcome, ended: float) -> None:
     path = ws.attempts_dir(stage.round, stage.name) / f"run-r01-{stage.name}-a1-abc.end-{ended}.json"
-    atomic.write_json(path, {"outcome": outcome.value, "ended": ended})
+    atomic.write_json(path, {"name": f"attempt-{ended:.0f}", "outcome": outcome.value, "ended": ended})
 
 
 def took(ws: Workspace, patience_s: float) -> tuple[list[StageId], float]:

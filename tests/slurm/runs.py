@@ -39,17 +39,23 @@ class ClusterRun:
         self.ws = Workspace(folder / "workspace")
         self.bin = folder / "bin"
         self.bin.mkdir(parents=True)
-        real = subprocess.run(["which", "sbatch"], env=cluster.env(), capture_output=True, text=True, check=True).stdout.strip()
+        real = subprocess.run(
+            ["which", "sbatch"], env=cluster.env(), capture_output=True, text=True, check=True
+        ).stdout.strip()
         (self.bin / "sbatch").write_text(_SBATCH.format(folder=folder, sbatch=real))
         (self.bin / "sbatch").chmod(0o755)
 
     @property
     def env(self) -> dict[str, str]:
         """What a login shell of this test has on top of the cluster's."""
-        return {"PATH": f"{self.bin}:{self.cluster.env()['PATH']}", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+        return {
+            "PATH": f"{self.bin}:{self.cluster.env()['PATH']}",
+            "PYTHONPATH": str(REPOSITORY),
+            "HF_HUB_OFFLINE": "1",
+        }
 
     def kill_at_next_sbatch(self, when: str) -> Callable[[], bool]:
-        """Have whoever calls sbatch next killed with SIGKILL, `before` or `after` the job is submitted; says if it happened."""
+        """Have the next caller of sbatch killed, `before` or `after` the job is submitted; says whether it happened."""
         (self.folder / f"kill-{when}").touch()
         return lambda: (self.folder / f"used-{when}").exists()
 
@@ -68,14 +74,16 @@ class ClusterRun:
 
     def tool(self, module: str, *options: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """One of the other commands, on this run's workspace."""
-        return self.cluster.run(self.command(module, str(self.ws.root), *options), cwd=REPOSITORY, env=self.env, check=check)
+        return self.cluster.run(
+            self.command(module, str(self.ws.root), *options), cwd=REPOSITORY, env=self.env, check=check
+        )
 
     def status(self) -> dict[str, Any]:
         """`status --json`."""
         return json.loads(self.tool("hpc_rl.status", "--json").stdout)
 
     def wait_until_finished(self, timeout_s: float) -> None:
-        """Wait for the run's end. Jobs that Slurm requeued are released from the pause that it puts before their next start.
+        """Wait for the run's end. Requeued jobs are released from the pause that Slurm puts before their next start.
 
         Raises
         ------
@@ -85,7 +93,9 @@ class ClusterRun:
         deadline = time.monotonic() + timeout_s
         while (state := self.status())["status"] != "finished":
             in_time = time.monotonic() < deadline
-            assert in_time and state["status"] == "running", self.tool("hpc_rl.status").stdout + self.logs_of_errors(state)
+            assert in_time and state["status"] == "running", self.tool("hpc_rl.status").stdout + self.logs_of_errors(
+                state
+            )
             for job in self.cluster.queue():
                 if job.state == "PENDING" and job.reason == "BeginTime":
                     self.cluster.start_now(job.id)
@@ -117,7 +127,9 @@ class ClusterRun:
 
     def manifests(self, round: int, stage: str) -> list[manifest.StoredManifest]:
         """The manifests of a stage, by shard."""
-        return [manifest.read(self.ws, round, stage, shard) for shard in sorted(manifest.done_shards(self.ws, round, stage))]
+        return [
+            manifest.read(self.ws, round, stage, shard) for shard in sorted(manifest.done_shards(self.ws, round, stage))
+        ]
 
     def bodies(self, stage_module: str) -> list[tuple[str, Process]]:
         """Processes of a job body of this run, with their hosts."""

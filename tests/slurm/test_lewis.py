@@ -1,4 +1,4 @@
-"""The Lewis game on a real cluster, whole; and the kill matrix: whatever dies, the run finishes with the very same samples.
+"""The Lewis game on a real cluster, whole; and the kill matrix: whatever dies, the run ends with the very same samples.
 
 Every case of the matrix ends in a finished run whose samples and rewards are, one by one, those of a run that nobody
 disturbed. To save time a case begins where its subject does: the stages before are copied from the undisturbed run.
@@ -78,7 +78,8 @@ def holds_a_shard(run: ClusterRun, stage: str) -> Callable[[], bool]:
     """Whether some task of a stage is in the middle of a shard."""
     folder = run.ws.stage_dir(1, stage)
     return lambda: any(
-        not path.with_name(f"{path.name}.released").exists() and not (folder / f"{path.name.partition('.')[0]}.json").exists()
+        not path.with_name(f"{path.name}.released").exists()
+        and not (folder / f"{path.name.partition('.')[0]}.json").exists()
         for path in folder.glob("shard_*.lease.????")
     )
 
@@ -102,7 +103,9 @@ def test_three_rounds_over_several_nodes_after_the_launcher_is_gone(cluster: Slu
     assert "3" in run.tool("hpc_rl.report").stdout
 
 
-def test_a_sampling_task_killed_in_the_middle_of_a_shard(run_from: Callable[..., ClusterRun], undisturbed: ClusterRun) -> None:
+def test_a_sampling_task_killed_in_the_middle_of_a_shard(
+    run_from: Callable[..., ClusterRun], undisturbed: ClusterRun
+) -> None:
     run = run_from()
     run.launch()
     run.kill_body("jobs.sample", holds_a_shard(run, "sample"))
@@ -133,7 +136,12 @@ def test_preemption_with_requeue(run_from: Callable[..., ClusterRun], undisturbe
     run.launch()
     run.wait_for(holds_a_shard(run, "sample"), "a shard to be under way")
     urgent = run.cluster.sbatch(
-        "--partition=high", "--nodes=3", "--exclude=node4", "--exclusive", "--wrap=sleep 5", f"--output={run.folder}/urgent.out"
+        "--partition=high",
+        "--nodes=3",
+        "--exclude=node4",
+        "--exclusive",
+        "--wrap=sleep 5",
+        f"--output={run.folder}/urgent.out",
     )
     run.cluster.wait_for_state(urgent, "RUNNING", timeout_s=60)
     assert_finishes_with_the_same_samples(run, undisturbed)
@@ -146,10 +154,14 @@ def test_a_listener_killed_while_grading(run_from: Callable[..., ClusterRun], un
     assert_finishes_with_the_same_samples(run, undisturbed)
 
 
-def test_a_training_job_killed_after_its_first_checkpoint(run_from: Callable[..., ClusterRun], undisturbed: ClusterRun) -> None:
+def test_a_training_job_killed_after_its_first_checkpoint(
+    run_from: Callable[..., ClusterRun], undisturbed: ClusterRun
+) -> None:
     run = run_from("sample", "grade", settings=("train.save_steps=1",))
     run.launch()
-    run.kill_body("jobs.train", lambda: list(run.ws.stage_dir(1, "train").glob("checkpoints/*/checkpoint-*/COMPLETE.json")))
+    run.kill_body(
+        "jobs.train", lambda: list(run.ws.stage_dir(1, "train").glob("checkpoints/*/checkpoint-*/COMPLETE.json"))
+    )
     assert_finishes_with_the_same_samples(run, undisturbed)
     assert run.manifests(1, "train")[0].metrics["resumed_from_step"] >= 1
 
@@ -158,5 +170,7 @@ def test_the_same_run_on_one_machine_has_the_same_samples_and_rewards(
     cluster: SlurmCluster, undisturbed: ClusterRun, tmp_path: Path
 ) -> None:
     run = ClusterRun(cluster, tmp_path, CONFIG, [*SMALL, "run.rounds=1"])
-    run.cluster.run(run.launch_command("--executor", "local"), cwd=Path(__file__).resolve().parents[2], env=run.env, timeout_s=400)
+    run.cluster.run(
+        run.launch_command("--executor", "local"), cwd=Path(__file__).resolve().parents[2], env=run.env, timeout_s=400
+    )
     assert samples_of(run) == samples_of(undisturbed)

@@ -1,7 +1,8 @@
 """Lets torchvision built for CUDA import beside a CPU build of torch (installed into .venv on machines without GPUs).
 
 torchvision registers a fake kernel for `torchvision::nms` at import. Its C++ operators cannot be loaded there, so the
-operator's schema does not exist and the import fails, and with it AutoProcessor of the Qwen-VL family. Declaring the schema is enough.
+operator's schema does not exist and the import fails, and with it AutoProcessor of the Qwen-VL family. Declaring the
+schema is enough.
 """
 
 import importlib.abc
@@ -19,7 +20,6 @@ class _DeclareOperators(importlib.abc.MetaPathFinder):
                 for operator in ("nms", "qnms"):
                     self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
                 torch._hpc_rl_torchvision = self.library  # operators live as long as their library does
-        return None
 
 
 sys.meta_path.insert(0, _DeclareOperators())
