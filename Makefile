@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 .PHONY: help install demo test lint
 help:
 	@echo "make install   the environment in $(VENV), for GPUs or CPUs by what the machine has"
-	@echo "make demo      a Lewis run on this machine: three rounds, about 6 minutes on 2 cores"
+	@echo "make demo      a Lewis run on this machine: three rounds"
 	@echo "make test      all tests; installs Slurm by apt where it may (PYTEST_ARGS='tests/run -x' for some)"
 	@echo "make lint      ruff and mypy"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SCHEMA = 1
-"""Version of the workspace's layout and JSON files; a higher one than ours is refused (`open_workspace`)."""
+"""Version of the workspace's layout and JSON files; a manifest with a higher one than ours is refused."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,6 @@ class Workspace:
     def code_dir(self) -> Path:
         """Snapshots of the code that jobs import, one folder per content hash."""
         return self.root / "code"
-
-    @property
-    def submitit_dir(self) -> Path:
-        """What submitit keeps (its pickles among it): private to the user, never read by us."""
-        return self.root / "submitit"
 
     def stage_dir(self, round: int, stage: str) -> Path:
         """Shards, manifests, leases and attempts of one stage of one round."""
