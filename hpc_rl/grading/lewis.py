@@ -77,6 +77,20 @@ def parse(text: str) -> Description | None:
     Description or None
         None when nothing is said about the image: only thinking, or nothing at all.
     """
+    parts, outside = _read_tags(text)
+    coarse, detailed = parts.get("coarse", ""), parts.get("detailed", "")
+    if not coarse and not detailed:
+        detailed = " ".join(outside)
+    return Description(coarse, detailed) if coarse or detailed else None
+
+
+def thinking(text: str) -> str:
+    """The thinking in a completion, read as tolerantly as `parse` reads the rest; "" where there is none."""
+    return _read_tags(text)[0].get("thinking", "")
+
+
+def _read_tags(text: str) -> tuple[dict[str, str], list[str]]:
+    """The parts of a completion that are not empty, by tag, and the words outside of all of them."""
     parts: dict[str, str] = {}
     outside: list[str] = []
     inside, start = "", 0
@@ -88,10 +102,7 @@ def parse(text: str) -> Description | None:
             outside.append(words)
         if match:
             inside, start = "" if match[1] else match[2].lower(), match.end()
-    coarse, detailed = parts.get("coarse", ""), parts.get("detailed", "")
-    if not coarse and not detailed:
-        detailed = " ".join(outside)
-    return Description(coarse, detailed) if coarse or detailed else None
+    return parts, outside
 
 
 def question(template: str, description: Description) -> str:
