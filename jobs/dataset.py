@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = rows_wanted(data)
     for shard in job.shards():
         prepared = job.inputs(job.round, "prepare")
-        folder = job.ws.dataset_dir(job.round)
+        written = {name: shard.output(name) for name in (*(f"{name}.parquet" for name in SETS), "dataset_info.json")}
         info = {
             "image_root": str(image_root(job.ws, data.image_root)),
             "k": data.k,
@@ -46,15 +46,23 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             if len(rows) < wanted[name]:  # categories too small to hold a concept out give no validation games
                 log.warning("%s: %d games instead of %d", name, len(rows), wanted[name])
-            write_rows(folder / f"{name}.parquet", rows)
+            write_rows(written[f"{name}.parquet"], rows)
             info["sets"][name] = {
                 "rows": len(rows),
                 "concepts": dict(sorted(Counter(f"{row.category}/{row.concept}" for row in rows).items())),
             }
             metrics[f"rows_{name}"] = len(rows)
             metrics[f"concepts_{name}"] = len(info["sets"][name]["concepts"])
-        atomic.write_json(folder / "dataset_info.json", info)
-        paths = [folder / f"{name}.parquet" for name in SETS] + [folder / "dataset_info.json"]
+        atomic.write_json(written["dataset_info.json"], info)
+        if not shard.still_ours():
+            log.warning("another job has taken this over; this copy is thrown away")
+            for path in written.values():
+                path.unlink(missing_ok=True)
+            continue
+        folder = job.ws.dataset_dir(job.round)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [path.rename(folder / name) for name, path in written.items()]
+        atomic.fsync_folder(folder)
         shard.commit(paths, made_from={"split_seed": data.split_seed}, metrics=metrics)
     return 0
 

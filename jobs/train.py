@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from hpc_rl.cluster.failures import EXIT_BLOCKED
 from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.orchestrate import gate
 from hpc_rl.orchestrate.job import Job, Shard, open_job
 
 log = logging.getLogger("hpc_rl")
@@ -81,7 +82,7 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
         token=token,
     )
     start = Start(weights.base, weights.adapter, weights.hash, rows, root)
-    training = RoundTraining(config, job.round, world, leaving, start, places, shard.progress)
+    training = RoundTraining(config, job.round, world, leaving, start, places, shard.progress, shard.still_ours)
     outputs: list[Path] = []
     if config.train.rollouts == "live":
         predictions = shard.output("predictions.jsonl")
@@ -92,8 +93,12 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
         trained = stored.train(training, rollouts.read(graded, config.sample.samples_per_prompt))
     if shard.lease is None:
         return
-    if shard.lease.lost:
-        log.error("another job has taken this training over")
+    if trained is None or shard.lease.lost:
+        log.warning("another job has taken this training over; this copy is thrown away")
+        for path in outputs:
+            path.unlink(missing_ok=True)
+        if gate.is_complete(job.ws, job.stage):
+            return
         raise SystemExit(EXIT_BLOCKED)
     done = shard.commit(
         [*outputs, *sorted(path for path in final.iterdir() if path.is_file())],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def write(model: Any, processor: Any, state: State, target: Path, token: str, dt
     """
     from accelerate.utils import is_peft_model
 
-    folder = target.with_name(f".tmp-{target.name}-{token}")
+    folder = _temporary(target, token)
     folder.mkdir(parents=True)
     not_finite = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if not_finite:
@@ -99,21 +99,38 @@ def _write_adapter(model: Any, state: State, folder: Path) -> None:
     config.inference_mode = trained_before
 
 
-def put_in_place(folder: Path, target: Path, token: str) -> None:
-    """Give a verified folder its own name. A folder of that name is a former attempt's, killed before its manifest."""
-    former = target.with_name(f".old-{target.name}-{token}")
+def put_in_place(folder: Path, target: Path, token: str, still_ours: Callable[[], bool]) -> bool:
+    """Give a verified folder its own name; False, with nothing changed, when the work is no longer ours.
+
+    Parameters
+    ----------
+    folder, target, token
+        What `write` returned, and what it was called with.
+    still_ours
+        Asked right before: whether this claim holds and nobody has committed the stage. Then a folder that has the
+        name already is a former attempt's, which ended before its manifest.
+    """
+    if not still_ours():
+        return False
     if target.exists():
-        target.rename(former)
+        target.rename(_replaced(target, token))
     folder.rename(target)
     atomic.fsync_folder(target.parent)
-    shutil.rmtree(former, ignore_errors=True)
+    return True
 
 
-def remove_leftovers(target: Path) -> None:
-    """Remove what attempts that were killed while they wrote `target` have left beside it."""
-    for pattern in (f".tmp-{target.name}-*", f".old-{target.name}-*"):
-        for folder in target.parent.glob(pattern):
-            shutil.rmtree(folder, ignore_errors=True)
+def remove_temporary(target: Path, token: str) -> None:
+    """Remove what this claim, and no other, has left beside `target`."""
+    for folder in (_temporary(target, token), _replaced(target, token)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary(target: Path, token: str) -> Path:
+    return target.with_name(f".tmp-{target.name}-{token}")
+
+
+def _replaced(target: Path, token: str) -> Path:
+    return target.with_name(f".old-{target.name}-{token}")
 
 
 def verify_adapter(folder: Path, state: Mapping[str, torch.Tensor]) -> None:

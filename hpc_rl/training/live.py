@@ -174,8 +174,10 @@ def train(
     listener: ListenerClient | None,
     predictions: Path,
     debug: Path | None,
-) -> Trained:
+) -> Trained | None:
     """Train on samples that the trainer draws by itself. All ranks must call it, with the same rows.
+
+    What it returns is what `RoundTraining.run` says.
 
     Parameters
     ----------
@@ -210,7 +212,7 @@ def train(
     training.seconds["loading"] = time.monotonic() - began
     result = training.run(trainer, checkpoints)
     if result is None:
-        return Trained("", {})
+        return None
     return Trained(result.weights, {"samples": rewards.samples, "left_out": rewards.left_out, **result.metrics})
 
 

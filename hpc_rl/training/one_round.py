@@ -71,6 +71,7 @@ class RoundTraining:
     start: Start
     places: Places
     progress: Callable[[int, int], None]
+    still_ours: Callable[[], bool]
     seconds: dict[str, float] = field(default_factory=dict)
     resumed_from: int = 0
 
@@ -140,7 +141,9 @@ class RoundTraining:
         return checkpoints
 
     def run(self, trainer: Grpo, checkpoints: Checkpoints) -> Trained | None:
-        """Train to the end and write the final weights; None on ranks other than 0.
+        """Train to the end and write the final weights.
+
+        None on ranks other than 0, and on rank 0 when the round was taken over meanwhile: then nothing was changed.
 
         Raises
         ------
@@ -166,13 +169,16 @@ class RoundTraining:
         result = None
         if state is not None:
             final, token = self.places.final, self.places.token
-            export.remove_leftovers(final)
             model = trainer.accelerator.unwrap_model(trainer.model)
-            folder = export.write(model, trainer.processing_class, state, final, token, self.config.speaker.dtype)
-            export.put_in_place(folder, final, token)
-            self.seconds["exporting"] = time.monotonic() - began
-            result = Trained(weights_hash(final), self._metrics(trainer))
-            log.info("%s is written and was loaded once, weights %s", final, result.weights[:16])
+            try:
+                folder = export.write(model, trainer.processing_class, state, final, token, self.config.speaker.dtype)
+                weights = weights_hash(folder)
+                if export.put_in_place(folder, final, token, self.still_ours):
+                    self.seconds["exporting"] = time.monotonic() - began
+                    result = Trained(weights, self._metrics(trainer))
+                    log.info("%s is written and was loaded once, weights %s", final, weights[:16])
+            finally:
+                export.remove_temporary(final, token)
         barrier()
         return result
 

@@ -20,8 +20,10 @@ log = logging.getLogger(__name__)
 VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def train(training: RoundTraining, rollouts: Rollouts) -> Trained:
+def train(training: RoundTraining, rollouts: Rollouts) -> Trained | None:
     """Train on a round's stored rollouts. All ranks must call it, with the same rollouts.
+
+    What it returns is what `RoundTraining.run` says.
 
     Raises
     ------
@@ -54,7 +56,7 @@ def train(training: RoundTraining, rollouts: Rollouts) -> Trained:
     result = training.run(trainer, checkpoints)
     first = all_gather_objects(trainer.first_step)
     if result is None:
-        return Trained("", {})
+        return None
     numbers = {
         **asdict(counts),
         "used_samples": len(rollouts),

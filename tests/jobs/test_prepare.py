@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from hpc_rl import config as configs
 from hpc_rl.data import scenes
-from hpc_rl.data.lewis import SETS, GameRow, read_rows
+from hpc_rl.data.lewis import SETS, GameRow, merge_rows, read_rows
 from hpc_rl.orchestrate.start import open_run
 from hpc_rl.recipes import lewis
 from hpc_rl.run import manifest
@@ -50,6 +52,26 @@ def run(ws: Workspace) -> dict[str, tuple[GameRow, ...]]:
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, dict[str, tuple[GameRow, ...]]]:
     ws = new_run(tmp_path_factory.mktemp("run"))
     return ws, run(ws)
+
+
+def test_a_late_claim_leaves_committed_data_sets_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ws = new_run(tmp_path / "run")
+    arguments = ["--workspace", str(ws.root), "--round", "0"]
+    assert prepare.main(arguments) == 0
+    merge = merge_rows
+
+    def merge_late(*given: Any) -> tuple[GameRow, ...]:
+        monkeypatch.setattr(dataset, "merge_rows", merge)
+        (held,) = ws.stage_dir(0, "dataset").glob("*.lease.*")
+        os.utime(held, (0, 0))  # no heartbeat for long: it is taken for dead
+        assert dataset.main(arguments) == 0
+        return tuple(reversed(merge(*given)))
+
+    monkeypatch.setattr(dataset, "merge_rows", merge_late)
+    assert dataset.main(arguments) == 0
+    done = manifest.read(ws, 0, "dataset", 0)
+    assert {done.path(f"{name}.parquet").name for name in SETS} == {f"{name}.parquet" for name in SETS}
+    assert not [path.name for path in ws.stage_dir(0, "dataset").iterdir() if path.name.endswith(".parquet")]
 
 
 def test_the_data_sets_are_what_the_config_asked_for(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from hpc_rl.run import atomic
+from hpc_rl import config as configs
+from hpc_rl.orchestrate.job import Job, Shard, load
+from hpc_rl.orchestrate.start import open_run
+from hpc_rl.run import atomic, manifest
 from hpc_rl.training import checkpoints, export
 from hpc_rl.training.checkpoints import COMPLETE, Checkpoints, untrusted, weights_hash
 
@@ -112,16 +116,78 @@ def test_weights_have_one_hash_wherever_they_lie(tmp_path: Path) -> None:
 
 def test_a_folder_of_a_killed_attempt_gives_way(tmp_path: Path) -> None:
     target = tmp_path / "round_01"
-    for name in ("round_01", ".tmp-round_01-dead", ".tmp-round_02-alive"):
+    for name in ("round_01", ".tmp-round_01-another"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "old").touch()
-    export.remove_leftovers(target)
     folder = tmp_path / ".tmp-round_01-mine"
     folder.mkdir()
     (folder / "new").touch()
-    export.put_in_place(folder, target, "mine")
+    assert export.put_in_place(folder, target, "mine", lambda: True)
+    export.remove_temporary(target, "mine")
     assert [path.name for path in target.iterdir()] == ["new"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-round_02-alive", "round_01"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-round_01-another", "round_01"]
+
+
+@pytest.mark.parametrize("frozen_until", ["taken over", "committed", "released"])
+def test_a_claim_that_wakes_up_late_leaves_the_weights_alone(tmp_path: Path, frozen_until: str) -> None:
+    job = claimable(tmp_path)
+    target = job.ws.checkpoint_dir("speaker", 1)
+    late_claims, claims = job.shards(), job.shards()
+    late = next(late_claims)
+    assert late.lease is not None and late.still_ours()
+    os.utime(late.lease.path, (0, 0))  # no heartbeat for long: it is taken for dead
+    shard = next(claims)
+    assert shard.lease is not None
+    written = write_weights(target, shard, 1.0)
+    assert export.put_in_place(written, target, token_of(shard), shard.still_ours)
+    if frozen_until != "taken over":
+        assert shard.commit([target / "model.safetensors"], made_from={})
+    if frozen_until == "released":
+        shard.lease.release()
+
+    again = write_weights(target, late, 2.0)
+    assert not export.put_in_place(again, target, token_of(late), late.still_ours)
+    export.remove_temporary(target, token_of(late))
+    assert sorted(path.name for path in target.parent.iterdir()) == ["round_01"]
+    assert load_file(target / "model.safetensors")["w"].tolist() == [1.0]
+    if frozen_until == "taken over":
+        assert shard.commit([target / "model.safetensors"], made_from={})
+    assert manifest.read(job.ws, 1, "join", 0).path("model.safetensors") == target / "model.safetensors"
+
+
+def test_a_claim_is_over_once_its_shard_is_committed(tmp_path: Path) -> None:
+    job = claimable(tmp_path)
+    claims = job.shards()
+    shard = next(claims)
+    file = shard.output("weights")
+    file.touch()
+    assert shard.still_ours()
+    assert shard.commit([file], made_from={})
+    assert not shard.still_ours()
+
+
+def claimable(folder: Path) -> Job:
+    """The job of a stage with one shard."""
+    file = folder / "run.yaml"
+    file.write_text("recipe: tests.orchestrate.shards_recipe\nrun: {name: late, rounds: 1}\n")
+    ws = open_run(configs.load(file, [], {}, folder / "run", cwd=folder), file).ws
+    whole = load(ws.root, 1, "join")
+    job = replace(whole, stage=replace(whole.stage, needs=()))
+    job.folder.mkdir(parents=True)
+    return job
+
+
+def token_of(shard: Shard) -> str:
+    assert shard.lease is not None
+    return shard.lease.token
+
+
+def write_weights(target: Path, shard: Shard, number: float) -> Path:
+    """A folder with weights under the temporary name of a claim."""
+    folder = target.with_name(f".tmp-{target.name}-{token_of(shard)}")
+    folder.mkdir(parents=True)
+    save_file({"w": torch.tensor([number])}, folder / "model.safetensors")
+    return folder
 
 
 def test_weights_that_are_no_numbers_get_no_folder_of_their_own(tmp_path: Path) -> None:
