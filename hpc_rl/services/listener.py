@@ -155,4 +155,6 @@ def describe(batcher: ListenerBatcher, scorer: Scorer, about: Mapping[str, Any])
     """What `/health` tells those who have the token."""
     counters = {name: round(value, 3) for name, value in asdict(batcher.counters).items()}
     cache = {"hits": scorer.cache.hits, "misses": scorer.cache.misses}
-    return {**about, "waiting_pairs": batcher.waiting, "counters": counters, "image_cache": cache}
+    answers = {"hits": scorer.answers.hits, "misses": scorer.answers.misses, "kept": len(scorer.answers)}
+    caches = {"image_cache": cache, "answer_cache": answers}
+    return {**about, "waiting_pairs": batcher.waiting, "counters": counters, **caches}

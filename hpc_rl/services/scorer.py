@@ -1,10 +1,12 @@
-"""From a batch of (image path, question) to probabilities: each image opened and encoded once, one forward pass."""
+"""From (image path, question) pairs to probabilities: each image encoded once, each question about it asked once."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +18,8 @@ from hpc_rl.engines.yes_no import EncodedImage
 from hpc_rl.services.images import Identity, ImageRefused, ImageRoots
 
 CACHE_BYTES = 1 << 30
+CACHE_ANSWERS = 1 << 17
+"""Some 50 MiB."""
 DECODERS = 4
 
 
@@ -82,15 +86,65 @@ class ImageCache:
                 self._bytes -= self._images.popitem(last=False)[1].nbytes
 
 
+class AnswerCache:
+    """P(yes) by what the image file held and by the question, for all clients: the least recently used are dropped.
+
+    Whoever asks again gets the first answer to the bit, also when it would be computed in another batch.
+    """
+
+    def __init__(self, max_answers: int) -> None:
+        self._max_answers = max_answers
+        self._answers: OrderedDict[tuple[Identity, bytes], float] = OrderedDict()
+        self._lock = threading.Lock()
+        self.hits = 0
+        self.misses = 0
+
+    def __len__(self) -> int:
+        """How many answers are kept."""
+        return len(self._answers)
+
+    def get(self, identity: Identity, question: str) -> float | None:
+        """The answer, marked as just used; None when it is not kept."""
+        key = identity, _digest(question)
+        with self._lock:
+            score = self._answers.get(key)
+            if score is None:
+                self.misses += 1
+            else:
+                self.hits += 1
+                self._answers.move_to_end(key)
+            return score
+
+    def keep(self, identity: Identity, question: str, score: float) -> float:
+        """Keep an answer, unless it is no number; the answer to give: another batch's, where that one was earlier."""
+        if math.isnan(score):
+            return score
+        with self._lock:
+            score = self._answers.setdefault((identity, _digest(question)), score)
+            while len(self._answers) > self._max_answers:
+                self._answers.popitem(last=False)
+            return score
+
+
+def _digest(question: str) -> bytes:
+    return hashlib.sha256(question.encode("utf-8", "surrogatepass")).digest()
+
+
 @dataclass(frozen=True)
 class _Loaded:
+    """An image, and what is known about it; neither encoded nor pixels when all its questions have answers."""
+
     identity: Identity
-    encoded: EncodedImage | None
-    pixels: tuple[torch.Tensor, torch.Tensor] | None
+    known: Mapping[str, float]
+    encoded: EncodedImage | None = None
+    pixels: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Scorer:
     """Turns a batch of pairs into probabilities: opens images, encodes those not seen before, one forward pass.
+
+    What was answered before is not asked again. Every image is opened all the same: whether a path may be read, and
+    which content it stands for, is judged for each request.
 
     Parameters
     ----------
@@ -100,11 +154,16 @@ class Scorer:
         Where images may be opened.
     cache_bytes
         Memory for encoded images.
+    cache_answers
+        Most answers to keep.
     """
 
-    def __init__(self, model: Judge, roots: ImageRoots, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self, model: Judge, roots: ImageRoots, cache_bytes: int = CACHE_BYTES, cache_answers: int = CACHE_ANSWERS
+    ) -> None:
         self._model, self._roots = model, roots
         self.cache = ImageCache(cache_bytes)
+        self.answers = AnswerCache(cache_answers)
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
     def close(self) -> None:
@@ -113,18 +172,27 @@ class Scorer:
 
     def __call__(self, pairs: Sequence[Pair]) -> list[float | Unscorable]:
         """P(yes) of each pair, in order; the same pair twice is asked once and has one answer."""
-        images = self._images(list(dict.fromkeys(pair.path for pair in pairs)))
+        questions: dict[str, list[str]] = {}
+        for pair in dict.fromkeys(pairs):
+            questions.setdefault(pair.path, []).append(pair.question)
+        images = dict(zip(questions, self._decoders.map(self._load, questions, questions.values()), strict=True))
+        encoded = self._encode([image for image in images.values() if isinstance(image, _Loaded)])
         answers: dict[Pair, float | Unscorable] = {}
-        asked: list[tuple[Pair, EncodedImage]] = []
+        asked: list[tuple[Pair, Identity]] = []
         for pair in dict.fromkeys(pairs):
             image = images[pair.path]
             refused = image if isinstance(image, Unscorable) else self._refused(pair.question)
             if refused is not None:
                 answers[pair] = refused
-            elif isinstance(image, EncodedImage):
-                asked.append((pair, image))
-        scores = self._model.yes_probabilities([(image, pair.question) for pair, image in asked])
-        answers.update({pair: score for (pair, _), score in zip(asked, scores, strict=True)})
+            elif isinstance(image, _Loaded):
+                if pair.question in image.known:
+                    answers[pair] = image.known[pair.question]
+                else:
+                    asked.append((pair, image.identity))
+        if asked:
+            scores = self._model.yes_probabilities([(encoded[identity], pair.question) for pair, identity in asked])
+            for (pair, identity), score in zip(asked, scores, strict=True):
+                answers[pair] = self.answers.keep(identity, pair.question, score)
         return [answers[pair] for pair in pairs]
 
     def _refused(self, question: str) -> Unscorable | None:
@@ -134,23 +202,28 @@ class Scorer:
             return Unscorable(str(error))
         return None
 
-    def _images(self, paths: Sequence[str]) -> dict[str, EncodedImage | Unscorable]:
-        found = dict(zip(paths, self._decoders.map(self._load, paths), strict=True))
-        fresh = {f.identity: f.pixels for f in found.values() if isinstance(f, _Loaded) and f.pixels is not None}
-        encoded = dict(zip(fresh, self._model.encode(list(fresh.values())), strict=True))
-        for identity, image in encoded.items():
-            self.cache.put(identity, image)
-        return {
-            path: f if isinstance(f, Unscorable) else (f.encoded or encoded[f.identity]) for path, f in found.items()
-        }
+    def _encode(self, images: Sequence[_Loaded]) -> dict[Identity, EncodedImage]:
+        """The images that there is something to ask about."""
+        encoded = {image.identity: image.encoded for image in images if image.encoded is not None}
+        fresh = {image.identity: image.pixels for image in images if image.pixels is not None}
+        if fresh:
+            made = dict(zip(fresh, self._model.encode(list(fresh.values())), strict=True))
+            for identity, image in made.items():
+                self.cache.put(identity, image)
+            encoded |= made
+        return encoded
 
-    def _load(self, path: str) -> _Loaded | Unscorable:
+    def _load(self, path: str, questions: Sequence[str]) -> _Loaded | Unscorable:
         try:
             with self._roots.open(path) as file:
+                found = {question: self.answers.get(file.identity, question) for question in questions}
+                known = {question: score for question, score in found.items() if score is not None}
+                if len(known) == len(questions):
+                    return _Loaded(file.identity, known)
                 kept = self.cache.get(file.identity)
                 if kept is not None:
-                    return _Loaded(file.identity, kept, None)
-                return _Loaded(file.identity, None, self._model.prepare_pixels(file.decode()))
+                    return _Loaded(file.identity, known, encoded=kept)
+                return _Loaded(file.identity, known, pixels=self._model.prepare_pixels(file.decode()))
         except ImageRefused as error:
             return Unscorable(str(error))
         except ValueError as error:

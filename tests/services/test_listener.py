@@ -19,6 +19,8 @@ import torch
 from PIL import Image
 
 from hpc_rl.engines.yes_no import YesNoModel
+from hpc_rl.services.images import Identity
+from hpc_rl.services.scorer import AnswerCache
 
 from .conftest import PIXELS, Lab
 
@@ -148,6 +150,60 @@ def test_an_image_is_encoded_once_for_all_questions_and_again_when_it_changes(la
 
 def health(lab: Lab, url: str) -> Any:
     return httpx.get(f"{url}/health", headers={"Authorization": f"Bearer {lab.token}"}, trust_env=False).json()
+
+
+class Counting(YesNoModel):
+    """A listener that notes what it is asked."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.encoded, self.asked = 0, 0
+
+    def encode(self, pixels: Any) -> Any:
+        self.encoded += len(pixels)
+        return super().encode(pixels)
+
+    def yes_probabilities(self, pairs: Any) -> list[float]:
+        self.asked += len(pairs)
+        return super().yes_probabilities(pairs)
+
+
+def test_what_one_client_asked_is_answered_to_the_next_without_the_model(lab: Lab, listener_folder: Path) -> None:
+    model = Counting(str(listener_folder), **PIXELS)
+    hosted = lab.serve(model=model)
+    game = {"candidate_paths": PATHS[:3], "question": "red?"}
+    first = ask(lab, "/score", game).json()
+    assert (model.encoded, model.asked) == (3, 3)
+    assert ask(lab, "/score", game).json() == first  # to the bit
+    assert (model.encoded, model.asked) == (3, 3)
+    reordered = {"candidate_paths": [*PATHS[2::-1], PATHS[3]], "question": "red?"}
+    said = ask(lab, "/score", reordered).json()["yes_probabilities"]
+    assert said[:3] == first["yes_probabilities"][::-1]
+    assert (model.encoded, model.asked) == (4, 4)  # only the fourth picture
+    details = health(lab, hosted.publication.endpoint.url)
+    assert details["answer_cache"] == {"hits": 6, "misses": 4, "kept": 4}
+
+
+def test_an_answer_is_not_kept_for_a_path_that_may_not_be_read_any_more(lab: Lab) -> None:
+    lab.serve()
+    picture = lab.pictures / "a" / "leaving.png"
+    Image.new("RGB", (56, 56), (200, 0, 0)).save(picture)
+    game = {"candidate_paths": ["a/leaving.png"], "question": "red?"}
+    assert ask(lab, "/score", game).status_code == 200
+    picture.unlink()
+    assert ask(lab, "/score", game).status_code == 422
+
+
+def test_answers_are_bounded_and_what_is_no_number_is_asked_again() -> None:
+    cache = AnswerCache(2)
+    image, other = Identity(1, 2, 3, 4), Identity(1, 2, 3, 5)
+    for question, score in (("a", 0.1), ("b", 0.2)):
+        assert cache.keep(image, question, score) == score
+    assert cache.keep(image, "a", 0.100001) == 0.1 and cache.get(image, "a") == 0.1  # the first answer stays
+    cache.keep(other, "a", 0.3)
+    assert [cache.get(image, "a"), cache.get(image, "b"), cache.get(other, "a")] == [0.1, None, 0.3]
+    assert math.isnan(cache.keep(image, "nan", math.nan)) and cache.get(image, "nan") is None
+    assert len(cache) == 2
 
 
 class Slow(YesNoModel):
