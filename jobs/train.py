@@ -25,7 +25,8 @@ _LOST_RANK = re.compile(
     r"|remote process exited|ncclRemoteError|ncclSystemError|watchdog .*timeout|timed out waiting|recvValue failed",
     re.IGNORECASE,
 )
-GRACE_SHARE = 0.8
+GRACE_MARGIN_S = 5.0
+"""A rank that cannot leave ends this long before the entry process would kill it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,11 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = job.config
     assert isinstance(config, LewisConfig)
     from hpc_rl.training.distributed import process_group
-    from hpc_rl.training.leaving import EXIT_GRACE_S, Leaving
+    from hpc_rl.training.leaving import Leaving
 
     client = config.services.listener.client
+    # without an entry process nobody kills, and the site's delay is as good a limit as any
+    grace_s = max(1.0, float(os.environ.get("HPC_RL_GRACE_S", config.cluster.signal_delay_s)) - GRACE_MARGIN_S)
     with (
-        Leaving(max(EXIT_GRACE_S, GRACE_SHARE * min(0.5 * config.cluster.signal_delay_s, 600.0))) as leaving,
+        Leaving(grace_s) as leaving,
         _blocked_by_lost_rank(),
         process_group(
             job.folder,

@@ -114,7 +114,7 @@ class StageConfig(Section):
     ranks_per_node: PositiveInt | None = None
     """Processes on each node. null = one per GPU, or one."""
     tasks: PositiveInt = 1
-    """Array elements that share the stage's shards; for a service, its replicas."""
+    """Array elements that share the stage's shards."""
     gpus_per_node: NonNegativeInt = 0
     """GPUs on each node."""
     cpus_per_task: PositiveInt = 1
@@ -123,6 +123,8 @@ class StageConfig(Section):
     """Memory on each node, in GiB. null = the partition's default."""
     time_min: PositiveInt = 60
     """Time limit of one job, in minutes. A job that needs longer saves, leaves and is resumed."""
+    signal_delay_s: PositiveInt | None = None
+    """Instead of `cluster.signal_delay_s`: training needs time for a step and a checkpoint. Seconds."""
     partition: str | None = None
     """Instead of `cluster.partition`."""
     account: str | None = None
@@ -219,7 +221,7 @@ class Config(Section):
         """Resources of a stage with everything that it inherits from `cluster` filled in, and "" turned into None."""
         own, site = self.stages.get(name) or StageConfig(), self.cluster
         inherited = {}
-        for key in ("partition", "account", "qos", "constraint", "setup", "python", "container"):
+        for key in ("signal_delay_s", "partition", "account", "qos", "constraint", "setup", "python", "container"):
             value = getattr(own, key)
             inherited[key] = getattr(site, key) if value is None else None if value == "" else value
         merged = {"env": {**site.env, **own.env}, "sbatch": {**site.sbatch, **own.sbatch}}
@@ -261,16 +263,17 @@ class Config(Section):
         The signal must come when the work has long begun: with a limit near the delay, submitit's signal came before
         Python had a handler for it and killed healthy jobs.
         """
-        delay_s = self.cluster.signal_delay_s
-        needed_min = -(-2 * (delay_s + SIGNAL_EARLY_S) // 60)
         for name, stage in self.stages.items():
+            field = "cluster" if stage.signal_delay_s is None else f"stages.{name}"
+            delay_s = stage.signal_delay_s or self.cluster.signal_delay_s
+            needed_min = -(-2 * (delay_s + SIGNAL_EARLY_S) // 60)
             if stage.time_min < needed_min:
                 yield Fault(
                     ("stages", name, "time_min"),
-                    f"{stage.time_min} min is too short for cluster.signal_delay_s = {delay_s}: the signal may come "
+                    f"{stage.time_min} min is too short for {field}.signal_delay_s = {delay_s}: the signal may come "
                     f"{SIGNAL_EARLY_S} s early, and half of the limit must be left for work",
                     f"at least {needed_min} min",
-                    "raise time_min, or lower cluster.signal_delay_s",
+                    f"raise time_min, or lower {field}.signal_delay_s",
                 )
 
 

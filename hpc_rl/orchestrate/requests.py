@@ -45,6 +45,8 @@ def build_request(
         Ids of jobs to wait for.
     """
     wanted = config.stage(stage.name)
+    delay_s = wanted.signal_delay_s or config.cluster.signal_delay_s
+    grace_s = max(10.0, delay_s - max(10.0, 0.1 * delay_s))  # what is left is for the end record and the requeue
     body = [*(wanted.container or ()), str(wanted.python or sys.executable), "-m", stage.job]
     body += ["--workspace", str(ws.root), "--round", str(stage.round)]
     if stage.job != f"jobs.{stage.name}":
@@ -56,6 +58,7 @@ def build_request(
         # idle threads that spin, as OpenMP's do by default, starve the other jobs of a CPU node
         **({} if wanted.gpus_per_node else {"OMP_WAIT_POLICY": "PASSIVE"}),
         "HPC_RL_CODE": code.name,
+        "HPC_RL_GRACE_S": f"{grace_s:g}",
         **wanted.env,
     }
     spec = Spec(
@@ -68,7 +71,7 @@ def build_request(
         body=tuple(body),
         environment=environment,
         service=stage.kind is Kind.SERVICE,
-        grace_s=max(10.0, min(0.5 * config.cluster.signal_delay_s, 600.0)),
+        grace_s=grace_s,
         gpus=wanted.gpus_per_node / wanted.ranks,
     )
     resources = Resources(
@@ -83,7 +86,7 @@ def build_request(
         account=wanted.account,
         qos=wanted.qos,
         constraint=wanted.constraint,
-        signal_delay_s=config.cluster.signal_delay_s,
+        signal_delay_s=delay_s,
         setup=wanted.setup or (),
         sbatch=wanted.sbatch,
     )

@@ -69,6 +69,13 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize(("own_s", "delay_s", "grace_s"), [(None, 120, 108), (900, 900, 810), (30, 30, 20), (5, 5, 10)])
+def test_a_job_may_take_almost_the_whole_signal_delay_to_leave(own_s: int | None, delay_s: int, grace_s: float) -> None:
+    made = request(TRAIN, {"signal_delay_s": own_s, "time_min": 720}, {"signal_delay_s": 120})
+    assert made.resources.signal_delay_s == delay_s
+    assert made.spec.grace_s == float(made.spec.environment["HPC_RL_GRACE_S"]) == grace_s
+
+
 def rendered(name: str) -> list[str]:
     executor = SlurmExecutor(3 if name == "array_beyond_max_array_size" else 1000)
     return [script.replace(sys.executable, "/PYTHON") for script in executor.render(CASES[name])]
