@@ -135,9 +135,7 @@ class LewisConfig(Config):
         "prepare", "dataset", "sample", "grade", "train", "evaluate", "advance",
         "grade.listener", "train.listener", "evaluate.listener",
     )  # fmt: skip
-    array_stages: ClassVar[frozenset[str]] = frozenset(
-        {"prepare", "sample", "grade"}
-    )
+    array_stages: ClassVar[frozenset[str]] = frozenset({"prepare", "sample", "grade"})
     stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"advance": {"time_min": 15}}
 
     speaker: SpeakerConfig

@@ -47,7 +47,7 @@ def build_request(
     wanted = config.stage(stage.name)
     delay_s = wanted.signal_delay_s or config.cluster.signal_delay_s
     grace_s = max(10.0, delay_s - max(10.0, 0.1 * delay_s))  # what is left is for the end record and the requeue
-    body = [*(wanted.container or ()), str(wanted.python or sys.executable), "-m", stage.job]
+    body = [*_interpreter(config, stage), "-m", stage.job]
     body += ["--workspace", str(ws.root), "--round", str(stage.round)]
     if stage.job != f"jobs.{stage.name}":
         body += ["--stage", stage.name]
@@ -91,3 +91,16 @@ def build_request(
         sbatch=wanted.sbatch,
     )
     return JobRequest(spec, stage.kind, resources, code, after_end, after_start)
+
+
+def _interpreter(config: Config, stage: Stage) -> list[str]:
+    """What runs the body: the stage's or the site's container and interpreter, else our own.
+
+    Advance calls sbatch and writes our interpreter into the next jobs' scripts, so it stays outside of the site's
+    container, where there is no Slurm, unless the config gives it one by name (`stages.advance`).
+    """
+    own = config.stages.get(stage.name) if stage.kind is Kind.CONTROL else None
+    wanted = config.stage(stage.name)
+    if stage.kind is Kind.CONTROL:
+        return [*((own.container if own else None) or ()), str((own.python if own else None) or sys.executable)]
+    return [*(wanted.container or ()), str(wanted.python or sys.executable)]
