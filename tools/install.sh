@@ -8,9 +8,11 @@ if [ "$ACCELERATOR" = auto ]; then
   if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then ACCELERATOR=cuda; else ACCELERATOR=cpu; fi
 fi
 files=(requirements/common.txt "requirements/$ACCELERATOR.txt")
-[ "${1:-}" = dev ] && files+=(requirements/dev.txt)
-stamp="$VENV/.installed-$(cat "${files[@]}" tools/install.sh tools/cpu/*.py setup.cfg | sha256sum | cut -c1-16)"
-[ -e "$stamp" ] && exit 0
+kind=${1:-run}
+[ "$kind" = dev ] && files+=(requirements/dev.txt)
+hash=$(cat requirements/*.txt tools/install.sh tools/cpu/*.py setup.cfg | sha256sum | cut -c1-16)
+# what the tests need includes what a run needs
+for done in "$VENV/.installed-dev-$hash" "$VENV/.installed-$kind-$hash"; do [ -e "$done" ] && exit 0; done
 
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "hpc_rl needs Python 3.11 or newer: make install PYTHON=/path/to/python3.11" >&2; exit 1; }
 echo "installing into $VENV for $ACCELERATOR (minutes, about 3 GB for cpu and 10 GB for cuda) ..."
@@ -25,5 +27,5 @@ if [ "$ACCELERATOR" = cpu ]; then
   "$VENV/bin/python" -m pip show -q vllm >/dev/null 2>&1 || "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-deps ./tools/cpu/vllm_alias
 fi
 "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-deps --editable .
-rm -f "$VENV"/.installed-*; touch "$stamp"
+rm -f "$VENV"/.installed-*; touch "$VENV/.installed-$kind-$hash"
 echo "installed."
