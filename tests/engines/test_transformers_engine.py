@@ -107,7 +107,8 @@ def test_a_prompt_may_have_several_images_or_none(engine: TransformersEngine) ->
     none = Request(Prompt.of(TEXT), 1)
     batch = engine.generate([several, turned, several], SAMPLING)
     assert batch[0].token_ids == batch[2].token_ids
-    assert batch[0].logprobs == pytest.approx(batch[2].logprobs, abs=1e-5)  # rows of a batch may differ in the last bits
+    # rows of one batch may differ in the last bits
+    assert batch[0].logprobs == pytest.approx(batch[2].logprobs, abs=1e-5)
     assert batch[0].logprobs != pytest.approx(batch[1].logprobs, abs=1e-4)
     assert len(engine.generate([none], SAMPLING)[0].token_ids) > 0
 
