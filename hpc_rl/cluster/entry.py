@@ -168,6 +168,7 @@ class Runner:
 
     def _run_body(self, log: BinaryIO, environment: dict[str, str]) -> int:
         """One life of the body; its exit code, or 127 as in a shell when there is no such program."""
+        self.process = None  # the process group of an earlier life is none of ours any more
         try:
             self.process = subprocess.Popen(
                 self.spec.body,

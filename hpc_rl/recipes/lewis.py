@@ -30,15 +30,11 @@ def resolve(config: LewisConfig) -> LewisConfig:
 
         found = scenes.categories()
     else:
-        found = _categories_in(data.image_root)
+        from hpc_rl.data.image_folder import list_categories
+
+        assert data.image_root is not None, "the config has either scenes or an image_root"
+        found = list_categories(Path(data.image_root))
     return config.model_copy(update={"data": data.model_copy(update={"categories": tuple(found)})})
-
-
-def _categories_in(image_root: Path | None) -> list[str]:
-    """Names of the category folders under `<image_root>/<split>/`, sorted."""
-    assert image_root is not None, "the config has either scenes or an image_root"
-    splits = [folder for folder in Path(image_root).iterdir() if folder.is_dir()]
-    return sorted({category.name for split in splits for category in split.iterdir() if category.is_dir()})
 
 
 def stages(config: LewisConfig, round: int) -> Iterable[Stage]:
