@@ -55,8 +55,8 @@ def evaluate(job: Job, shard: Shard) -> None:
     """Describe, ask, count; write the files, commit, and tell TensorBoard."""
     from hpc_rl.data.lewis import image_root, read_rows
     from hpc_rl.engines.opening import open_engine
+    from hpc_rl.engines.weights import speaker_weights
     from hpc_rl.grading import predictions
-    from hpc_rl.recipes.lewis import speaker_weights
     from hpc_rl.services.client import ListenerClient
 
     config = job.config

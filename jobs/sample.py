@@ -32,7 +32,7 @@ class _Speaker:
     def __init__(self, job: Job, config: LewisConfig) -> None:
         from hpc_rl.data.lewis import image_root, read_rows, rows_of_round
         from hpc_rl.engines.opening import open_engine
-        from hpc_rl.recipes.lewis import speaker_weights
+        from hpc_rl.engines.weights import speaker_weights
 
         self.job, self.config = job, config
         self.root = image_root(job.ws, config.data.image_root)

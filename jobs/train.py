@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, leaving: Any) -> None:
     """Train this round's speaker and, on rank 0, commit it."""
     from hpc_rl.data.lewis import image_root, read_rows
+    from hpc_rl.engines.weights import speaker_weights
     from hpc_rl.grading.predictions import append
-    from hpc_rl.recipes.lewis import speaker_weights
     from hpc_rl.training import rollouts, stored
     from hpc_rl.training.distributed import broadcast_object
     from hpc_rl.training.one_round import Places, RoundTraining, Start

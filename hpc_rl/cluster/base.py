@@ -41,6 +41,7 @@ class JobRequest:
         What the job runs; `spec.name` is the job's name, unique to the submission.
     after_end, after_start
         Ids of jobs that must have ended (however) or started before this one starts: afterany and after, sbatch(1).
+        Of an array that is to have started its first element, `18_0`: `after:18` would wait for all of them.
     code
         Folder of the code snapshot that the job imports.
     """

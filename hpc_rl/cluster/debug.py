@@ -1,6 +1,7 @@
 """The debug executor: every job body is a function call in this very process, one after the other, with pdb at hand.
 
-Services run in threads beside it. Arrays run as one task, multi-node stages as one rank; the log says so.
+Services run in threads beside it. Arrays run as one task, services as one replica, multi-node stages as one rank; the
+log says so.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ class DebugExecutor:
         ranks = request.resources.nodes * request.resources.ranks_per_node
         if ranks > 1:
             print(f"[debug] {spec.stage}: one rank here instead of {ranks}", flush=True)
+        if request.resources.tasks > 1:
+            what = "replica" if request.kind is Kind.SERVICE else "task"
+            print(f"[debug] {spec.stage}: one {what} here instead of {request.resources.tasks}", flush=True)
         module, arguments = _body(spec.body)
         os.environ.update(
             {

@@ -69,22 +69,24 @@ def ask(command: Sequence[str], patience_s: float = 60.0) -> str:
 
 
 def queued_jobs(names: Sequence[str]) -> list[Queued]:
-    """What is in the queue under these job names: one squeue, one line per array element that has its own state.
+    """What is in the queue under these job names, whoever asks: one squeue, a line per array element with its own state.
 
-    Waiting elements of an array come as one line; completed jobs are left out.
+    Waiting elements of an array come as one line; completed jobs are left out. The components of a heterogeneous job,
+    `12+0` and `12+1`, have names of their own and the id of their job, `12`.
     """
     if not names:
         return []
-    wanted = set(names)
-    # %F array job id (or job id), %K array index or range, %T state, %r reason, %N nodes, %j name: squeue(1)
-    output = ask(["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%F|%K|%T|%r|%N|%j"])
+    # %i job id, %T state, %r reason, %N nodes, %j name: squeue(1)
+    output = ask(["squeue", "--noheader", f"--name={','.join(names)}", "--format=%i|%T|%r|%N|%j"])
     found = []
     for line in output.splitlines():
-        parts = line.strip().split("|", 5)
-        if len(parts) == 6 and parts[5] in wanted:
-            job, element, state, reason, node, name = parts
-            job_id, tasks = (job, 1) if element == "N/A" else (f"{job}_{element}", count_elements(element))
-            found.append(Queued(name, job_id, state, reason, node, tasks))
+        parts = line.strip().split("|", 4)
+        if len(parts) == 5:
+            job_id, state, reason, node, name = parts
+            job, _, element = job_id.partition("+")[0].replace("[", "").replace("]", "").partition("_")
+            found.append(
+                Queued(name, f"{job}_{element}" if element else job, state, reason, node, count_elements(element))
+            )
     return found
 
 

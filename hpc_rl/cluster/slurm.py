@@ -106,7 +106,7 @@ class SlurmExecutor:
 
     def _chunks(self, request: JobRequest, ask: bool = True) -> list[int | None]:
         tasks = request.resources.tasks
-        if request.kind is not Kind.ARRAY or tasks == 1:
+        if tasks == 1:
             return [None]
         limit = self.array_limit if ask or self._array_limit is not None else 1000
         return [min(limit, tasks - first) for first in range(0, tasks, limit)]

@@ -11,7 +11,6 @@ from hpc_rl.config.base import Fault, FilePath, Fraction, ModelPath, NonNegative
 from hpc_rl.config.modeling import ListenerConfig, SpeakerConfig
 from hpc_rl.config.phases import EvaluateConfig, SampleConfig, TrainConfig
 from hpc_rl.config.schema import Config
-from hpc_rl.config.services import ServicesConfig
 
 SPEAKER_PROBLEM = (
     "Describe the main subject of this image so that it can be told apart from similar ones. "
@@ -146,8 +145,6 @@ class LewisConfig(Config):
     """The games."""
     sample: SampleConfig = SampleConfig.model_construct()
     """Sampling descriptions."""
-    services: ServicesConfig = ServicesConfig.model_construct()
-    """The listener service."""
     rewards: RewardsConfig = RewardsConfig.model_construct()
     """The reward's parts and weights."""
     train: TrainConfig = TrainConfig.model_construct()

@@ -21,6 +21,7 @@ from hpc_rl.config.base import (
     Section,
     raise_faults,
 )
+from hpc_rl.config.services import ServicesConfig
 
 SIGNAL_EARLY_S = 60
 """Slurm may send the signal of `--signal` this much earlier than asked (sbatch(1), "--signal")."""
@@ -208,6 +209,8 @@ class Config(Section):
     """The local executor."""
     stages: dict[str, StageConfig] = Field(default_factory=dict)
     """Resources by stage name. A service's name has a dot: `grade.listener` serves `grade`."""
+    services: ServicesConfig = ServicesConfig.model_construct()
+    """Servers that jobs ask, and those that can be served by hand."""
     logging: LoggingConfig = LoggingConfig.model_construct()
     """Logs."""
 

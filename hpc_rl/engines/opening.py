@@ -29,7 +29,7 @@ def open_engine(
     kind
         `sample.engine` or `evaluate.engine`. One that cannot be loaded is an error: the other does not step in.
     base, adapter, weights_hash
-        The weights (`hpc_rl.recipes.lewis.speaker_weights`).
+        The weights (`hpc_rl.engines.weights.speaker_weights`).
     """
     if kind == "transformers":
         from hpc_rl.engines.transformers_engine import TransformersEngine

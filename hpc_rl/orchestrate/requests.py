@@ -19,8 +19,11 @@ def submission_name(config: Config, stage: Stage, number: int) -> str:
 
 
 def task_count(config: Config, stage: Stage) -> int:
-    """Array elements of a stage: never more than it has shards."""
-    return min(config.stage(stage.name).tasks, stage.shards) if stage.kind is Kind.ARRAY else 1
+    """Array elements of a stage: the tasks that share its shards, never more than there are; a service's replicas."""
+    tasks = config.stage(stage.name).tasks
+    if stage.kind is Kind.SERVICE:
+        return tasks
+    return min(tasks, stage.shards) if stage.kind is Kind.ARRAY else 1
 
 
 def build_request(

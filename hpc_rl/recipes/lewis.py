@@ -10,14 +10,11 @@ grade, evaluate and a live train ask a listener service of their own, which is u
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
 from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.orchestrate.graph import Kind, Stage, StageId
-from hpc_rl.run import manifest
-from hpc_rl.run.workspace import Workspace
 
 
 def resolve(config: LewisConfig) -> LewisConfig:
@@ -79,25 +76,3 @@ def _with_listener(config: LewisConfig, stage: Stage) -> Iterable[Stage]:
     listener = StageId(stage.round, f"{stage.name}.listener")
     yield Stage(listener, "jobs.serve", Kind.SERVICE, needs=stage.needs, shards=0, serves=(stage.id,))
     yield Stage(stage.id, stage.job, stage.kind, stage.needs, stage.shards, uses=(listener,))
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights of a role: a base model and, with LoRA, an adapter on top. `hash` tells them apart from any others."""
-
-    base: str
-    adapter: Path | None
-    hash: str
-
-
-def speaker_weights(ws: Workspace, config: LewisConfig, round: int) -> Weights:
-    """The speaker after `round` rounds, as the manifest of its training names it; round 0: the model to start from."""
-    base = str(config.speaker.path)
-    if round == 0:
-        from hpc_rl.training.checkpoints import weights_hash  # not on the login node
-
-        return Weights(base, None, weights_hash(Path(base)))
-    made = manifest.read(ws, round, "train", 0)
-    folder = ws.checkpoint_dir("speaker", round)
-    digest = str(made.made_from["weights_out"])
-    return Weights(str(folder), None, digest) if config.speaker.lora is None else Weights(base, folder, digest)

@@ -150,13 +150,15 @@ class Batcher(Generic[Item, Result]):
             if request.future.cancelled():
                 self._drop(request)
 
-    def close(self) -> None:
-        """Refuse new requests, finish what waits, and end the workers."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Refuse new requests, finish what waits, and end the workers; False when they did not end in time. Seconds."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join()
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _give_up(self, request: _Request[Result], waited_s: float) -> None:
         with self._changed:

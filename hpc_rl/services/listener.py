@@ -13,17 +13,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.config.schema import Config
+from hpc_rl.config.services import ListenerServiceConfig
+from hpc_rl.data.lewis import image_root
 from hpc_rl.grading.lewis import decide
-from hpc_rl.services.batching import Batcher, ModelFailed, Overloaded
+from hpc_rl.run.workspace import Workspace
+from hpc_rl.services.frame import REFUSALS, Desk, Service, new_app
 from hpc_rl.services.images import MAX_PATH_CHARACTERS
 from hpc_rl.services.scorer import Pair, Scorer, Unscorable
-from hpc_rl.services.server import RETRY_AFTER_S
 
 MAX_CANDIDATES = 256
 MAX_QUESTION_CHARACTERS = 20_000
@@ -83,57 +87,59 @@ class BatchAnswer(BaseModel):
     """Seconds, the wait for a turn included."""
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "the body is no JSON"},
-    401: {"description": "no token, or the wrong one"},
-    413: {"description": "the body or the batch is too large: send fewer items at once"},
-    422: {"description": "the body is not as documented, or (/score) the game cannot be scored"},
-    500: {"description": "the model failed"},
-    503: {"description": "busy or leaving: try again after Retry-After, or ask another replica"},
-}
-ListenerBatcher = Batcher[Pair, "float | Unscorable"]
+ListenerDesk = Desk[Pair, "float | Unscorable"]
 
 
-def create_app(batcher: ListenerBatcher, *, max_pairs: int, acquire_timeout_s: float) -> FastAPI:
-    """The listener's routes; `hpc_rl.services.server` puts its guard around them.
+def open_service(ws: Workspace, config: Config, round: int, options: ListenerServiceConfig) -> Service:
+    """The run's listener; the same in every round."""
+    from hpc_rl.engines.weights import weights_hash
+    from hpc_rl.engines.yes_no import YesNoModel
+    from hpc_rl.services.images import ImageRoots
 
-    Parameters
-    ----------
-    batcher
-        Runs a `Scorer`.
-    max_pairs
-        Most image–question pairs in one request.
-    acquire_timeout_s
-        Longest wait of a request for its turn (INFERENCE_ACQUIRE_TIMEOUT).
-    """
-    app = FastAPI(title="hpc_rl listener", version="1")
+    assert isinstance(config, LewisConfig)
+    judge = config.listener
+    model = YesNoModel(
+        judge.path,
+        dtype=judge.dtype,
+        attention=judge.attn_implementation,
+        min_pixels=judge.min_pixels,
+        max_pixels=judge.max_pixels,
+    )
+    scorer = Scorer(model, ImageRoots([image_root(ws, config.data.image_root)]))
+    return service_of(scorer, options, weights_hash(Path(judge.path)), {"model": judge.path})
 
-    async def answer(batch: Sequence[ScoreBody]) -> list[TopAnswer | ScoreAnswer | ErrorAnswer]:
+
+def service_of(
+    scorer: Scorer, options: ListenerServiceConfig, weights_hash: str = "", about: Mapping[str, Any] | None = None
+) -> Service:
+    """The service around a scorer."""
+    desk: ListenerDesk = Desk(scorer, options)
+    app = create_app(desk)
+    return Service("listener", app, desk.batcher, weights_hash, about or {}, lambda: figures(scorer), scorer.close)
+
+
+def create_app(desk: ListenerDesk) -> FastAPI:
+    """The listener's routes."""
+    app = new_app("listener")
+
+    async def answer(request: Request, batch: Sequence[ScoreBody]) -> list[TopAnswer | ScoreAnswer | ErrorAnswer]:
         pairs = [Pair(path, body.question) for body in batch for path in body.candidate_paths]
-        if len(pairs) > max_pairs:
-            raise HTTPException(413, f"{len(pairs)} image-question pairs in one request; at most {max_pairs}")
-        try:
-            scores = await batcher.submit(pairs, acquire_timeout_s)
-        except Overloaded as error:
-            raise HTTPException(503, f"busy: {error}", headers={"Retry-After": str(RETRY_AFTER_S)}) from error
-        except ModelFailed as error:
-            raise HTTPException(500, f"the model failed: {error}") from error
-        rest = iter(scores)
+        rest = iter(await desk.ask(request, pairs))
         return [_answer(body, [next(rest) for _ in body.candidate_paths]) for body in batch]
 
     @app.post("/score", responses=REFUSALS)
-    async def score(body: ScoreBody) -> TopAnswer | ScoreAnswer:
+    async def score(request: Request, body: ScoreBody) -> TopAnswer | ScoreAnswer:
         """Score one game."""
-        (result,) = await answer([body])
+        (result,) = await answer(request, [body])
         if isinstance(result, ErrorAnswer):
             raise HTTPException(422, result.error)
         return result
 
     @app.post("/batch_score", responses=REFUSALS)
-    async def batch_score(body: BatchBody) -> BatchAnswer:
+    async def batch_score(request: Request, body: BatchBody) -> BatchAnswer:
         """Score many games; an item that cannot be scored has an error in its place."""
         started = time.perf_counter()
-        results = await answer(body.batch)
+        results = await answer(request, body.batch)
         return BatchAnswer(results=results, took=round(time.perf_counter() - started, 6))
 
     return app
@@ -151,10 +157,8 @@ def _answer(body: ScoreBody, scores: Sequence[float | Unscorable]) -> TopAnswer 
     return TopAnswer(yes_probabilities=said, predicted_index=decide(numbers), top_indices=order[: body.topk])
 
 
-def describe(batcher: ListenerBatcher, scorer: Scorer, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What `/health` tells those who have the token."""
-    counters = {name: round(value, 3) for name, value in asdict(batcher.counters).items()}
+def figures(scorer: Scorer) -> dict[str, Any]:
+    """What `/health` tells of the scorer's caches."""
     cache = {"hits": scorer.cache.hits, "misses": scorer.cache.misses}
     answers = {"hits": scorer.answers.hits, "misses": scorer.answers.misses, "kept": len(scorer.answers)}
-    caches = {"image_cache": cache, "answer_cache": answers}
-    return {**about, "waiting_pairs": batcher.waiting, "counters": counters, **caches}
+    return {"image_cache": cache, "answer_cache": answers}

@@ -25,7 +25,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
-BODY_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 
@@ -43,7 +42,7 @@ class Limits:
     """
 
     max_body_bytes: int
-    body_timeout_s: float = BODY_TIMEOUT_S
+    body_timeout_s: float
 
 
 class _Refused(Exception):

@@ -11,19 +11,25 @@ cannot be described has `{"error": …}` in place of its result and costs the ot
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 from fastapi import FastAPI, HTTPException
+from fastapi import Request as HttpRequest
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.config.schema import Config
+from hpc_rl.config.services import SpeakerServiceConfig
+from hpc_rl.data.lewis import image_root
 from hpc_rl.engines.base import Engine, Prompt, Request, Sampling
 from hpc_rl.grading.lewis import parse, thinking
-from hpc_rl.services.batching import Batcher, ModelFailed, Overloaded
+from hpc_rl.run.seeds import derive
+from hpc_rl.run.workspace import Workspace
+from hpc_rl.services.frame import REFUSALS, CannotServe, Desk, Service, new_app
 from hpc_rl.services.images import MAX_PATH_CHARACTERS, ImageRefused, ImageRoots
-from hpc_rl.services.server import RETRY_AFTER_S
 
 
 @dataclass(frozen=True)
@@ -129,55 +135,67 @@ class BatchAnswer(BaseModel):
     """Seconds, the wait for a turn included."""
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "the body is no JSON"},
-    401: {"description": "no token, or the wrong one"},
-    413: {"description": "the body or the batch is too large: send fewer items at once"},
-    422: {"description": "the body is not as documented, or (/describe) the image cannot be described"},
-    500: {"description": "the model failed"},
-    503: {"description": "busy or leaving: try again after Retry-After, or ask another replica"},
-}
-SpeakerBatcher = Batcher[str, "str | Undescribed"]
+SpeakerDesk = Desk[str, "str | Undescribed"]
 
 
-def create_app(batcher: SpeakerBatcher, *, max_images: int, acquire_timeout_s: float) -> FastAPI:
-    """The speaker's routes; `hpc_rl.services.server` puts its guard around them.
+def open_service(ws: Workspace, config: Config, round: int, options: SpeakerServiceConfig) -> Service:
+    """The speaker after `round`, with the settings of `sample`, greedy unless `evaluate.temperature` says not.
 
-    Parameters
-    ----------
-    batcher
-        Runs a `Describer`, in one worker.
-    max_images
-        Most images in one request.
-    acquire_timeout_s
-        Longest wait of a request for its turn (INFERENCE_ACQUIRE_TIMEOUT).
+    Raises
+    ------
+    CannotServe
+        When that round's training is not done.
     """
-    app = FastAPI(title="hpc_rl speaker", version="1")
+    from hpc_rl.engines.opening import open_engine
+    from hpc_rl.engines.weights import speaker_weights
 
-    async def answer(batch: Sequence[DescribeBody]) -> list[DescribeAnswer | ErrorAnswer]:
-        if len(batch) > max_images:
-            raise HTTPException(413, f"{len(batch)} images in one request; at most {max_images}")
-        try:
-            said = await batcher.submit([body.image_path for body in batch], acquire_timeout_s)
-        except Overloaded as error:
-            raise HTTPException(503, f"busy: {error}", headers={"Retry-After": str(RETRY_AFTER_S)}) from error
-        except ModelFailed as error:
-            raise HTTPException(500, f"the model failed: {error}") from error
-        return [_answer(text) for text in said]
+    assert isinstance(config, LewisConfig)
+    try:
+        weights = speaker_weights(ws, config, round)
+    except FileNotFoundError:
+        raise CannotServe(
+            f"round {round} train of {ws.root} is not done: there are no weights yet. --round 0 serves the base model"
+        ) from None
+    engine = open_engine(
+        config.sample.engine,
+        config.speaker,
+        config.sample,
+        base=weights.base,
+        adapter=weights.adapter,
+        weights_hash=weights.hash,
+    )
+    describer = Describer(
+        engine,
+        ImageRoots([image_root(ws, config.data.image_root)]),
+        problem=config.data.speaker_problem,
+        sampling=Sampling(config.evaluate.temperature, config.sample.max_tokens),
+        seed_of=lambda path: derive(config.run.seed, round, "describe", path),
+    )
+    desk: SpeakerDesk = Desk(describer, options, workers=1)
+    about = {"model": config.speaker.path, "round": round, "engine": config.sample.engine}
+    return Service("speaker", create_app(desk), desk.batcher, weights.hash, about)
+
+
+def create_app(desk: SpeakerDesk) -> FastAPI:
+    """The speaker's routes."""
+    app = new_app("speaker")
+
+    async def answer(request: HttpRequest, batch: Sequence[DescribeBody]) -> list[DescribeAnswer | ErrorAnswer]:
+        return [_answer(text) for text in await desk.ask(request, [body.image_path for body in batch])]
 
     @app.post("/describe", responses=REFUSALS)
-    async def describe_one(body: DescribeBody) -> DescribeAnswer:
+    async def describe_one(request: HttpRequest, body: DescribeBody) -> DescribeAnswer:
         """Describe one image."""
-        (result,) = await answer([body])
+        (result,) = await answer(request, [body])
         if isinstance(result, ErrorAnswer):
             raise HTTPException(422, result.error)
         return result
 
     @app.post("/batch_describe", responses=REFUSALS)
-    async def batch_describe(body: BatchBody) -> BatchAnswer:
+    async def batch_describe(request: HttpRequest, body: BatchBody) -> BatchAnswer:
         """Describe many images; one that cannot be described has an error in its place."""
         started = time.perf_counter()
-        results = await answer(body.batch)
+        results = await answer(request, body.batch)
         return BatchAnswer(results=results, took=round(time.perf_counter() - started, 6))
 
     return app
@@ -189,9 +207,3 @@ def _answer(said: str | Undescribed) -> DescribeAnswer | ErrorAnswer:
     found = parse(said)
     coarse, detailed = (found.coarse, found.detailed) if found else ("", "")
     return DescribeAnswer(thinking=thinking(said), coarse=coarse, detailed=detailed, text=said)
-
-
-def describe(batcher: SpeakerBatcher, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What `/health` tells those who have the token."""
-    counters = {name: round(value, 3) for name, value in asdict(batcher.counters).items()}
-    return {**about, "waiting_images": batcher.waiting, "counters": counters}

@@ -10,44 +10,21 @@ if it and all its files belong to this user and nobody else may write to them. W
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
 import stat
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_rl.run import atomic, manifest
+from hpc_rl.run import atomic
 
 log = logging.getLogger(__name__)
 
 COMPLETE = "COMPLETE.json"
 PICKLED_ARGUMENTS = "training_args.bin"
-
-
-def weights_hash(folder: Path) -> str:
-    """What tells the weights in a Hugging Face folder apart from any others: SHA-256 over its safetensors files.
-
-    Names and contents count, nothing else: a model has one hash wherever it lies. An adapter's does not cover its base.
-
-    Raises
-    ------
-    ValueError
-        When there are no safetensors: other formats are pickles, and not read.
-    """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ValueError(
-            f"{folder} holds no *.safetensors. Save the model as safetensors; pickled weights are not read."
-        )
-    with ThreadPoolExecutor(max_workers=min(8, len(files))) as pool:  # hashing leaves the interpreter lock alone
-        sums = list(pool.map(manifest.sha256_of, files))
-    lines = [f"{file.name} {digest}\n" for file, digest in zip(files, sums, strict=True)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.data.lewis import GameRow
 from hpc_rl.engines.base import banned_ids
 from hpc_rl.engines.loading import load_processor
+from hpc_rl.engines.weights import weights_hash
 from hpc_rl.run.seeds import derive
 from hpc_rl.training import export, policy, settings
-from hpc_rl.training.checkpoints import Checkpoints, sync_files, weights_hash
+from hpc_rl.training.checkpoints import Checkpoints, sync_files
 from hpc_rl.training.distributed import World, barrier, broadcast_object
 from hpc_rl.training.grpo import Grpo
 from hpc_rl.training.leaving import EXIT_TERMINATED, Leaving

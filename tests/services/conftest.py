@@ -15,7 +15,6 @@ from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.engines.yes_no import YesNoModel
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services import handoff, listener
-from hpc_rl.services.batching import Batcher
 from hpc_rl.services.hosting import Hosted, host
 from hpc_rl.services.images import ImageRoots
 from hpc_rl.services.scorer import Scorer
@@ -82,25 +81,12 @@ class Lab:
         """One more replica of the listener."""
         settings = self.config(**options).services.listener
         scorer = Scorer(model or self.model, ImageRoots([self.pictures]))
-        batcher: listener.ListenerBatcher = Batcher(
-            scorer,
-            batch_size=settings.batch_size,
-            batch_wait_s=settings.batch_wait_ms / 1000,
-            max_waiting=settings.max_queue_pairs,
-            workers=settings.inference_concurrency,
-        )
-        app = listener.create_app(
-            batcher, max_pairs=settings.max_queue_pairs, acquire_timeout_s=settings.acquire_timeout_s
-        )
         self.hosted.append(
             host(
-                app,
-                batcher,
-                service="listener",
+                listener.service_of(scorer, settings),
                 folder=self.ws.service_dir("listener"),
                 address=handoff.Address("127.0.0.1", "127.0.0.1"),
                 options=settings,
-                details=lambda: listener.describe(batcher, scorer, {"service": "listener"}),
                 environ={"HPC_RL_JOB_ID": replica},
             )
         )
@@ -117,7 +103,6 @@ def lab(tmp_path: Path, model: YesNoModel, pictures: Path) -> Iterator[Lab]:
     yield made
     for hosted in made.hosted:
         hosted.leave(0.0)
-        hosted.batcher.close()
 
 
 Serve = Callable[..., Hosted]

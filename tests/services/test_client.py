@@ -54,12 +54,12 @@ def test_what_was_asked_is_not_asked_again_and_the_order_of_candidates_counts(la
     game, turned = ScoreRequest("red?", ("a/0.png", "a/1.png")), ScoreRequest("red?", ("a/1.png", "a/0.png"))
     with client(lab) as listener:
         first, again, other = listener.score([game, game, turned])
-        assert first == again and hosted.batcher.counters.items == 4
+        assert first == again and hosted.service.batcher.counters.items == 4
         assert isinstance(first, ScoreResult) and isinstance(other, ScoreResult)
         assert other.yes_probabilities[::-1] == pytest.approx(first.yes_probabilities, abs=1e-5)
         assert other.predicted_index == 1 - first.predicted_index
         assert listener.score([turned, game]) == [other, first]
-        assert hosted.batcher.counters.items == 4
+        assert hosted.service.batcher.counters.items == 4
 
 
 def test_an_item_that_cannot_be_scored_is_an_error_and_the_others_are_not(lab: Lab) -> None:
@@ -74,7 +74,7 @@ def test_calls_are_spread_over_the_replicas(lab: Lab) -> None:
     replicas = [lab.serve(f"r{i}") for i in range(2)]
     with client(lab, chunk_size=1) as listener:
         listener.score(games(40))
-    assert all(hosted.batcher.counters.requests >= 5 for hosted in replicas)
+    assert all(hosted.service.batcher.counters.requests >= 5 for hosted in replicas)
 
 
 class Broken(YesNoModel):
@@ -101,7 +101,7 @@ def test_a_server_that_fails_is_asked_again_exactly_as_often_as_the_config_says(
     hosted = lab.serve(model=broken)
     with client(lab, max_retries=retries, chunk_size=8) as listener:
         scores = listener.score(games(3))
-    assert hosted.batcher.counters.failed_batches == retries + 1
+    assert hosted.service.batcher.counters.failed_batches == retries + 1
     assert all(isinstance(score, ScoreError) and f"tried {retries + 1} times" in score.message for score in scores)
 
 
@@ -173,7 +173,7 @@ def test_another_replica_takes_over_from_one_that_is_killed_in_the_middle_of_a_c
         kill(dying)
         scores = answer.result(30)
     assert_same(scores, expected)
-    assert heir.batcher.counters.items > 0
+    assert heir.service.batcher.counters.items > 0
 
 
 def test_a_server_that_must_stop_at_once_sends_its_clients_to_another_one(lab: Lab, slow: Any) -> None:
@@ -223,16 +223,16 @@ def test_when_the_deadline_passes_there_is_an_exception_and_no_score(lab: Lab) -
 
 
 def test_a_busy_server_is_asked_again_later_and_that_costs_no_retry(lab: Lab, slow: Any) -> None:
-    hosted = lab.serve(model=slow, batch_size=3, max_queue_pairs=3)
+    hosted = lab.serve(model=slow, batch_size=3, max_queue_items=3, max_client_items=3)
     with client(lab, chunk_size=1, max_retries=0) as listener, ThreadPoolExecutor(1) as background:
         answer = background.submit(listener.score, games(6))
-        until(lambda: hosted.batcher.counters.refused >= 1)
+        until(lambda: hosted.service.batcher.counters.refused >= 1)
         slow.release.set()
         assert all(isinstance(score, ScoreResult) for score in answer.result(30))
 
 
 def test_a_chunk_that_is_too_large_for_the_server_is_cut(lab: Lab) -> None:
-    lab.serve(max_queue_pairs=6)
+    lab.serve(max_queue_items=6)
     with client(lab, chunk_size=32) as listener:
         scores = listener.score(games(16))
     assert all(isinstance(score, ScoreResult) for score in scores)

@@ -236,29 +236,29 @@ def test_requests_of_different_clients_are_merged_into_one_model_batch(lab: Lab,
     games = [{"candidate_paths": PATHS[:3], "question": f"red {i}?"} for i in range(9)]
     with ThreadPoolExecutor(9) as clients:
         answers = [clients.submit(ask, lab, "/score", games[0])]
-        until(lambda: hosted.batcher.counters.requests == 1 and hosted.batcher.waiting == 0)
+        until(lambda: hosted.service.batcher.counters.requests == 1 and hosted.service.batcher.waiting == 0)
         answers += [clients.submit(ask, lab, "/score", game) for game in games[1:]]
-        until(lambda: hosted.batcher.waiting == 24)
+        until(lambda: hosted.service.batcher.waiting == 24)
         slow.release.set()
         said = [answer.result().json() for answer in answers]
-    assert hosted.batcher.counters.batches == 2 and hosted.batcher.counters.largest_batch == 24
+    assert hosted.service.batcher.counters.batches == 2 and hosted.service.batcher.counters.largest_batch == 24
     for game, answer in zip(games, said, strict=True):
         alone = ask(lab, "/score", game).json()
         assert answer["yes_probabilities"] == pytest.approx(alone["yes_probabilities"], abs=1e-5)
 
 
 def test_a_full_queue_refuses_with_retry_after_and_health_stays_quick(lab: Lab, slow: Slow) -> None:
-    hosted = lab.serve(model=slow, batch_size=2, max_queue_pairs=4)
+    hosted = lab.serve(model=slow, batch_size=2, max_queue_items=4)
     game = {"candidate_paths": PATHS[:2], "question": "red?"}
     with ThreadPoolExecutor(3) as clients:
         waiting = [clients.submit(ask, lab, "/score", game)]
-        until(lambda: hosted.batcher.counters.requests == 1 and hosted.batcher.waiting == 0)
+        until(lambda: hosted.service.batcher.counters.requests == 1 and hosted.service.batcher.waiting == 0)
         waiting += [clients.submit(ask, lab, "/score", game) for _ in range(2)]
-        until(lambda: hosted.batcher.waiting == 4)
+        until(lambda: hosted.service.batcher.waiting == 4)
         refused = ask(lab, "/score", game)
         assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
         started = time.monotonic()
-        assert health(lab, hosted.publication.endpoint.url)["waiting_pairs"] == 4
+        assert health(lab, hosted.publication.endpoint.url)["waiting_items"] == 4
         assert time.monotonic() - started < 1
         slow.release.set()
         assert [answer.result().status_code for answer in waiting] == [200, 200, 200]
@@ -269,10 +269,10 @@ def test_a_request_that_gets_no_turn_in_time_is_refused(lab: Lab, slow: Slow) ->
     game = {"candidate_paths": PATHS[:2], "question": "red?"}
     with ThreadPoolExecutor(2) as clients:
         first = clients.submit(ask, lab, "/score", game)
-        until(lambda: hosted.batcher.counters.requests == 1 and hosted.batcher.waiting == 0)
+        until(lambda: hosted.service.batcher.counters.requests == 1 and hosted.service.batcher.waiting == 0)
         second = ask(lab, "/score", game)
         assert second.status_code == 503 and "no turn within 0.3 s" in second.json()["detail"]
-        assert hosted.batcher.waiting == 0
+        assert hosted.service.batcher.waiting == 0
         slow.release.set()
         assert first.result().status_code == 200
 
@@ -289,11 +289,11 @@ def test_a_model_that_fails_is_a_server_error_and_counted(lab: Lab, listener_fol
     for _ in range(2):
         answer = ask(lab, "/score", {"candidate_paths": PATHS[:1], "question": "red?"})
         assert answer.status_code == 500 and "a kernel did not launch" in answer.json()["detail"]
-    assert hosted.batcher.counters.failed_in_a_row == 2
+    assert hosted.service.batcher.counters.failed_in_a_row == 2
 
 
 def test_limits_on_bodies_items_and_slow_senders(lab: Lab) -> None:
-    hosted = lab.serve(max_body_bytes=10_000, max_queue_pairs=20)
+    hosted = lab.serve(max_body_bytes=10_000, max_queue_items=20)
     game = {"candidate_paths": PATHS[:1], "question": "red?"}
     assert ask(lab, "/batch_score", {"batch": [game] * 21}).status_code == 413
     assert ask(lab, "/batch_score", {"batch": [{**game, "question": "x" * 11_000}]}).status_code == 413
@@ -318,7 +318,7 @@ def test_draining_turns_new_requests_away_and_answers_those_in_flight(lab: Lab, 
     game = {"candidate_paths": PATHS[:2], "question": "red?"}
     with ThreadPoolExecutor(2) as clients:
         first = clients.submit(ask, lab, "/score", game)
-        until(lambda: hosted.batcher.counters.requests == 1)
+        until(lambda: hosted.service.batcher.counters.requests == 1)
         leaving = clients.submit(hosted.leave, 20)
         until(lambda: hosted.server.guard.draining)
         refused = ask(lab, "/score", game)

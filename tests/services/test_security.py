@@ -44,7 +44,7 @@ def test_health_tells_strangers_that_it_lives_and_who_it_is_and_no_more(lab: Lab
     with httpx.Client(trust_env=False) as http:
         assert http.get(f"{endpoint.url}/health").json() == {"status": "ok", "nonce": endpoint.nonce}
         headers = {"Authorization": f"Bearer {lab.token}"}
-        assert {"service", "waiting_pairs", "counters"} <= set(
+        assert {"service", "waiting_items", "counters"} <= set(
             http.get(f"{endpoint.url}/health", headers=headers).json()
         )
 

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hpc_rl import config as configs
+from hpc_rl.engines.weights import weights_hash
 from hpc_rl.orchestrate.job import Job, Shard, load
 from hpc_rl.orchestrate.start import open_run
 from hpc_rl.run import atomic, manifest
 from hpc_rl.training import checkpoints, export
-from hpc_rl.training.checkpoints import COMPLETE, Checkpoints, untrusted, weights_hash
+from hpc_rl.training.checkpoints import COMPLETE, Checkpoints, untrusted
 
 
 def made(folder: Path, token: str = "a", fingerprint: str = "f") -> Checkpoints:

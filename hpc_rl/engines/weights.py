@@ -1,0 +1,53 @@
+"""Which weights a role has after a round, and the hash that tells them apart from any others."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.run import manifest
+from hpc_rl.run.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of a role: a base model and, with LoRA, an adapter on top. `hash` tells them apart from any others."""
+
+    base: str
+    adapter: Path | None
+    hash: str
+
+
+def speaker_weights(ws: Workspace, config: LewisConfig, round: int) -> Weights:
+    """The speaker after `round` rounds, as the manifest of its training names it; round 0: the model to start from."""
+    base = str(config.speaker.path)
+    if round == 0:
+        return Weights(base, None, weights_hash(Path(base)))
+    made = manifest.read(ws, round, "train", 0)
+    folder = ws.checkpoint_dir("speaker", round)
+    digest = str(made.made_from["weights_out"])
+    return Weights(str(folder), None, digest) if config.speaker.lora is None else Weights(base, folder, digest)
+
+
+def weights_hash(folder: Path) -> str:
+    """What tells the weights in a Hugging Face folder apart from any others: SHA-256 over its safetensors files.
+
+    Names and contents count, nothing else: a model has one hash wherever it lies. An adapter's does not cover its base.
+
+    Raises
+    ------
+    ValueError
+        When there are no safetensors: other formats are pickles, and not read.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{folder} holds no *.safetensors. Save the model as safetensors; pickled weights are not read."
+        )
+    with ThreadPoolExecutor(max_workers=min(8, len(files))) as pool:  # hashing leaves the interpreter lock alone
+        sums = list(pool.map(manifest.sha256_of, files))
+    lines = [f"{file.name} {digest}\n" for file, digest in zip(files, sums, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

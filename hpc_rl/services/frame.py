@@ -1,0 +1,128 @@
+"""What a service brings to the frame, and what the frame gives to its routes.
+
+    server (who may ask, how much) → routes of the service → Desk (items, fairness, refusals) → batcher → model
+
+A service is a page: its routes, its model, and `open_service`, which loads it. The rest is the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Generic, TypeVar
+
+from fastapi import FastAPI, HTTPException, Request
+
+from hpc_rl.config.services import ServiceConfig
+from hpc_rl.services.batching import Batcher, ModelFailed, Overloaded
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+CLIENT_HEADER = "x-client-id"
+RETRY_AFTER_S = 1
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "the body is no JSON"},
+    401: {"description": "no token, or the wrong one"},
+    413: {"description": "the body or the batch is too large: send fewer items at once"},
+    422: {"description": "the body is not as documented, or its only item cannot be answered"},
+    500: {"description": "the model failed"},
+    503: {"description": "busy or leaving: try again after Retry-After, or ask another replica"},
+}
+"""What any route may answer besides its result, for the OpenAPI page."""
+
+
+class CannotServe(ValueError):
+    """A service that cannot be opened as it was asked for; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is served.
+
+    Attributes
+    ----------
+    name
+        `listener`: also its folder in the workspace.
+    app, batcher
+        Its routes, and what runs its model.
+    weights_hash
+        Which weights it serves.
+    about
+        Facts for `/health`: the model's folder, the engine.
+    details
+        Figures of its own, for those who have the token.
+    close
+        Ends its model's threads and processes; called when nobody asks any more.
+    """
+
+    name: str
+    app: FastAPI
+    batcher: Batcher[Any, Any]
+    weights_hash: str
+    about: Mapping[str, Any] = field(default_factory=dict)
+    details: Callable[[], Mapping[str, Any]] = dict
+    close: Callable[[], None] = lambda: None
+
+    def describe(self) -> dict[str, Any]:
+        """What `/health` tells those who have the token."""
+        counters = {name: round(value, 3) for name, value in asdict(self.batcher.counters).items()}
+        return {
+            "service": self.name,
+            **self.about,
+            "weights_hash": self.weights_hash,
+            "waiting_items": self.batcher.waiting,
+            "counters": counters,
+            **self.details(),
+        }
+
+
+def new_app(name: str) -> FastAPI:
+    """An application for a service's routes; `hpc_rl.services.server` puts its guard around it."""
+    return FastAPI(title=f"hpc_rl {name}", version="1")
+
+
+class Desk(Generic[Item, Result]):
+    """Where routes hand in items and get results, or the HTTP error that says why not.
+
+    Parameters
+    ----------
+    run
+        The model: one result per item, in order, never for more than `options.batch_size` items.
+    options
+        Batches, limits, waiting.
+    workers
+        Batches at once; None = `options.inference_concurrency`. Engines that run one batch at a time say 1.
+    """
+
+    def __init__(
+        self, run: Callable[[Sequence[Item]], Sequence[Result]], options: ServiceConfig, workers: int | None = None
+    ) -> None:
+        self._options = options
+        self.batcher: Batcher[Item, Result] = Batcher(
+            run,
+            batch_size=options.batch_size,
+            batch_wait_s=options.batch_wait_ms / 1000,
+            max_waiting=options.max_queue_items,
+            workers=workers or options.inference_concurrency,
+        )
+
+    async def ask(self, request: Request, items: Sequence[Item]) -> list[Result]:
+        """The results of `items`, in order.
+
+        Raises
+        ------
+        HTTPException
+            413 for more items than one request may have, 503 when they have no room or no turn in time, 500 when the
+            model failed.
+        """
+        limit = self._options.request_items
+        if len(items) > limit:
+            raise HTTPException(413, f"{len(items)} items in one request; at most {limit}")
+        try:
+            return await self.batcher.submit(items, self._options.acquire_timeout_s)
+        except Overloaded as error:
+            raise HTTPException(503, f"busy: {error}", headers={"Retry-After": str(RETRY_AFTER_S)}) from error
+        except ModelFailed as error:
+            raise HTTPException(500, f"the model failed: {error}") from error
