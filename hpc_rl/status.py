@@ -40,7 +40,7 @@ class Reader:
             from hpc_rl.cluster import queries
 
             try:
-                found += queries.queued_jobs(on_slurm)
+                found += queries.queued_jobs(on_slurm, owner=self.run.ws.ledger_path.stat().st_uid)
             except ExecutorError as error:
                 self.note = f"Slurm did not answer ({error}); jobs in its queue are not shown"
         if look_at_lease(self.run.ws.lease_folder, DRIVER_LEASE).is_held(self.run.config.run.lease_ttl_s):

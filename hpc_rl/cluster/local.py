@@ -89,7 +89,7 @@ class LocalExecutor:
                 f"Ask for fewer: --set stages.{stage}.gpus_per_node=N --set stages.{stage}.nodes=1"
             )
         job_id = f"local{os.getpid()}.{next(self._numbers)}"
-        tasks = request.resources.tasks if request.kind is Kind.ARRAY else 1
+        tasks = request.resources.tasks
         elements = [f"{job_id}_{n}" for n in range(tasks)] if tasks > 1 else [job_id]
         self._jobs[job_id] = _Job(job_id, request, [_Task(element) for element in elements])
         on_accepted(job_id)
@@ -119,7 +119,7 @@ class LocalExecutor:
     def render(self, request: JobRequest) -> list[str]:
         """The command line of each process, as a shell would take it."""
         ranks = request.resources.nodes * request.resources.ranks_per_node
-        copies = request.resources.tasks if request.kind is Kind.ARRAY else ranks
+        copies = request.resources.tasks * ranks
         return [f"{' '.join(_command(request))}   # × {copies}" if copies > 1 else " ".join(_command(request))]
 
     def poll(self) -> None:
@@ -153,7 +153,7 @@ class LocalExecutor:
 
     def _may_start(self, job: _Job) -> bool:
         def known(ids: Iterable[str]) -> list[_Job]:  # jobs of an earlier launcher are gone: they count as ended
-            return [self._jobs[i] for i in ids if i in self._jobs]
+            return [self._jobs[i] for i in (id.partition("_")[0] for id in ids) if i in self._jobs]
 
         after_end, after_start = known(job.request.after_end), known(job.request.after_start)
         return all(j.ended for j in after_end) and all(j.started for j in after_start)

@@ -68,32 +68,37 @@ def ask(command: Sequence[str], patience_s: float = 60.0) -> str:
         pause_s = min(2 * pause_s, 10.0)
 
 
-def queued_jobs(names: Sequence[str]) -> list[Queued]:
-    """What is in the queue under these job names, whoever asks: one squeue, a line per array element with its own state.
+def queued_jobs(names: Sequence[str], owner: int | None = None) -> list[Queued]:
+    """What is in the queue under these job names: one squeue, one line per array element that has its own state.
 
     Waiting elements of an array come as one line; completed jobs are left out. The components of a heterogeneous job,
     `12+0` and `12+1`, have names of their own and the id of their job, `12`.
+
+    Parameters
+    ----------
+    owner
+        User id of whose jobs they are; None = ours.
     """
     if not names:
         return []
-    # %i job id, %T state, %r reason, %N nodes, %j name: squeue(1)
-    output = ask(["squeue", "--noheader", f"--name={','.join(names)}", "--format=%i|%T|%r|%N|%j"])
+    wanted = set(names)
+    user = os.getuid() if owner is None else owner
+    # %i job id (`18_[0-3]` array elements, `12+1` component), %T state, %r reason, %N nodes, %j name: squeue(1)
+    output = ask(["squeue", "--noheader", f"--user={user}", "--format=%i|%T|%r|%N|%j"])
     found = []
     for line in output.splitlines():
         parts = line.strip().split("|", 4)
-        if len(parts) == 5:
-            job_id, state, reason, node, name = parts
-            job, _, element = job_id.partition("+")[0].replace("[", "").replace("]", "").partition("_")
-            found.append(
-                Queued(name, f"{job}_{element}" if element else job, state, reason, node, count_elements(element))
-            )
+        if len(parts) == 5 and parts[4] in wanted:
+            shown, state, reason, node, name = parts
+            job_id = re.sub(r"\+.*|[\[\]]", "", shown)
+            found.append(Queued(name, job_id, state, reason, node, count_elements(job_id.partition("_")[2])))
     return found
 
 
 def count_elements(indices: str) -> int:
     """Number of elements in an array expression as squeue writes it: `7`, `0-3`, `1,3,5-9:2%4` (sbatch(1), --array)."""
     count = 0
-    for part in indices.partition("%")[0].strip("[]").split(","):
+    for part in indices.partition("%")[0].split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
         if match:
             first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)

@@ -169,7 +169,7 @@ class LewisConfig(Config):
                 what = f"{stage.nodes} nodes × {stage.ranks} ranks; only train runs on several"
                 way_out = "nodes: 1 and ranks_per_node: 1; more tasks where the stage is an array"
                 yield Fault(("stages", name), what, "one process per job", way_out)
-            if stage.tasks > 1 and name not in self.array_stages:
+            if stage.tasks > 1 and "." not in name and name not in self.array_stages:
                 yield Fault(("stages", name, "tasks"), f"{stage.tasks}, but {name} is one job", "1")
         group = self.sample.samples_per_prompt
         if self.train_batch_size % group:

@@ -183,6 +183,8 @@ def _carry_out(
         ids.setdefault(job.name, [])
         if (job_id := job.job_id.partition("_")[0]) not in ids[job.name]:
             ids[job.name].append(job_id)
+    running = {job.name for job in view.queue if not job.is_waiting}
+    arrays = {job.name for job in view.queue if "_" in job.job_id}
     names: dict[StageId, str] = {}
     if decision.status == "stopped" and not view.history.stopped:
         ledger.append("stopped", why=decision.reason)
@@ -206,6 +208,8 @@ def _carry_out(
                 return [names[a] if isinstance(a, StageId) else a for a in after]
 
             after_end, after_start = resolved(action.after_end), resolved(action.after_start)
+            # one replica is enough: `after:` on an array would wait for all of its elements
+            first = [f"{ids[a][0]}_0" if a in arrays else ids[a][0] for a in after_start if a not in running]
             request = build_request(
                 run.ws,
                 run.config,
@@ -214,8 +218,10 @@ def _carry_out(
                 executor.name,
                 code,
                 after_end=tuple(i for a in after_end for i in ids[a]),
-                after_start=tuple(i for a in after_start for i in ids[a]),
+                after_start=tuple(first),
             )
+            if request.resources.tasks > 1:
+                arrays.add(name)
             request.spec.save()
             run.ws.log_dir(stage.round, stage.name).mkdir(parents=True, exist_ok=True)
             ledger.append(

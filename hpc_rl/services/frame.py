@@ -37,6 +37,14 @@ class CannotServe(ValueError):
     """A service that cannot be opened as it was asked for; the message says what to change."""
 
 
+@dataclass
+class TokenCounts:
+    """Tokens that a service's model has read and written, padding aside. Added up by the thread that runs the model."""
+
+    prompt: int = 0
+    completion: int = 0
+
+
 @dataclass(frozen=True)
 class Service:
     """What is served.
@@ -51,6 +59,8 @@ class Service:
         Which weights it serves.
     about
         Facts for `/health`: the model's folder, the engine.
+    tokens
+        What its model has read and written so far; whoever runs the model adds to it.
     details
         Figures of its own, for those who have the token.
     close
@@ -62,6 +72,7 @@ class Service:
     batcher: Batcher[Any, Any]
     weights_hash: str
     about: Mapping[str, Any] = field(default_factory=dict)
+    tokens: TokenCounts = field(default_factory=TokenCounts)
     details: Callable[[], Mapping[str, Any]] = dict
     close: Callable[[], None] = lambda: None
 

@@ -115,7 +115,15 @@ def service_of(
     """The service around a scorer."""
     desk: ListenerDesk = Desk(scorer, options)
     app = create_app(desk)
-    return Service("listener", app, desk.batcher, weights_hash, about or {}, lambda: figures(scorer), scorer.close)
+    return Service(
+        "listener",
+        app,
+        desk.batcher,
+        weights_hash,
+        about or {},
+        details=lambda: figures(scorer),
+        close=scorer.close,
+    )
 
 
 def create_app(desk: ListenerDesk) -> FastAPI:

@@ -45,7 +45,7 @@ def test_a_job_submitted_from_inside_a_job_inherits_none_of_its_options() -> Non
 @pytest.mark.parametrize(
     ("indices", "count"),
     [
-        ("7", 1), ("0-3", 4), ("[0-3]", 4), ("0-9%2", 10), ("1,3,7", 3), ("1-39:2", 20), ("1,3,5-9:2%4", 5),
+        ("7", 1), ("0-3", 4), ("0-9%2", 10), ("1,3,7", 3), ("1-39:2", 20), ("1,3,5-9:2%4", 5),
         ("0-897:3", 300), ("1,3,...", 2), ("", 1),
     ],
 )  # fmt: skip
@@ -55,21 +55,26 @@ def test_elements_of_an_array_are_counted(indices: str, count: int) -> None:
 
 def test_one_squeue_answers_for_all_submissions(command: Command, tmp_path: Path) -> None:
     lines = [
-        "17|N/A|RUNNING|None|node1|run-r01-train-a1-x",
-        "18|0-3|PENDING|Dependency||run-r01-sample-a1-y",
-        "18|4|RUNNING|None|node[2-3]|run-r01-sample-a1-y",
-        "19|N/A|PENDING|Priority||somebody-elses",
-        "20|N/A|PENDING|Reason with | in it||run-r01-sample-a1-y",
+        "17|RUNNING|None|node1|run-r01-train-a1-x",
+        "18_[0-3%2]|PENDING|Dependency||run-r01-sample-a1-y",
+        "18_4|RUNNING|None|node[2-3]|run-r01-sample-a1-y",
+        "19|PENDING|Priority||somebody-elses",
+        "21+0|RUNNING|None|node1|run-r01-grade-a1-z",
+        "21+1|RUNNING|None|node4|run-r01-grade.listener-a1-z",
     ]
-    listing = "\n".join(lines[:4])
-    command("squeue", f'echo "$SLURM_BITSTR_LEN" >> {tmp_path}/asked\ncat <<END\n{listing}\nEND')
-    found = queries.queued_jobs(["run-r01-train-a1-x", "run-r01-sample-a1-y"])
-    assert found == [
+    listing = "\n".join(lines)
+    command("squeue", f'echo "$SLURM_BITSTR_LEN $*" >> {tmp_path}/asked\ncat <<END\n{listing}\nEND')
+    names = [line.rpartition("|")[2] for line in lines if "somebody" not in line]
+    assert queries.queued_jobs(names, owner=1234) == [
         Queued("run-r01-train-a1-x", "17", "RUNNING", "None", "node1"),
-        Queued("run-r01-sample-a1-y", "18_0-3", "PENDING", "Dependency", "", 4),
+        Queued("run-r01-sample-a1-y", "18_0-3%2", "PENDING", "Dependency", "", 4),
         Queued("run-r01-sample-a1-y", "18_4", "RUNNING", "None", "node[2-3]"),
+        Queued("run-r01-grade-a1-z", "21", "RUNNING", "None", "node1"),
+        Queued("run-r01-grade.listener-a1-z", "21", "RUNNING", "None", "node4"),
     ]
-    assert (tmp_path / "asked").read_text() == "0\n", "asked once, for array expressions in full length"
+    (asked,) = (tmp_path / "asked").read_text().splitlines()
+    assert asked.startswith("0 "), "array expressions are asked for in full length"
+    assert "--user=1234" in asked
 
 
 def test_nothing_is_asked_about_nothing(command: Command) -> None:
