@@ -111,9 +111,7 @@ def test_a_fresh_run_shows_what_is_to_come(command: Type, run: Run) -> None:
 def test_a_run_in_the_queue_shows_jobs_tasks_nodes_and_why_they_wait(command: Type, run: Run) -> None:
     sample, grade = submitted(run, "sample", "41"), submitted(run, "grade", "42")
     manifest.write(run.ws, Manifest(1, "sample", 2, ()))
-    queue = (
-        f"41_[0-2]|PENDING|Resources||{sample}\n41_3|RUNNING|None|node3|{sample}\n42|N/A|PENDING|Dependency||{grade}"
-    )
+    queue = f"41_[0-2]|PENDING|Resources||{sample}\n41_3|RUNNING|None|node3|{sample}\n42|PENDING|Dependency||{grade}"
     answer = command("hpc_rl.status", run.ws.root, squeue=f"cat <<END\n{queue}\nEND")
     assert "run: running" in answer.stdout
     assert rows(answer.stdout)[1, "sample"].split() == ["running", "1/4", "1", "3", "1", "41", "on", "node3"]
@@ -211,7 +209,7 @@ def test_cancel_pauses_the_run_and_cancels_its_jobs_by_their_names_alone(
     command: Type, run: Run, tmp_path: Path
 ) -> None:
     sample, grade = submitted(run, "sample", "41"), submitted(run, "grade", "42")
-    queue = f"41|0-3|PENDING|None||{sample}\n42|N/A|PENDING|None||{grade}\n43|N/A|RUNNING|None||somebody-elses"
+    queue = f"41_[0-3]|PENDING|None||{sample}\n42|PENDING|None||{grade}\n43|RUNNING|None||somebody-elses"
     answer = command("hpc_rl.cancel", run.ws.root, squeue=f"cat <<END\n{queue}\nEND")
     assert answer.returncode == 0, answer.stderr
     assert "cancelled 2 jobs: 41, 42" in answer.stdout
