@@ -20,9 +20,26 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+OnBatch = Callable[[int, float, bool], None]
+"""Items, seconds, failed."""
+
 
 class Overloaded(RuntimeError):
-    """The queue is full, or the request waited too long for its turn; the client may try again later."""
+    """The queue is full, or the request waited too long for its turn; the client may try again later.
+
+    Attributes
+    ----------
+    retry_after_s
+        When there may be room. Seconds.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ClientOverloaded(Overloaded):
+    """One client has as many items waiting as one client may have."""
 
 
 class ModelFailed(RuntimeError):
@@ -85,8 +102,12 @@ class Batcher(Generic[Item, Result]):
         How long a batch that is not full waits for more. Seconds.
     max_waiting
         Most items that may wait; a request that does not fit is refused as a whole.
+    max_client_waiting
+        Most items of one client that may wait; None = as many as may wait in all.
     workers
         Batches that run at once (INFERENCE_CONCURRENCY).
+    on_batch
+        Told after each batch: its items, the seconds it took, and whether it failed. Called from worker threads.
     """
 
     def __init__(
@@ -96,8 +117,11 @@ class Batcher(Generic[Item, Result]):
         batch_size: int,
         batch_wait_s: float,
         max_waiting: int,
+        max_client_waiting: int | None = None,
         workers: int = 1,
+        on_batch: OnBatch = lambda items, seconds, failed: None,
     ) -> None:
+        self.on_batch = on_batch
         self._run, self._batch_size, self._batch_wait_s, self._max_waiting = run, batch_size, batch_wait_s, max_waiting
         self._queue: deque[_Entry[Item, Result]] = deque()
         self._changed = threading.Condition()
@@ -121,8 +145,8 @@ class Batcher(Generic[Item, Result]):
         with self._changed:
             return not self._queue and not self._running
 
-    async def submit(self, items: Sequence[Item], acquire_timeout_s: float) -> list[Result]:
-        """The results of `items`, in order.
+    async def submit(self, items: Sequence[Item], acquire_timeout_s: float, client: str = "") -> list[Result]:
+        """The results of `items`, in order. Clients take turns.
 
         Raises
         ------
@@ -184,7 +208,9 @@ class Batcher(Generic[Item, Result]):
             except Exception as caught:  # whatever the model raises is the answer to these requests
                 log.exception("a batch of %d items failed", len(batch))
                 error = ModelFailed(f"{type(caught).__name__}: {caught}")
-            self._deliver(batch, results, error, time.monotonic() - started)
+            took_s = time.monotonic() - started
+            self._deliver(batch, results, error, took_s)
+            self.on_batch(len(batch), took_s, error is not None)
 
     def _take(self) -> list[_Entry[Item, Result]]:
         """The next batch; empty when the batcher is closed and the queue is empty."""

@@ -7,6 +7,7 @@ A service is a page: its routes, its model, and `open_service`, which loads it. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypeVar
@@ -14,19 +15,22 @@ from typing import Any, Generic, TypeVar
 from fastapi import FastAPI, HTTPException, Request
 
 from hpc_rl.config.services import ServiceConfig
-from hpc_rl.services.batching import Batcher, ModelFailed, Overloaded
+from hpc_rl.services.batching import Batcher, ClientOverloaded, ModelFailed, Overloaded
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 CLIENT_HEADER = "x-client-id"
-RETRY_AFTER_S = 1
+MAX_CLIENT_CHARACTERS = 64
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"description": "the body is no JSON"},
     401: {"description": "no token, or the wrong one"},
+    408: {"description": "the body took too long to arrive"},
     413: {"description": "the body or the batch is too large: send fewer items at once"},
+    421: {"description": "the Host header names another server"},
     422: {"description": "the body is not as documented, or its only item cannot be answered"},
+    429: {"description": "this client has too many items waiting: try again after Retry-After"},
     500: {"description": "the model failed"},
     503: {"description": "busy or leaving: try again after Retry-After, or ask another replica"},
 }
@@ -116,6 +120,7 @@ class Desk(Generic[Item, Result]):
             batch_size=options.batch_size,
             batch_wait_s=options.batch_wait_ms / 1000,
             max_waiting=options.max_queue_items,
+            max_client_waiting=options.client_items,
             workers=workers or options.inference_concurrency,
         )
 
@@ -125,15 +130,23 @@ class Desk(Generic[Item, Result]):
         Raises
         ------
         HTTPException
-            413 for more items than one request may have, 503 when they have no room or no turn in time, 500 when the
-            model failed.
+            413 for more items than one request may have, 429 when too many of this client wait already, 503 when they
+            have no room or no turn in time, 500 when the model failed.
         """
         limit = self._options.request_items
         if len(items) > limit:
             raise HTTPException(413, f"{len(items)} items in one request; at most {limit}")
         try:
-            return await self.batcher.submit(items, self._options.acquire_timeout_s)
+            return await self.batcher.submit(items, self._options.acquire_timeout_s, client_of(request))
         except Overloaded as error:
-            raise HTTPException(503, f"busy: {error}", headers={"Retry-After": str(RETRY_AFTER_S)}) from error
+            status = 429 if isinstance(error, ClientOverloaded) else 503
+            retry = {"Retry-After": str(math.ceil(error.retry_after_s))}
+            raise HTTPException(status, f"busy: {error}", headers=retry) from error
         except ModelFailed as error:
             raise HTTPException(500, f"the model failed: {error}") from error
+
+
+def client_of(request: Request) -> str:
+    """Who asks, for fairness: what the client calls itself, else the address that it asks from."""
+    named = request.headers.get(CLIENT_HEADER, "")[:MAX_CLIENT_CHARACTERS]
+    return named or (request.client.host if request.client else "")

@@ -20,13 +20,19 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
+OWN_ROUTES = ("/health", "/ready", "/metrics")
+METRICS_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+
+OnAnswer = Callable[[str, int, float], None]
+"""Route, status, seconds."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +70,29 @@ class Guard:
         Repeated by `/health`, so that a client knows that it talks to the server that published the handoff record.
     details
         What `/health` tells those who have the token.
+    metrics
+        What `/metrics` answers: Prometheus text.
+    on_answer
+        Told after each answer: the route ("other" where there is none), the status, the seconds it took.
     """
 
     def __init__(
-        self, app: ASGIApp, *, token: str, nonce: str, limits: Limits, details: Callable[[], Mapping[str, Any]]
+        self,
+        app: FastAPI,
+        *,
+        token: str,
+        nonce: str,
+        limits: Limits,
+        details: Callable[[], Mapping[str, Any]],
+        metrics: Callable[[], bytes] = lambda: b"",
+        on_answer: OnAnswer = lambda route, status, seconds: None,
     ) -> None:
         if not token:
             raise ValueError("a service without a token would answer to anyone")
         self._app, self._nonce, self._limits, self._details = app, nonce, limits, details
         self._expected = f"Bearer {token}".encode()
+        self._metrics, self._on_answer = metrics, on_answer
+        self._routes = {*OWN_ROUTES, *(route.path for route in app.routes if isinstance(route, Route))}
         self.draining = False
         self.last_request = time.monotonic()
         self.in_flight = 0
@@ -82,11 +102,21 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            await self._http(scope, receive, send)
+            started, answering = time.monotonic(), _Answering(send)
+            try:
+                await self._http(scope, receive, answering)
+            finally:
+                self._on_answer(self._route(scope), answering.status or 499, time.monotonic() - started)
         else:
             raise RuntimeError(f"this service does not speak {scope['type']}")
 
-    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def _route(self, scope: Scope) -> str:
+        """What was asked for, with few different values whatever strangers ask for."""
+        matched = scope.get("route")
+        path = matched.path if isinstance(matched, Route) else scope["path"]
+        return path if path in self._routes else "other"
+
+    async def _http(self, scope: Scope, receive: Receive, send: _Answering) -> None:
         authorized = self._is_authorized(scope)
         try:
             if scope["path"] == "/health" and scope["method"] in ("GET", "HEAD"):
@@ -94,6 +124,9 @@ class Guard:
                 return
             if not authorized:
                 raise _Refused(401, "this service wants the run's token: Authorization: Bearer <services/NAME/token>")
+            if scope["path"] == "/metrics" and scope["method"] == "GET":
+                await _send(send, 200, self._metrics(), METRICS_TYPE)
+                return
             if self.draining:
                 raise _Refused(503, "this server is leaving; ask another replica")
             body = await self._read_body(scope, receive)
@@ -102,11 +135,10 @@ class Guard:
             return
         self.last_request = time.monotonic()
         self.in_flight += 1
-        answering = _Answering(send)
         try:
-            await self._app(scope, _replay(body, receive), answering)
+            await self._app(scope, _replay(body, receive), send)
         except asyncio.CancelledError:  # stopped before this was done: it is not the request's fault
-            if not answering.begun:
+            if send.status is None:
                 await _answer(send, 503, {"detail": "this server has left; ask another replica"})
         finally:
             self.in_flight -= 1
@@ -132,14 +164,15 @@ class Guard:
 
 
 class _Answering:
-    """A `send` that knows whether an answer has begun."""
+    """A `send` that knows the status that was sent; None before the answer has begun."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self.begun = False
+        self.status: int | None = None
 
     async def __call__(self, message: Message) -> None:
-        self.begun = True
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
         await self._send(message)
 
 
@@ -169,8 +202,11 @@ def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
 
 
 async def _answer(send: Send, status: int, content: Mapping[str, Any], *, empty: bool = False) -> None:
-    body = json.dumps(content).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await _send(send, status, json.dumps(content).encode(), b"application/json", empty=empty)
+
+
+async def _send(send: Send, status: int, body: bytes, kind: bytes, *, empty: bool = False) -> None:
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     if status == 503:
@@ -190,7 +226,7 @@ class ServerThread:
         The service's routes.
     sock
         A listening socket (`handoff.bind`).
-    token, nonce, limits, details
+    token, nonce, limits, details, metrics, on_answer
         See `Guard`.
     """
 
@@ -203,8 +239,12 @@ class ServerThread:
         nonce: str,
         limits: Limits,
         details: Callable[[], Mapping[str, Any]],
+        metrics: Callable[[], bytes] = lambda: b"",
+        on_answer: OnAnswer = lambda route, status, seconds: None,
     ) -> None:
-        self.guard = Guard(app, token=token, nonce=nonce, limits=limits, details=details)
+        self.guard = Guard(
+            app, token=token, nonce=nonce, limits=limits, details=details, metrics=metrics, on_answer=on_answer
+        )
         self._sock = sock
         options = uvicorn.Config(
             self.guard,
