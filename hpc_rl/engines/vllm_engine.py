@@ -1,32 +1,17 @@
-"""Sampling with vLLM, in this process.
-
-vLLM is told by environment variables how to behave, so they are set here before it is imported, and a process holds
-one engine in its life: `del` gives no memory back, and a stage is a process of its own anyway.
-"""
+"""Sampling with vLLM, in this process."""
 
 from __future__ import annotations
 
-import atexit
-import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hpc_rl.engines.base import BAN_BIAS, Completion, Request, Sampling, banned_ids, decode, render
 from hpc_rl.engines.loading import load_processor
+from hpc_rl.engines.vllm_start import start_vllm
 
-log = logging.getLogger(__name__)
-
-CPU_KV_CACHE_GIB = 1
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM takes as `max_lora_rank`."""
-INVARIANT_FROM_CAPABILITY = (9, 0)
-"""vLLM's batch-invariant mode wants an H100 or newer (vllm/envs.py, VLLM_BATCH_INVARIANT)."""
 
 
 class VllmEngine:
@@ -69,35 +54,25 @@ class VllmEngine:
         batch_invariant: bool = True,
         images_per_prompt: int = 1,
     ) -> None:
-        on_gpu = torch.cuda.is_available()
-        _set_environment(on_gpu, batch_invariant)
-        from vllm import LLM
-        from vllm.lora.request import LoRARequest
-
         self._processor = load_processor(path, min_pixels, max_pixels)
         self._bias = {token: BAN_BIAS for token in banned_ids(path, self._processor.tokenizer)}
-        self._adapter = None
         options: dict[str, Any] = {}
         if adapter is not None:
-            self._adapter = LoRARequest(adapter_name, 1, str(adapter))
             options = {"enable_lora": True, "max_lora_rank": next(r for r in LORA_RANKS if r >= adapter_rank)}
-        if max_model_len is not None:
-            options["max_model_len"] = max_model_len
-        if on_gpu:
-            options |= {
-                "gpu_memory_utilization": gpu_memory_utilization,
-                "tensor_parallel_size": torch.cuda.device_count(),  # one engine on all GPUs that the task was given
-            }
-        self._llm = LLM(
-            model=path,
+        self._llm = start_vllm(
+            path,
             dtype=dtype,
-            seed=0,  # every request brings its own
-            enforce_eager=not on_gpu,
+            max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
+            batch_invariant=batch_invariant,
             limit_mm_per_prompt={"image": images_per_prompt, "video": 0},
             mm_processor_kwargs={"min_pixels": min_pixels, "max_pixels": max_pixels},
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
             **options,
         )
+        from vllm.lora.request import LoRARequest  # only now: vLLM reads its environment when it is imported
+
+        self._adapter = None if adapter is None else LoRARequest(adapter_name, 1, str(adapter))
 
     def forget(self) -> None:
         """See `Engine.forget`: prefix, image and encoder caches."""
@@ -144,32 +119,3 @@ class VllmEngine:
             decode(self._processor.tokenizer, tokens),
             sampled.finish_reason,
         )
-
-
-def _set_environment(on_gpu: bool, batch_invariant: bool) -> None:
-    """Set what vLLM reads when it is imported. What the user has set stays."""
-    caches = Path(tempfile.mkdtemp(prefix="hpc_rl-vllm-"))  # tasks that share a compile cache corrupt it
-    atexit.register(shutil.rmtree, caches, ignore_errors=True)
-    defaults = {
-        "VLLM_CACHE_ROOT": str(caches / "vllm"),
-        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-        "TRITON_CACHE_DIR": str(caches / "triton"),
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    if not on_gpu:
-        defaults |= {
-            "VLLM_CPU_KVCACHE_SPACE": str(CPU_KV_CACHE_GIB),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # tasks on one machine would all be bound to its first cores
-            "TORCHDYNAMO_DISABLE": "1",
-        }
-    if not on_gpu or torch.cuda.device_count() == 1:
-        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if batch_invariant and on_gpu:
-        if torch.cuda.get_device_capability() >= INVARIANT_FROM_CAPABILITY:
-            defaults["VLLM_BATCH_INVARIANT"] = "1"
-        else:
-            log.warning("this GPU has no batch-invariant mode in vLLM: a few samples may depend on their batch")
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
