@@ -24,7 +24,7 @@ from hpc_rl.orchestrate import gate
 from hpc_rl.orchestrate.job import Job, load, open_job
 
 if TYPE_CHECKING:
-    from hpc_rl.services.handoff import Address
+    from hpc_rl.services.address import Address
     from hpc_rl.services.hosting import Hosted
 
 log = logging.getLogger("hpc_rl")
@@ -89,9 +89,9 @@ def serve(job: Job, name: str, done: Callable[[], bool]) -> int:
 
 def address_of(config: Config, options: ServiceConfig, environ: Mapping[str, str]) -> Address:
     """Where a service of this run binds, and what it publishes."""
-    from hpc_rl.services import handoff
+    from hpc_rl.services.address import choose_address
 
-    return handoff.choose_address(
+    return choose_address(
         options.host,
         config.cluster.network_interface,
         in_allocation=environ["HPC_RL_NODELIST_HEAD"] not in ("", "localhost"),

@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -25,10 +24,6 @@ from hpc_rl.run import atomic
 from hpc_rl.services.trust import Untrusted, make_folder, read_own
 
 TOKEN_FILE = "token"
-LOOPBACK = "127.0.0.1"
-ALL_ADDRESSES = "0.0.0.0"
-WILDCARDS = (ALL_ADDRESSES, "::")
-_SIOCGIFADDR = 0x8915
 
 
 @dataclass(frozen=True)
@@ -65,97 +60,6 @@ class Endpoint:
     heartbeat: float
     weights_hash: str
     state: Literal["ready", "draining"]
-
-
-class UnroutableHost(RuntimeError):
-    """This host's name means nothing on the network; the message says which settings help."""
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a server binds, and under which name others reach it."""
-
-    bind: str
-    published: str
-
-
-def choose_address(host: str | None, interface: str | None, in_allocation: bool) -> Address:
-    """Where to bind and what to publish.
-
-    Parameters
-    ----------
-    host
-        `services.listener.host`: bound and published as it is; a wildcard is bound, and the host's name published.
-    interface
-        `cluster.network_interface`: its IPv4 address is bound and published. On InfiniBand clusters the host's name
-        often belongs to another network than the one nodes talk over.
-    in_allocation
-        Whether clients may run on other hosts. Otherwise the service is reached over the loopback address only.
-
-    Raises
-    ------
-    UnroutableHost
-        When the host's name does not resolve, or there is no such interface.
-    """
-    if host and host not in WILDCARDS:
-        return Address(host, host)
-    if interface:
-        address = _interface_address(interface)
-        return Address(address, address)
-    if not in_allocation and not host:
-        return Address(LOOPBACK, LOOPBACK)
-    name = socket.gethostname()
-    try:
-        socket.getaddrinfo(name, None)
-    except OSError as error:
-        raise UnroutableHost(
-            f"the host name {name!r} does not resolve ({error}), so clients on other nodes would not find this "
-            "service; set cluster.network_interface (e.g. ib0), or services.listener.host"
-        ) from error
-    # The name often resolves to 127.0.1.1 on the host itself (Debian's /etc/hosts): binding that would shut others out.
-    return Address(host or ALL_ADDRESSES, name)
-
-
-def _interface_address(interface: str) -> str:
-    """IPv4 address of a network interface (netdevice(7), SIOCGIFADDR)."""
-    import fcntl
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-        except OSError as error:
-            known = ", ".join(name for _, name in socket.if_nameindex())
-            raise UnroutableHost(
-                f"cluster.network_interface: {interface!r} has no IPv4 address here ({error}); this host has {known}"
-            ) from error
-    return socket.inet_ntoa(answer[20:24])
-
-
-def bind(address: str, port: int, port_range: tuple[int, int] | None = None) -> socket.socket:
-    """A listening TCP socket: on `port`, on the first free one of `port_range`, or on any free one (port 0).
-
-    Raises
-    ------
-    OSError
-        When the port, or every port of the range, is taken; the message names them.
-    """
-    family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
-    ports = range(port_range[0], port_range[1] + 1) if port_range else (port,)
-    for candidate in ports:
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind((address, candidate))
-            sock.listen(1024)  # binding alone does not reserve a port: with SO_REUSEADDR two sockets may bind it
-        except OSError as error:
-            sock.close()
-            reason = error
-        else:
-            return sock
-    which = f"ports {ports[0]} to {ports[-1]}" if port_range else f"port {port}"
-    raise OSError(
-        reason.errno, f"{which} cannot be bound on {address}: {reason.strerror}; try services.listener.port: 0"
-    )
 
 
 def run_token(folder: Path) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_rl.config.services import ServiceConfig
+from hpc_rl.services import address as addresses
 from hpc_rl.services import handoff
 from hpc_rl.services.frame import Service
 from hpc_rl.services.handoff import Publication
@@ -43,7 +44,7 @@ def host(
     service: Service,
     *,
     folder: Path,
-    address: handoff.Address,
+    address: addresses.Address,
     options: ServiceConfig,
     environ: Mapping[str, str] = os.environ,
 ) -> Hosted:
@@ -56,13 +57,13 @@ def host(
     folder
         Of its handoff records.
     address
-        Where to bind and what to publish (`handoff.choose_address`).
+        Where to bind and what to publish (`hpc_rl.services.address`).
     options
         Port, limits, heartbeat.
     environ
         `HPC_RL_JOB_ID` and `HPC_RL_RESTART` go into the record.
     """
-    sock = handoff.bind(address.bind, options.port, options.port_range)
+    sock = addresses.bind(address.bind, options.port, options.port_range)
     nonce = handoff.new_nonce()
     server = ServerThread(
         service.app,

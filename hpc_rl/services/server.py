@@ -225,7 +225,7 @@ class ServerThread:
     app
         The service's routes.
     sock
-        A listening socket (`handoff.bind`).
+        A listening socket (`address.bind`).
     token, nonce, limits, details, metrics, on_answer
         See `Guard`.
     """

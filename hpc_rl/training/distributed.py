@@ -25,7 +25,7 @@ from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
 
 from hpc_rl.cluster.rendezvous import rank_environment
 from hpc_rl.run import atomic
-from hpc_rl.services.handoff import LOOPBACK, Address, UnroutableHost, bind, choose_address
+from hpc_rl.services.address import LOOPBACK, Address, UnroutableHost, bind, choose_address
 from hpc_rl.training.leaving import EXIT_GRACE_S, exit_anyway_after
 
 log = logging.getLogger(__name__)

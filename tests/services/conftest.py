@@ -15,6 +15,7 @@ from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.engines.yes_no import YesNoModel
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services import handoff, listener
+from hpc_rl.services.address import Address
 from hpc_rl.services.hosting import Hosted, host
 from hpc_rl.services.images import ImageRoots
 from hpc_rl.services.scorer import Scorer
@@ -85,7 +86,7 @@ class Lab:
             host(
                 listener.service_of(scorer, settings),
                 folder=self.ws.service_dir("listener"),
-                address=handoff.Address("127.0.0.1", "127.0.0.1"),
+                address=Address("127.0.0.1", "127.0.0.1"),
                 options=settings,
                 environ={"HPC_RL_JOB_ID": replica},
             )

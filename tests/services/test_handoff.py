@@ -152,31 +152,6 @@ def test_what_another_user_planted_is_not_believed(tmp_path: Path) -> None:
     planted.unpublish()
 
 
-def test_where_a_service_binds_and_what_it_publishes() -> None:
-    name = socket.gethostname()
-    assert handoff.choose_address(None, None, in_allocation=False) == handoff.Address("127.0.0.1", "127.0.0.1")
-    assert handoff.choose_address(None, None, in_allocation=True) == handoff.Address("0.0.0.0", name)
-    assert handoff.choose_address("0.0.0.0", None, in_allocation=False) == handoff.Address("0.0.0.0", name)
-    assert handoff.choose_address("10.1.2.3", "lo", in_allocation=True) == handoff.Address("10.1.2.3", "10.1.2.3")
-    assert handoff.choose_address(None, "lo", in_allocation=True) == handoff.Address("127.0.0.1", "127.0.0.1")
-
-
-def test_a_missing_interface_is_named_together_with_those_that_exist() -> None:
-    with pytest.raises(handoff.UnroutableHost, match=r"'ib7' has no IPv4 address here .* this host has .*lo"):
-        handoff.choose_address(None, "ib7", in_allocation=True)
-
-
-def test_the_first_free_port_of_a_range_is_taken() -> None:
-    with handoff.bind("127.0.0.1", 0) as first:
-        port = first.getsockname()[1]
-        with pytest.raises(OSError, match=f"port {port} cannot be bound on 127.0.0.1"):
-            handoff.bind("127.0.0.1", port)
-        with handoff.bind("127.0.0.1", 0, (port, port + 20)) as second:
-            assert port < second.getsockname()[1] <= port + 20
-        with pytest.raises(OSError, match=f"ports {port} to {port} cannot be bound"):
-            handoff.bind("127.0.0.1", 0, (port, port))
-
-
 def test_a_requeued_job_keeps_its_replica_name() -> None:
     assert handoff.replica_name({"HPC_RL_JOB_ID": "12_3"}) == "job-12_3"
     assert handoff.replica_name({}) == f"{socket.gethostname()}-{os.getpid()}"
