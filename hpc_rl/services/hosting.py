@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_rl.config.services import ServiceConfig
-from hpc_rl.services import address as addresses
 from hpc_rl.services import handoff
+from hpc_rl.services.address import Address, bind
 from hpc_rl.services.frame import Service
 from hpc_rl.services.handoff import Publication
 from hpc_rl.services.server import Limits, ServerThread
@@ -44,7 +44,7 @@ def host(
     service: Service,
     *,
     folder: Path,
-    address: addresses.Address,
+    address: Address,
     options: ServiceConfig,
     environ: Mapping[str, str] = os.environ,
 ) -> Hosted:
@@ -63,7 +63,7 @@ def host(
     environ
         `HPC_RL_JOB_ID` and `HPC_RL_RESTART` go into the record.
     """
-    sock = addresses.bind(address.bind, options.port, options.port_range)
+    sock = bind(address.bind, options.port, options.port_range)
     nonce = handoff.new_nonce()
     server = ServerThread(
         service.app,
