@@ -80,7 +80,14 @@ def serve(job: Job, name: str, done: Callable[[], bool]) -> int:
     address = address_of(job.config, options, environ)  # before minutes go into loading a model
     service = importlib.import_module(SERVICES[name]).open_service(job.ws, job.config, job.round, options)
     told_to_leave = _leave_on_sigterm()
-    hosted = host(service, folder=job.ws.service_dir(name), address=address, options=options, environ=environ)
+    hosted = host(
+        service,
+        folder=job.ws.service_dir(name),
+        address=address,
+        options=options,
+        environ=environ,
+        tensorboard=job.ws.tb_dir / "services" / name if job.config.logging.tensorboard else None,
+    )
     try:
         return stay(hosted, options, told_to_leave, done)
     finally:

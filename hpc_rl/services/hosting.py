@@ -13,6 +13,7 @@ from hpc_rl.services import handoff
 from hpc_rl.services.address import Address, bind
 from hpc_rl.services.frame import Service
 from hpc_rl.services.handoff import Publication
+from hpc_rl.services.metrics import Board, Metrics
 from hpc_rl.services.server import Limits, ServerThread
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ class Hosted:
     service: Service
     server: ServerThread
     publication: Publication
+    board: Board | None = None
 
     def leave(self, drain_s: float) -> None:
         """Send clients elsewhere, finish what was begun within `drain_s`, and end with the model. Seconds."""
@@ -38,6 +40,8 @@ class Hosted:
         self.server.stop()
         if self.service.batcher.close(None if drained else 0.0):  # a batch that nobody waits for is not waited for
             self.service.close()
+        if self.board is not None:
+            self.board.close()
 
 
 def host(
@@ -47,6 +51,7 @@ def host(
     address: Address,
     options: ServiceConfig,
     environ: Mapping[str, str] = os.environ,
+    tensorboard: Path | None = None,
 ) -> Hosted:
     """Bind, serve, and publish, in this order: a published address answers.
 
@@ -62,9 +67,12 @@ def host(
         Port, limits, heartbeat.
     environ
         `HPC_RL_JOB_ID` and `HPC_RL_RESTART` go into the record.
+    tensorboard
+        Folder of the event files of all replicas; None = none.
     """
     sock = bind(address.bind, options.port, options.port_range)
-    nonce = handoff.new_nonce()
+    nonce, replica, metrics = handoff.new_nonce(), handoff.replica_name(environ), Metrics(service)
+    service.batcher.on_batch = metrics.on_batch
     server = ServerThread(
         service.app,
         sock,
@@ -72,12 +80,15 @@ def host(
         nonce=nonce,
         limits=Limits(options.max_body_bytes, options.body_timeout_s),
         details=service.describe,
+        metrics=metrics.text,
+        on_answer=metrics.on_answer,
     )
+    metrics.watch(server)
     server.start()
     publication = handoff.publish(
         folder,
         service.name,
-        handoff.replica_name(environ),
+        replica,
         address.published,
         server.port,
         job_id=environ.get("HPC_RL_JOB_ID", ""),
@@ -87,4 +98,5 @@ def host(
         heartbeat_s=options.heartbeat_s,
     )
     log.info("%s answers at %s", service.name, publication.endpoint.url)
-    return Hosted(service, server, publication)
+    board = Board(metrics, tensorboard / replica, options.metrics_s) if tensorboard else None
+    return Hosted(service, server, publication, board)
