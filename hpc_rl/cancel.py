@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             executor = make_executor(run.config, "slurm")
             queue = look(run, executor, history).queue
-            executor.cancel(sorted({job.name for job in queue}))
+            queued = {job.name for job in queue}
+            executor.cancel([a.name for a in history.attempts if a.name in queued])
         except ExecutorError as error:
             print(f"error: {error}\nThe run is marked paused: its advance jobs will submit nothing.", file=sys.stderr)
             return 2

@@ -44,6 +44,8 @@ class JobRequest:
         Of an array that is to have started its first element, `18_0`: `after:18` would wait for all of them.
     code
         Folder of the code snapshot that the job imports.
+    beside
+        Services that run in the same job; it ends when `spec` ends.
     """
 
     spec: Spec
@@ -52,6 +54,7 @@ class JobRequest:
     code: Path
     after_end: tuple[str, ...] = ()
     after_start: tuple[str, ...] = ()
+    beside: tuple[JobRequest, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,10 @@ class Executor(QueueReader, Protocol):
     """Where jobs run."""
 
     def submit(self, request: JobRequest, on_accepted: Callable[[str], None]) -> None:
-        """Hand a request to the scheduler; `on_accepted` is called with each job id as soon as there is one."""
+        """Hand a request to the scheduler; `on_accepted` is called with each job id as soon as there is one.
+
+        What runs beside has the same id.
+        """
 
     def cancel(self, names: Iterable[str], waiting_only: bool = False) -> None:
         """Cancel all jobs of these submissions."""

@@ -30,6 +30,8 @@ class DebugExecutor:
 
     def submit(self, request: JobRequest, on_accepted: Callable[[str], None]) -> None:
         """Run the body here and now; a service is started in a thread and left running."""
+        for service in request.beside:
+            self.submit(service, lambda _: None)
         self._count += 1
         job_id = f"debug{os.getpid()}.{self._count}"
         on_accepted(job_id)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hpc_rl.cluster.base import ExecutorError, JobRequest, Queued
 from hpc_rl.cluster.entry import die_with_parent
@@ -81,7 +81,7 @@ class LocalExecutor:
         ExecutorError
             When it asks for more GPUs than there are: it would wait for ever.
         """
-        gpus = request.resources.gpus_per_node * request.resources.nodes
+        gpus = sum(part.resources.gpus_per_node * part.resources.nodes for part in (request, *request.beside))
         if self._gpus and gpus > len(self._gpus):
             stage = request.spec.stage
             raise ExecutorError(
@@ -89,6 +89,9 @@ class LocalExecutor:
                 f"Ask for fewer: --set stages.{stage}.gpus_per_node=N --set stages.{stage}.nodes=1"
             )
         job_id = f"local{os.getpid()}.{next(self._numbers)}"
+        for number, service in enumerate(request.beside, 1):  # processes of one machine need no common job
+            component = f"{job_id}+{number}"
+            self._jobs[component] = _Job(component, replace(service, after_end=request.after_end), [_Task(component)])
         tasks = request.resources.tasks
         elements = [f"{job_id}_{n}" for n in range(tasks)] if tasks > 1 else [job_id]
         self._jobs[job_id] = _Job(job_id, request, [_Task(element) for element in elements])

@@ -25,10 +25,19 @@ from hpc_rl.cluster.base import ExecutorError, JobRequest, Queued
 from hpc_rl.orchestrate.graph import Kind
 
 SUBMIT_PATIENCE_S = 120.0
+_SETUP = "\n\n# setup\n"
+"""What stands between the options and the commands of submitit's scripts."""
 
 
 class _CommandExecutor(submitit.SlurmExecutor):  # type: ignore[misc]  # its types are not looked at
     """submitit's Slurm executor for plain commands: no pickles, an array is `elements` copies of one command."""
+
+    beside: tuple[tuple[_CommandExecutor, str], ...] = ()
+    """What runs in the same job: executors with the parameters of further components, and their commands."""
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        own = str(super()._make_submission_file_text(command, uid))
+        return hetjob_script(own, [other.script(text, None) for other, text in self.beside]) if self.beside else own
 
     def submit_command(self, command: str, elements: int | None) -> str:
         """One sbatch; returns the job id."""
@@ -47,6 +56,21 @@ class _CommandExecutor(submitit.SlurmExecutor):  # type: ignore[misc]  # its typ
     def affinity(cls) -> int:
         """Scripts can be rendered anywhere (`--dry-run` on a laptop); a missing sbatch is said when it is needed."""
         return 2
+
+
+def hetjob_script(leader: str, others: Sequence[str]) -> str:
+    """The scripts of several jobs joined into that of one heterogeneous job, a component each (sbatch(1), hetjob).
+
+    The others' commands run in the background. The job ends when the leader's command ends, and with its exit code;
+    Slurm then tells the others to leave (SIGTERM) and kills who stays longer than KillWait.
+    """
+    header, _, body = leader.partition(_SETUP)
+    beside = ""
+    for other in others:
+        options, _, commands = other.partition(_SETUP)
+        header += "\n#SBATCH hetjob\n" + "\n".join(line for line in options.splitlines() if line.startswith("#SBATCH"))
+        beside += f"\n\n# beside it\n(\n{commands.strip()}\n) &"
+    return f"{header}{beside}{_SETUP}{body}"
 
 
 @contextmanager
@@ -137,7 +161,7 @@ class SlurmExecutor:
             if accepted:
                 return accepted.pop()
 
-    def _executor(self, request: JobRequest) -> _CommandExecutor:
+    def _executor(self, request: JobRequest, component: int = 0) -> _CommandExecutor:
         wanted, spec = request.resources, request.spec
         executor = _CommandExecutor(folder=spec.ws.log_dir(spec.round, spec.stage))
         after = [f"afterany:{':'.join(request.after_end)}"] if request.after_end else []
@@ -152,6 +176,8 @@ class SlurmExecutor:
             "dependency": ",".join(after) or None,
         }
         kill = ["--kill-on-bad-exit=1", "--wait=0"] if request.kind is Kind.MULTINODE else []
+        group = [f"--het-group={component}"] if request.beside or component else []
+        executor.beside = tuple((self._executor(r, n), _command(r)) for n, r in enumerate(request.beside, 1))
         executor.update_parameters(
             job_name=spec.name,
             nodes=wanted.nodes,
@@ -168,7 +194,7 @@ class SlurmExecutor:
                 **{key.replace("_", "-"): value for key, value in wanted.sbatch.items()},
             },
             # srun does not inherit --cpus-per-task since 22.05 (srun(1)); sites set --wait, which kills uneven ranks
-            srun_args=[f"--cpus-per-task={wanted.cpus_per_task}", *kill],
+            srun_args=[*group, f"--cpus-per-task={wanted.cpus_per_task}", *kill],
             **{name: value for name, value in optional.items() if value is not None},
         )
         return executor

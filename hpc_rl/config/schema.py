@@ -261,7 +261,7 @@ class Config(Section):
         return {**data, "stages": filled}
 
     def faults(self) -> Iterator[Fault]:
-        """Time limits that the signal would eat up.
+        """Time limits that the signal would eat up; heterogeneous jobs that Slurm does not have.
 
         The signal must come when the work has long begun: with a limit near the delay, submitit's signal came before
         Python had a handler for it and killed healthy jobs.
@@ -278,6 +278,7 @@ class Config(Section):
                     f"at least {needed_min} min",
                     f"raise time_min, or lower {field}.signal_delay_s",
                 )
+        yield from self.services.placement_faults({name: stage.tasks for name, stage in self.stages.items()})
 
 
 _SET_ELSEWHERE = frozenset({

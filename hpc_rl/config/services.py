@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from hpc_rl.config.base import (
     Fault,
+    FilePath,
+    Fraction,
+    FreeMapping,
     ModelPath,
     NonNegativeFloat,
     NonNegativeInt,
@@ -23,17 +26,13 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 Engine = Literal["vllm", "transformers"]
 
 
-class ClientConfig(Section):
+class CallConfig(Section):
     """How jobs call a service. Internal calls ignore http_proxy."""
 
     url: str | None = None
     """Base URL of a server that already runs, `http://node-01:9000`. null = find it in the workspace. LISTENER_URL."""
     timeout_s: PositiveFloat = 60
     """Longest wait for one answer. Seconds. LISTENER_TIMEOUT."""
-    chunk_size: PositiveInt = 32
-    """Questions in one call. LISTENER_CHUNK_SIZE."""
-    chunk_delay_s: NonNegativeFloat = 0
-    """Pause between two calls of one client. Seconds. LISTENER_CHUNK_DELAY."""
     max_retries: NonNegativeInt = 3
     """Repeats of a failed call before its samples are left out of their groups (L11). LISTENER_MAX_RETRIES."""
     backoff_factor: NonNegativeFloat = 1.0
@@ -46,13 +45,77 @@ class ClientConfig(Section):
     @field_validator("url")
     @classmethod
     def _base_url(cls, value: str | None) -> str | None:
-        """The seed's LISTENER_URL names the route; the base is what is kept."""
+        """The base is what is kept, also where the URL names a route, as the seeds' do."""
         if value is None:
             return None
-        base = value.rstrip("/").removesuffix("/batch_score").removesuffix("/score").rstrip("/")
+        base = value.rstrip("/")
+        for route in ("/batch_score", "/score", "/chat/completions"):
+            base = base.removesuffix(route).rstrip("/")
         if not base.startswith(("http://", "https://")) or len(base.split("://", 1)[1]) == 0:
             raise ValueError(f"{value!r} is no URL like http://gpu-node-01:9000")
         return base
+
+
+class ClientConfig(CallConfig):
+    """How jobs ask a service for scores."""
+
+    chunk_size: PositiveInt = 32
+    """Questions in one call. LISTENER_CHUNK_SIZE."""
+    chunk_delay_s: NonNegativeFloat = 0
+    """Pause between two calls of one client. Seconds. LISTENER_CHUNK_DELAY."""
+
+
+class TeacherClientConfig(CallConfig):
+    """How jobs ask a teacher (S2, S3): any OpenAI-compatible endpoint, or the teacher that the run serves itself."""
+
+    url: str | None = None
+    """Base URL of an endpoint, `https://api.example.com/v1`. null = the run's own teacher. TEACHER_BASE_URL."""
+    model: str | None = None
+    """The endpoint's name for the model. null = that of the run's own teacher. TEACHER_MODEL."""
+    api_key_env: str = "TEACHER_API_KEY"
+    """Environment variable of the job that holds the endpoint's key; the key itself is never part of a config."""
+    api_key_file: FilePath | None = None
+    """File that holds the key instead: yours, mode 0600. It beats the variable."""
+    proxy_from_env: bool = False
+    """Go through the proxy that http_proxy and https_proxy name, where an outside endpoint is reached only by it."""
+    timeout_s: PositiveFloat = 600
+    """Longest wait for one answer. Seconds."""
+    max_retries: NonNegativeInt = 6
+    """Repeats of a call that was answered with a failure or not in time, before its question is left out."""
+    backoff_factor: NonNegativeFloat = 1.0
+    """The n-th repeat waits backoff_factor · 2^(n−1) seconds, at most 30."""
+    parallel_calls: PositiveInt = 32
+    """Calls of one client that are under way at once; fewer for a while after each 429."""
+    deadline_s: PositiveFloat = 900
+    """How long a job waits for an endpoint that answers nobody before it exits as blocked. Seconds."""
+    requests_per_min: PositiveFloat | None = None
+    """Most calls a minute of one client; n jobs that ask at once make n times as many. null = no limit."""
+    tokens_per_min: PositiveFloat | None = None
+    """Most tokens a minute of one client, prompts and longest possible answers together. null = no limit."""
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = 0.0
+    """Temperature of questions that name none. null = it is not sent: some models take no other than their own."""
+    max_tokens: PositiveInt = 2048
+    """Longest answer to questions that name no length, in tokens."""
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the endpoint calls that; reasoning models of OpenAI want the longer name."""
+    extra_body: FreeMapping = Field(default_factory=dict)
+    """More fields of each call: `{top_p: 0.9, chat_template_kwargs: {enable_thinking: false}}`."""
+    structured: Literal["json_schema", "json_object", "none"] = "json_schema"
+    """What an endpoint is told (`response_format`) where an answer must follow a schema; answers are checked anyway."""
+    bad_reply_retries: NonNegativeInt = 2
+    """How often the teacher is asked again after an answer that does not follow its schema."""
+    cache_dir: FilePath | None = None
+    """Where answers are kept, so that nothing is paid twice; runs may share it. null = in the workspace."""
+
+    def faults(self) -> Iterator[Fault]:
+        """An endpoint without a model's name; a key in the URL; fields that the client sets by itself."""
+        if self.url is None:
+            return
+        if self.model is None:
+            yield Fault(("model",), "null, and url is given", "the endpoint's name for the model")
+        if "@" in self.url.split("://", 1)[1].split("/", 1)[0]:
+            what = "it has a user name or password in it, and configs are readable to others"
+            yield Fault(("url",), what, "a URL without", f"put the key into {self.api_key_env}, or into api_key_file")
 
 
 class ServiceConfig(Section):
@@ -97,7 +160,7 @@ class ServiceConfig(Section):
     """How often the handoff file is renewed. Seconds."""
     metrics_s: PositiveFloat = 15
     """How often the figures of `/metrics` go to TensorBoard. Seconds."""
-    client: ClientConfig = ClientConfig.model_construct()
+    client: CallConfig = CallConfig.model_construct()
     """Its clients."""
 
     @property
@@ -131,8 +194,11 @@ class ImageServiceConfig(ServiceConfig):
 
     max_image_bytes: PositiveInt = 67_108_864
     """Largest image file."""
-    max_image_pixels: PositiveInt = 50_000_000
-    """Most pixels of an image before it is scaled; looked at before it is decoded."""
+    max_image_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 50_000_000
+    """Most pixels of an image before it is scaled; looked at before it is decoded. Decoding takes up to 20 bytes of
+    memory a pixel. Pillow decodes nothing above 178956970."""
+    image_timeout_s: PositiveFloat = 10
+    """Longest time that decoding an image may take. Seconds."""
 
 
 class ListenerServiceConfig(ImageServiceConfig):
@@ -140,6 +206,8 @@ class ListenerServiceConfig(ImageServiceConfig):
 
     engine: Engine = "transformers"
     """What runs the model. transformers keeps image features, vllm its prefix cache; neither replaces the other."""
+    client: ClientConfig = ClientConfig.model_construct()
+    """Its clients."""
 
 
 class SpeakerServiceConfig(ImageServiceConfig):
@@ -154,20 +222,40 @@ class RewardModelServiceConfig(ServiceConfig):
     engine: Engine = "transformers"
     """What runs the model."""
     dtype: Dtype = "bfloat16"
-    """Number type of weights and activations."""
+    """Number type of weights and activations; the head computes in float32."""
     attn_implementation: Attention = "auto"
     """Attention code, with engine transformers."""
+    system_prompt: str | None = r"Please reason step by step, and check your final answer within \boxed{}."
+    """System message before question and solution (A2). null = none of ours; chat templates may have their own."""
+    max_model_len: PositiveInt | None = None
+    """Longest question and solution together, in tokens; longer ones get no score. null = the model's own limit."""
+    max_pass_tokens: PositiveInt = 32_768
+    """Tokens in one forward pass, padding included, with engine transformers: a larger batch takes several passes."""
+    gpu_memory_utilization: Fraction = 0.8
+    """Share of a GPU's memory to take, with engine vllm."""
+    client: ClientConfig = ClientConfig.model_construct()
+    """Its clients."""
 
 
 class TeacherServiceConfig(ServiceConfig):
     """A local teacher (S2): an OpenAI-compatible chat endpoint."""
 
     model: ModelPath | None = None
-    """Folder of a chat model. null = none is served."""
+    """Folder of a chat model. null = none is served. Clients call it by the folder's name."""
     engine: Engine = "vllm"
-    """What runs the model."""
+    """What runs the model. transformers knows no `response_format` other than text."""
     dtype: Dtype = "bfloat16"
     """Number type of weights and activations."""
+    attn_implementation: Attention = "auto"
+    """Attention code, with engine transformers."""
+    max_model_len: PositiveInt | None = None
+    """Longest prompt and answer together, in tokens. null = the model's own limit."""
+    max_tokens: PositiveInt = 1024
+    """Longest answer to a request that names no length, in tokens."""
+    gpu_memory_utilization: Fraction = 0.8
+    """Share of a GPU's memory to take, with engine vllm."""
+    client: TeacherClientConfig = TeacherClientConfig.model_construct()
+    """Its clients, and those of the endpoint that stands in its place."""
 
 
 class ServicesConfig(Section):
@@ -189,3 +277,17 @@ class ServicesConfig(Section):
         options = getattr(self, name)
         assert isinstance(options, ServiceConfig), name
         return options
+
+    def placement_faults(self, tasks: Mapping[str, int]) -> Iterator[Fault]:
+        """Arrays of heterogeneous jobs: Slurm has none. `tasks` by stage; `grade.listener` serves `grade`."""
+        for stage in tasks:
+            consumer, _, name = stage.rpartition(".")
+            options = getattr(self, name, None) if consumer else None
+            if not isinstance(options, ServiceConfig) or options.placement == "job" or options.client.url:
+                continue
+            for part in (consumer, stage):
+                if tasks.get(part, 1) > 1:
+                    what = (
+                        f"{tasks[part]}, but with services.{name}.placement: hetjob {consumer} and {stage} are one job"
+                    )
+                    yield Fault(("stages", part, "tasks"), what, "1", f"one task, or services.{name}.placement: job")

@@ -58,12 +58,16 @@ class Policy:
 
 @dataclass(frozen=True)
 class Submit:
-    """Submit an attempt at a stage, after other submissions (by name, or by the stage submitted along with it)."""
+    """Submit an attempt at a stage, after other submissions (by name, or by the stage submitted along with it).
+
+    `beside`: attempts at the services that run in the same job.
+    """
 
     stage: Stage
     number: int
     after_end: tuple[str | StageId, ...] = ()
     after_start: tuple[str | StageId, ...] = ()
+    beside: tuple[Submit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,10 @@ class _Planner:
     def is_live(self, attempt: Attempt) -> bool:
         return attempt.name in self.states and attempt.name != self.me and attempt.name not in self.replaced
 
+    def attempts_at(self, stage: Stage) -> list[Attempt]:
+        """All attempts at a stage, then those at the services beside it: of one job its leader's is cancelled first."""
+        return [a for id in (stage.id, *stage.beside) for a in self.view.history.of(id.round, id.name)]
+
     def cancel_waiting(self, attempts: Iterable[Attempt], why: str) -> None:
         """Cancel what of these attempts is still waiting."""
         self.actions += [
@@ -120,21 +128,26 @@ class _Planner:
         """Keep, replace or submit the stage's job; remember what those that follow must wait for."""
         after_end = tuple(self.current[need] for need in stage.needs if need in self.current)
         after_start = tuple(self.current[used] for used in stage.uses if used in self.current)
-        live = [attempt for attempt in self.view.history.of(stage.round, stage.name) if self.is_live(attempt)]
-        if live:
-            attempt = next((a for a in live if self.states[a.name]["running"]), live[-1])
+        live = [attempt for attempt in self.attempts_at(stage) if self.is_live(attempt)]
+        if own := [attempt for attempt in live if attempt.stage == stage.name]:
+            attempt = next((a for a in own if self.states[a.name]["running"]), own[-1])
             # a second one is there when an sbatch was accepted so late that it had been written off
-            self.cancel_waiting((a for a in live if a is not attempt), "another attempt at it is there")
+            self.cancel_waiting((a for a in own if a is not attempt), "another attempt at it is there")
             wanted = {*after_end, *after_start}
             if self.states[attempt.name]["running"] or wanted <= set(attempt.depends_on):
                 self.current[stage.id] = attempt.name
                 return
             self.replaced.add(attempt.name)
-        number = 1 + max((a.number for a in self.view.history.of(stage.round, stage.name)), default=0)
-        self.actions.append(Submit(stage, number, after_end, after_start))
+        beside = tuple(
+            Submit(service, self._next(service)) for service in map(self.view.graph.__getitem__, stage.beside)
+        )
+        self.actions.append(Submit(stage, self._next(stage), after_end, after_start, beside))
         self.current[stage.id] = stage.id
         # cancelled last: whoever is killed in between leaves one advance too many rather than none
         self.actions += [Cancel(a.name, "what it waits for was submitted again") for a in live]
+
+    def _next(self, stage: Stage) -> int:
+        return 1 + max((a.number for a in self.view.history.of(stage.round, stage.name)), default=0)
 
 
 def decide(view: View, policy: Policy, me: str = "") -> Decision:
@@ -160,7 +173,7 @@ def decide(view: View, policy: Policy, me: str = "") -> Decision:
     if reason:
         plan.cancel_waiting(view.history.attempts, "the run stopped")
         # services that run would hold their GPUs for consumers that never come
-        services = {stage.id for stage in view.graph.stages if stage.kind is Kind.SERVICE}
+        services = {s.id for s in view.graph.stages if s.kind is Kind.SERVICE} - view.graph.companions
         plan.actions += [
             Cancel(a.name, "the run stopped")
             for a in view.history.attempts
@@ -174,10 +187,10 @@ def decide(view: View, policy: Policy, me: str = "") -> Decision:
             # one more advance than rounds in the queue: if one is killed, the next one does its work
             if policy.control and first <= stage.round <= first + max(1, policy.lookahead):
                 plan.place(stage)
-        elif stage.round > first + policy.lookahead:
+        elif stage.round > first + policy.lookahead or stage.id in view.graph.companions:
             continue
         elif view.is_done(stage.id):
-            plan.cancel_waiting(view.history.of(stage.round, stage.name), "its work is done")
+            plan.cancel_waiting(plan.attempts_at(stage), "its work is done")
         else:
             plan.place(stage)
     return Decision(tuple(plan.actions))

@@ -53,6 +53,9 @@ class Stage:
         Service stages that must have started before this stage's job starts.
     serves
         Service stages only: whom it serves. It is needed until all of these are done.
+    beside
+        Service stages that run in this stage's job, as further components of one heterogeneous job: they are
+        submitted with it, start with it and end with it.
     """
 
     id: StageId
@@ -62,6 +65,7 @@ class Stage:
     shards: int = 1
     uses: tuple[StageId, ...] = ()
     serves: tuple[StageId, ...] = ()
+    beside: tuple[StageId, ...] = ()
 
     @property
     def round(self) -> int:
@@ -91,7 +95,7 @@ class Graph:
         object.__setattr__(self, "by_id", {stage.id: stage for stage in self.stages})
         seen: set[StageId] = set()
         for stage in self.stages:
-            missing = [str(i) for i in (*stage.needs, *stage.uses) if i not in seen]
+            missing = [str(i) for i in (*stage.needs, *stage.uses, *stage.beside) if i not in seen]
             if missing:
                 raise ValueError(
                     f"{stage.id} follows {', '.join(missing)}, which the recipe does not declare before it"
@@ -106,6 +110,11 @@ class Graph:
     def of_round(self, round: int) -> tuple[Stage, ...]:
         """The stages of one round, in order."""
         return tuple(stage for stage in self.stages if stage.round == round)
+
+    @cached_property
+    def companions(self) -> frozenset[StageId]:
+        """The stages that have no job of their own: they run beside another one."""
+        return frozenset(id for stage in self.stages for id in stage.beside)
 
     @cached_property
     def work(self) -> tuple[Stage, ...]:

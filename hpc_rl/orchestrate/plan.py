@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from hpc_rl import config as configs
@@ -46,17 +47,24 @@ def show(config: Config, executor: str, scripts: bool) -> None:
     if scripts:
         backend = make_executor(config, executor)
         for stage in graph.stages:
-            if stage.round in repeats or (stage.kind is Kind.CONTROL and not control):
+            if stage.round in repeats or stage.id in graph.companions or (stage.kind is Kind.CONTROL and not control):
                 continue
-            request = build_request(
-                ws,
-                config,
-                stage,
-                f"{config.run.name}-r{stage.round:02d}-{stage.name}-a1-UNIQUE",
-                executor,
-                ws.code_dir / "HASH",
+            request, *beside = [
+                build_request(
+                    ws,
+                    config,
+                    part,
+                    f"{config.run.name}-r{part.round:02d}-{part.name}-a1-UNIQUE",
+                    executor,
+                    ws.code_dir / "HASH",
+                )
+                for part in (stage, *map(graph.__getitem__, stage.beside))
+            ]
+            request = replace(
+                request,
                 after_end=_placeholders(need for need in stage.needs if need.round >= stage.round - 1),
                 after_start=_placeholders(stage.uses),
+                beside=tuple(beside),
             )
             for script in backend.render(request):
                 print(f"--- {stage.id} ---\n{script}\n")
@@ -73,7 +81,7 @@ def _repeats_of_round_1(graph: Graph) -> set[int]:
 
     def shape(number: int) -> list[tuple[object, ...]]:
         return [
-            (s.name, s.job, s.kind, s.shards, [n.name for n in (*s.needs, *s.uses) if n.round == number])
+            (s.name, s.job, s.kind, s.shards, [n.name for n in (*s.needs, *s.uses, *s.beside) if n.round == number])
             for s in graph.of_round(number)
         ]
 
@@ -84,9 +92,10 @@ def _line(config: Config, ws: Workspace, executor: str, stage: Stage) -> str:
     resources = build_request(ws, config, stage, "-", executor, ws.code_dir).resources
     after = [need.name if need.round == stage.round else str(need) for need in stage.needs]
     after += [f"start of {used.name}" for used in stage.uses]
+    together = f", one job with {', '.join(id.name for id in stage.beside)}" if stage.beside else ""
     work = f"{stage.shards} shards" if stage.has_work and stage.shards > 1 else ""
     what = f"  {stage.name:<20} {stage.kind.value:<11} {_ask(resources):<58} {work:<11}"
-    return f"{what} after {', '.join(after) or 'nothing'}"
+    return f"{what} after {', '.join(after) or 'nothing'}{together}"
 
 
 def _ask(r: Resources) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hpc_rl import config as configs
 from hpc_rl import recipes
-from hpc_rl.cluster.base import Executor, Queued, QueueReader
+from hpc_rl.cluster.base import Executor, JobRequest, Queued, QueueReader
 from hpc_rl.cluster.entry import EndRecord
 from hpc_rl.config.schema import Config
 from hpc_rl.orchestrate import overview
@@ -178,14 +178,7 @@ def _carry_out(
     say: Callable[[str], None],
     lease: Lease,
 ) -> None:
-    ids: dict[str, list[str]] = {a.name: list(a.job_ids or ()) for a in view.history.attempts}
-    for job in view.queue:
-        ids.setdefault(job.name, [])
-        if (job_id := job.job_id.partition("_")[0]) not in ids[job.name]:
-            ids[job.name].append(job_id)
-    running = {job.name for job in view.queue if not job.is_waiting}
-    arrays = {job.name for job in view.queue if "_" in job.job_id}
-    names: dict[StageId, str] = {}
+    submitter = _Submitter(run, executor, code, ledger, view)
     if decision.status == "stopped" and not view.history.stopped:
         ledger.append("stopped", why=decision.reason)
     for action in decision.actions:
@@ -201,57 +194,87 @@ def _carry_out(
             report.cancelled.append(action.name)
             say(f"cancelled {action.name}: {action.why}")
         elif isinstance(action, Submit):
-            stage = action.stage
-            name = names[stage.id] = submission_name(run.config, stage, action.number)
+            accepted = report.submitted[action.stage.id] = submitter.submit(action)
+            what = " with ".join(str(part.stage.id) for part in (action, *action.beside))
+            say(f"{what}: submitted as {', '.join(accepted)}")
 
-            def resolved(after: tuple[str | StageId, ...]) -> list[str]:
-                return [names[a] if isinstance(a, StageId) else a for a in after]
 
-            after_end, after_start = resolved(action.after_end), resolved(action.after_start)
-            # one replica is enough: `after:` on an array would wait for all of its elements
-            first = [f"{ids[a][0]}_0" if a in arrays else ids[a][0] for a in after_start if a not in running]
-            request = build_request(
-                run.ws,
-                run.config,
-                stage,
-                name,
-                executor.name,
-                code,
-                after_end=tuple(i for a in after_end for i in ids[a]),
-                after_start=tuple(first),
-            )
-            if request.resources.tasks > 1:
-                arrays.add(name)
-            request.spec.save()
-            run.ws.log_dir(stage.round, stage.name).mkdir(parents=True, exist_ok=True)
-            ledger.append(
-                "intent",
-                name=name,
-                round=stage.round,
-                stage=stage.name,
-                number=action.number,
-                executor=executor.name,
-                depends_on=[*after_end, *after_start],
-            )
-            accepted = ids[name] = []
+class _Submitter:
+    """Hands attempts to the executor, one after the other, and knows by which ids the next ones can wait for them."""
 
-            def on_accepted(job_id: str, name: str = name, accepted: list[str] = accepted) -> None:
-                ledger.append("submitted", name=name, job_ids=[job_id])
-                accepted.append(job_id)
+    def __init__(self, run: Run, executor: Executor, code: Path, ledger: Ledger, view: View) -> None:
+        self.run, self.executor, self.code, self.ledger = run, executor, code, ledger
+        self.names: dict[StageId, str] = {}
+        self.ids: dict[str, list[str]] = {a.name: list(a.job_ids or ()) for a in view.history.attempts}
+        for job in view.queue:
+            self.ids.setdefault(job.name, [])
+            if (job_id := job.job_id.partition("_")[0]) not in self.ids[job.name]:
+                self.ids[job.name].append(job_id)
+        self.running = {job.name for job in view.queue if not job.is_waiting}
+        self.arrays = {job.name for job in view.queue if "_" in job.job_id}
 
-            executor.submit(request, on_accepted)
-            report.submitted[stage.id] = accepted
-            say(f"{stage.id}: submitted as {', '.join(accepted)}")
+    def submit(self, action: Submit) -> list[str]:
+        """Submit an attempt with what runs beside it; returns its job ids."""
+        request = self._announce(action)
+        names = [part.spec.name for part in (request, *request.beside)]
+
+        def on_accepted(job_id: str) -> None:
+            for name in names:
+                self.ledger.append("submitted", name=name, job_ids=[job_id])
+                self.ids[name].append(job_id)
+
+        self.executor.submit(request, on_accepted)
+        return self.ids[request.spec.name]
+
+    def _announce(self, action: Submit, companion: bool = False) -> JobRequest:
+        """Write down what is about to be submitted: the spec for its job, the intent for whoever reconciles next."""
+        run, stage = self.run, action.stage
+        name = self.names[stage.id] = submission_name(run.config, stage, action.number)
+        after_end, after_start = self._names(action.after_end), self._names(action.after_start)
+        request = build_request(
+            run.ws,
+            run.config,
+            stage,
+            name,
+            self.executor.name,
+            self.code,
+            after_end=tuple(i for a in after_end for i in self.ids[a]),
+            after_start=tuple(self._first(a) for a in after_start if a not in self.running),
+            companion=companion,
+        )
+        self.ids[name] = []
+        if request.resources.tasks > 1:
+            self.arrays.add(name)
+        request.spec.save()
+        run.ws.log_dir(stage.round, stage.name).mkdir(parents=True, exist_ok=True)
+        self.ledger.append(
+            "intent",
+            name=name,
+            round=stage.round,
+            stage=stage.name,
+            number=action.number,
+            executor=self.executor.name,
+            depends_on=[*after_end, *after_start],
+        )
+        return replace(request, beside=tuple(self._announce(part, companion=True) for part in action.beside))
+
+    def _names(self, after: tuple[str | StageId, ...]) -> list[str]:
+        return [self.names[a] if isinstance(a, StageId) else a for a in after]
+
+    def _first(self, name: str) -> str:
+        """What to wait for until a service has started: of replicas the first, since `after:ARRAY` waits for all."""
+        return f"{self.ids[name][0]}_0" if name in self.arrays else self.ids[name][0]
 
 
 def _view_after(run: Run, view: View, report: Report) -> View:
     """The view that the actions led to, without asking the scheduler again."""
     history = Ledger(run.ws).history()
     kept = [job for job in view.queue if not (job.name in report.cancelled and job.is_waiting)]
-    names = {i: a.name for a in history.attempts for i in a.job_ids or ()}
+    before = {a.name for a in view.history.attempts}
     new = [
-        Queued(names[ids[0]], ids[0], "PENDING", tasks=task_count(run.config, run.graph[stage]))
-        for stage, ids in report.submitted.items()
+        Queued(a.name, a.job_ids[0], "PENDING", tasks=task_count(run.config, run.graph[StageId(a.round, a.stage)]))
+        for a in history.attempts
+        if a.name not in before and a.job_ids
     ]
     return replace(view, history=history, queue=[*kept, *new])
 

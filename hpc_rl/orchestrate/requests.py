@@ -35,6 +35,7 @@ def build_request(
     code: Path,
     after_end: tuple[str, ...] = (),
     after_start: tuple[str, ...] = (),
+    companion: bool = False,
 ) -> JobRequest:
     """The request for one attempt at a stage.
 
@@ -46,6 +47,8 @@ def build_request(
         Folder of the code snapshot.
     after_end, after_start
         Ids of jobs to wait for.
+    companion
+        It runs beside another one, in whose job it is; only that one asks Slurm to run the job again.
     """
     wanted = config.stage(stage.name)
     delay_s = wanted.signal_delay_s or config.cluster.signal_delay_s
@@ -73,6 +76,7 @@ def build_request(
         executor=executor,
         body=tuple(body),
         environment=environment,
+        requeue_on_leave=not companion,
         service=stage.kind is Kind.SERVICE,
         grace_s=grace_s,
         gpus=wanted.gpus_per_node / wanted.ranks,

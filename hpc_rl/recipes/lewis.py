@@ -10,6 +10,7 @@ grade, evaluate and a live train ask a listener service of their own, which is u
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def _preparation(config: LewisConfig) -> Iterable[Stage]:
 
 
 def _with_listener(config: LewisConfig, stage: Stage) -> Iterable[Stage]:
-    """A stage and, before it, the listener that serves it and that starts when the stage may.
+    """A stage and, before it, the listener that serves it: a job that starts when the stage may, or a part of its job.
 
     With `services.listener.client.url` the listener is somebody else's and the stage stands alone.
     """
@@ -75,4 +76,5 @@ def _with_listener(config: LewisConfig, stage: Stage) -> Iterable[Stage]:
         return
     listener = StageId(stage.round, f"{stage.name}.listener")
     yield Stage(listener, "jobs.serve", Kind.SERVICE, needs=stage.needs, shards=0, serves=(stage.id,))
-    yield Stage(stage.id, stage.job, stage.kind, stage.needs, stage.shards, uses=(listener,))
+    hetjob = config.services.listener.placement == "hetjob"
+    yield replace(stage, beside=(listener,)) if hetjob else replace(stage, uses=(listener,))

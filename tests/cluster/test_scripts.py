@@ -30,7 +30,11 @@ GRADE = Stage(StageId(2, "grade"), "jobs.grade", Kind.ARRAY, shards=7, uses=(LIS
 
 
 def request(
-    stage: Stage, resources: Mapping[str, Any], cluster: Mapping[str, Any] | None = None, **after: tuple[str, ...]
+    stage: Stage,
+    resources: Mapping[str, Any],
+    cluster: Mapping[str, Any] | None = None,
+    companion: bool = False,
+    **after: tuple[str, ...],
 ) -> JobRequest:
     config = Config.model_validate(
         {
@@ -42,7 +46,11 @@ def request(
     )
     ws = Workspace(config.run.workspace)
     name = f"lewis-r{stage.round:02d}-{stage.name}-a1-abc123"
-    return build_request(ws, config, stage, name, "slurm", ws.code_dir / "c0de", **after)
+    return build_request(ws, config, stage, name, "slurm", ws.code_dir / "c0de", companion=companion, **after)
+
+
+def together(leader: JobRequest, *others: JobRequest) -> JobRequest:
+    return replace(leader, beside=others)
 
 
 SITE = {
@@ -64,7 +72,17 @@ CASES = {
     "multi_node": request(TRAIN, {"nodes": 2, "gpus_per_node": 4, "cpus_per_task": 6, "mem_gb": 256}),
     "multi_node_on_cpus": request(TRAIN, {"nodes": 2, "ranks_per_node": 2, "cpus_per_task": 2}),
     "service": request(LISTENER, {"gpus_per_node": 1}, after_end=("51",)),
+    "replicas": request(LISTENER, {"gpus_per_node": 1, "tasks": 3}, after_end=("51",)),
     "after_a_service": request(GRADE, {"tasks": 2}, after_end=("51",), after_start=("52",)),
+    "after_the_first_replica": request(GRADE, {"tasks": 2}, after_end=("51",), after_start=("52_0",)),
+    "hetjob": together(
+        request(GRADE, {"cpus_per_task": 4}, after_end=("51",)),
+        request(LISTENER, {"gpus_per_node": 1, "mem_gb": 64, "setup": ["module load cuda/12"]}, companion=True),
+    ),
+    "hetjob_of_several_nodes": together(
+        request(TRAIN, {"nodes": 2, "gpus_per_node": 4, "cpus_per_task": 6}, SITE),
+        request(LISTENER, {"gpus_per_node": 1}, SITE, companion=True),
+    ),
     "site_options": request(SAMPLE, {"tasks": 2, "sbatch": {"exclude": "node14"}, "account": ""}, SITE),
 }
 
@@ -102,6 +120,24 @@ def test_bash_can_read_the_script(name: str) -> None:
 
 def options(script: str) -> dict[str, str]:
     return dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", script, re.MULTILINE))
+
+
+def test_of_a_heterogeneous_job_each_component_has_its_options_and_only_the_leader_asks_for_its_requeue() -> None:
+    (script,) = rendered("hetjob_of_several_nodes")
+    leader, service = (options(part) for part in script.split("#SBATCH hetjob"))
+    assert (leader["nodes"], leader["gpus-per-node"], service["nodes"], service["gpus-per-node"]) == (
+        "2",
+        "4",
+        "1",
+        "1",
+    )
+    assert leader["signal"] == service["signal"]
+    commands = re.findall(r"^srun .*--het-group=(\d) .*/(lewis-\S+)\.json$", script, re.MULTILINE)
+    assert commands == [("1", "lewis-r02-grade.listener-a1-abc123"), ("0", "lewis-r02-train-a1-abc123")], (
+        "the last command's end is the job's"
+    )
+    case = CASES["hetjob_of_several_nodes"]
+    assert [part.spec.requeue_on_leave for part in (case, *case.beside)] == [True, False]
 
 
 def test_an_array_is_split_into_pieces_that_slurm_takes_and_no_element_is_lost() -> None:

@@ -1,14 +1,15 @@
 """A scheduler and a world in a few hundred lines: jobs start in any order, fail in all ways, and time is a counter.
 
 `Scheduler` behaves as Slurm does towards `decide`: dependencies are `afterany` and `after`, an array's elements start
-one by one, a job may be requeued or vanish without a record. `Simulation` plays a run, with an `advance` that asks
-`decide` and may be killed between any two of its steps, and with a user who launches again when the queue is empty.
+one by one, the components of a heterogeneous job together, a job may be requeued or vanish without a record.
+`Simulation` plays a run, with an `advance` that asks `decide` and may be killed between any two of its steps, and with
+a user who launches again when the queue is empty.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from hpc_rl.cluster.base import Queued
@@ -19,13 +20,16 @@ from hpc_rl.orchestrate.graph import Graph, Kind, Stage, StageId, build_graph
 from hpc_rl.run.ledger import Attempt, History
 
 
-def lewis_like(rounds: int, shards: int) -> Graph:
-    """sample (array) → grade (array, with a listener) → train → evaluate (with a listener), as in the Lewis recipe."""
+def lewis_like(rounds: int, shards: int, hetjob: bool = False) -> Graph:
+    """sample (array) → grade (array, with a listener) → train → evaluate (with a listener), as in the Lewis recipe.
+
+    With `hetjob` the listeners run in the jobs that they serve.
+    """
 
     def with_listener(stage: Stage) -> Iterable[Stage]:
         listener = StageId(stage.round, f"{stage.name}.listener")
         yield Stage(listener, "jobs.serve", Kind.SERVICE, needs=stage.needs, shards=0, serves=(stage.id,))
-        yield replace(stage, uses=(listener,))
+        yield replace(stage, beside=(listener,)) if hetjob else replace(stage, uses=(listener,))
 
     def stages(round: int) -> Iterable[Stage]:
         sample, grade, train = (StageId(round, name) for name in ("sample", "grade", "train"))
@@ -43,7 +47,10 @@ def lewis_like(rounds: int, shards: int) -> Graph:
 
 @dataclass
 class Job:
-    """A submission in the scheduler; `elements` are PENDING, RUNNING or ENDED."""
+    """A submission in the scheduler; `elements` are PENDING, RUNNING or ENDED.
+
+    `leader` is the job whose component it is; one that is its own leader may have components.
+    """
 
     id: str
     name: str
@@ -52,14 +59,15 @@ class Job:
     after_start: frozenset[str]
     elements: list[str]
     restarts: int = 0
+    leader: str = ""
 
     @property
     def ended(self) -> bool:
         return all(state == "ENDED" for state in self.elements)
 
-    @property
-    def started(self) -> bool:
-        return "PENDING" not in self.elements  # `after:` on an array waits for all of its elements (sbatch(1))
+    def started(self, element: str) -> bool:
+        """Whether `after:ID_ELEMENT` is fulfilled; `after:ID` waits for all elements of an array (sbatch(1))."""
+        return "PENDING" not in (self.elements[int(element)] if element else self.elements)
 
 
 @dataclass
@@ -71,14 +79,30 @@ class Scheduler:
     def submit(self, name: str, stage: Stage, tasks: int, after_end: Iterable[str], after_start: Iterable[str]) -> str:
         job_id = str(len(self.jobs) + 1)
         waits = frozenset(after_end), frozenset(after_start)
-        assert waits[0] | waits[1] <= set(self.jobs), "depends on a job that never was"
-        self.jobs[job_id] = Job(job_id, name, stage, *waits, ["PENDING"] * tasks)
+        assert {id.partition("_")[0] for id in waits[0] | waits[1]} <= set(self.jobs), "depends on a job that never was"
+        self.jobs[job_id] = Job(job_id, name, stage, *waits, ["PENDING"] * tasks, leader=job_id)
         return job_id
+
+    def add_component(self, job_id: str, name: str, stage: Stage) -> None:
+        """Make `stage` a further component of a job."""
+        component = str(len(self.jobs) + 1)  # it has an id of its own, by which nobody calls it
+        assert len(self.jobs[job_id].elements) == 1, "an array of heterogeneous jobs"
+        self.jobs[component] = Job(component, name, stage, frozenset(), frozenset(), ["PENDING"], leader=job_id)
+
+    def components(self, job: Job) -> list[Job]:
+        """The other components of a job that is a leader."""
+        return [other for other in self.jobs.values() if other.leader == job.id and other is not job]
+
+    def set_state(self, job: Job, at: int, state: str) -> None:
+        """Start, end or requeue an element; what a leader does its components do."""
+        job.elements[at] = state
+        for other in self.components(job):
+            other.elements = [state]
 
     def queue(self, names: Iterable[str]) -> list[Queued]:
         wanted = set(names)
         return [
-            Queued(job.name, f"{job.id}_{at}", state)
+            Queued(job.name, f"{job.leader}_{at}" if len(job.elements) > 1 else job.leader, state)
             for job in self.jobs.values()
             if job.name in wanted
             for at, state in enumerate(job.elements)
@@ -88,13 +112,19 @@ class Scheduler:
     def cancel(self, name: str, waiting_only: bool) -> None:
         for job in self.jobs.values():
             if job.name == name:
-                job.elements = ["ENDED" if state == "PENDING" or not waiting_only else state for state in job.elements]
+                alone = job.leader == job.id or "PENDING" not in job.elements
+                assert alone, "scancel refuses: Operation not permitted on individual component of heterogeneous job"
+                for at, state in enumerate(job.elements):
+                    if state == "PENDING" or not waiting_only:
+                        self.set_state(job, at, "ENDED")
 
     def startable(self) -> list[tuple[Job, int]]:
         return [
             (job, at)
             for job in self.jobs.values()
-            if all(self.jobs[i].ended for i in job.after_end) and all(self.jobs[i].started for i in job.after_start)
+            if job.leader == job.id
+            and all(self.jobs[i].ended for i in job.after_end)
+            and all(self.jobs[i.partition("_")[0]].started(i.partition("_")[2]) for i in job.after_start)
             for at, state in enumerate(job.elements)
             if state == "PENDING"
         ]
@@ -129,8 +159,10 @@ class Chaos:
 class Simulation:
     """A run in the simulated world; `play` it to its end."""
 
-    def __init__(self, graph: Graph, policy: Policy, chaos: Chaos, seed: int, tasks: int = 2) -> None:
-        self.graph, self.policy, self.chaos, self.tasks = graph, policy, chaos, tasks
+    def __init__(
+        self, graph: Graph, policy: Policy, chaos: Chaos, seed: int, tasks: int = 2, replicas: int = 1
+    ) -> None:
+        self.graph, self.policy, self.chaos, self.tasks, self.replicas = graph, policy, chaos, tasks, replicas
         self.chance = random.Random(seed)
         self.scheduler = Scheduler()
         self.done: dict[StageId, set[int]] = {}
@@ -179,27 +211,36 @@ class Simulation:
                     step()
                     self.attempts[action.name] = replace(self.attempts[action.name], cancelled=action.why)
             else:
-                names[action.stage.id] = self._submit(action, names, step)
+                self._submit(action, names, step)
         self.check_after(me, decision)
         return decision
 
-    def _submit(self, action: Submit, names: dict[StageId, str], step: object) -> str:
-        assert callable(step)
-        stage, self.clock = action.stage, self.clock + 1
-        name = f"r{stage.round}-{stage.name}-a{action.number}-{self.clock}"
+    def _submit(self, action: Submit, names: dict[StageId, str], step: Callable[[], None]) -> None:
         after = [
             [names[a] if isinstance(a, StageId) else a for a in side] for side in (action.after_end, action.after_start)
         ]
-        self.attempts[name] = Attempt(
-            name, stage.round, stage.name, action.number, "sim", (*after[0], *after[1]), time=self.clock
-        )
-        ids = [[i for a in side for i in self.attempts[a].job_ids or ()] for side in after]
-        step()
-        tasks = min(self.tasks, stage.shards) if stage.kind is Kind.ARRAY else 1
-        job_id = self.scheduler.submit(name, stage, tasks, *ids)
-        step()
-        self.attempts[name] = replace(self.attempts[name], job_ids=(job_id,))
-        return name
+        for part in (action, *action.beside):
+            stage, self.clock = part.stage, self.clock + 1
+            name = names[stage.id] = f"r{stage.round}-{stage.name}-a{part.number}-{self.clock}"
+            depends_on = (*after[0], *after[1]) if part is action else ()
+            self.attempts[name] = Attempt(
+                name, stage.round, stage.name, part.number, "sim", depends_on, time=self.clock
+            )
+            step()
+        ended, started = [[i for a in side for i in self.attempts[a].job_ids or ()] for side in after]
+        first = [f"{i}_0" if len(self.scheduler.jobs[i].elements) > 1 else i for i in started]
+        job_id = self.scheduler.submit(names[action.stage.id], action.stage, self._tasks(action.stage), ended, first)
+        for part in action.beside:
+            self.scheduler.add_component(job_id, names[part.stage.id], part.stage)
+        for part in (action, *action.beside):
+            step()
+            name = names[part.stage.id]
+            self.attempts[name] = replace(self.attempts[name], job_ids=(job_id,))
+
+    def _tasks(self, stage: Stage) -> int:
+        if stage.kind is Kind.SERVICE:
+            return self.replicas
+        return min(self.tasks, stage.shards) if stage.kind is Kind.ARRAY and not stage.beside else 1
 
     # what must hold whenever somebody decides
 
@@ -229,7 +270,7 @@ class Simulation:
         advances = [id for id in live if self.graph[id].kind is Kind.CONTROL]
         assert not self.policy.control or len(advances) >= 2, "no spare advance"
         for id, (name,) in live.items():
-            if states[name] == {"PENDING"}:
+            if states[name] == {"PENDING"} and id not in self.graph.companions:
                 stage = self.graph[id]
                 for other in (*stage.needs, *stage.uses):
                     behind = set(live.get(other, ())) - set(self.attempts[name].depends_on)
@@ -256,7 +297,7 @@ class Simulation:
                 continue
             job, at = self.chance.choice(possible)
             if job.elements[at] == "PENDING":
-                job.elements[at] = "RUNNING"
+                self.scheduler.set_state(job, at, "RUNNING")
             else:
                 status = self._run(job, at) or status
                 if not self.policy.control and job.ended:
@@ -287,7 +328,7 @@ class Simulation:
             self.clock - 1, self.clock, 0.0, 0.0,
         )  # fmt: skip
         self.ends.setdefault(job.name, []).append(record)
-        job.elements[at] = "ENDED"
+        self.scheduler.set_state(job, at, "ENDED")
 
     def _run(self, job: Job, at: int) -> str:
         """Something happens in a running element. Returns the run's status when an advance found one."""
@@ -311,7 +352,7 @@ class Simulation:
             idle = not any(j.stage.id in stage.serves and not j.ended for j in self.scheduler.jobs.values())
             if idle or self.view().is_done(stage.id):
                 self._end(job, at, Outcome.DONE)
-        elif stage.uses and not self._is_served(stage):
+        elif (stage.uses or stage.beside) and not self._is_served(stage):
             if self.chance.random() < 0.2:  # its patience with the service ends
                 self._end(job, at, Outcome.BLOCKED)
         elif self._complete(stage.id):
@@ -327,14 +368,17 @@ class Simulation:
 
     def _is_served(self, stage: Stage) -> bool:
         up = {job.stage.id for job, _ in self.scheduler.running()} - set(self.broken)
-        return bool(up & set(stage.uses))
+        return bool(up & {*stage.uses, *stage.beside})
 
     def _fail(self, job: Job, at: int) -> None:
         way = self.chance.choice(["lost", "killed", "left", "error", "requeued"])
         if way == "lost":
-            job.elements[at] = "ENDED"
+            self.scheduler.set_state(job, at, "ENDED")
         elif way == "requeued":
-            job.elements[at], job.restarts = "PENDING", job.restarts + 1
+            leader = self.scheduler.jobs[job.leader]
+            self.scheduler.set_state(leader, at, "PENDING")
+            for component in (leader, *self.scheduler.components(leader)):
+                component.restarts += 1
         elif way == "error":
             self._end(job, at, Outcome.ERROR, f"OSError: an accident of the kind {_word(self.clock)}")
         else:

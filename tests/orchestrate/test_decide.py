@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hpc_rl.cluster.base import Queued
 from hpc_rl.cluster.entry import EndRecord
 from hpc_rl.orchestrate.decide import Cancel, Policy, Submit, View, WriteOff, decide
-from hpc_rl.orchestrate.graph import ADVANCE, Kind, StageId
+from hpc_rl.orchestrate.graph import ADVANCE, Graph, Kind, StageId
 from hpc_rl.run.ledger import Attempt, History
 from tests.orchestrate.simulation import Chaos, Simulation, lewis_like
 
@@ -19,16 +19,29 @@ PATIENT = 1000
 """Attempts of a stage that chaos never uses up."""
 
 seeds = st.integers(0, 2**32)
+hetjobs = st.booleans()
+replicas = st.integers(1, 3)
+
+
+def world(graph: Graph, policy: Policy, chaos: Chaos, seed: int, tasks: int = 2, replicas: int = 1) -> Simulation:
+    """A simulated run. Where a service is in its consumer's job neither is an array."""
+    return Simulation(graph, policy, chaos, seed, tasks, 1 if graph.companions else replicas)
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    seed=seeds, rounds=st.integers(1, 3), shards=st.integers(1, 5), tasks=st.integers(1, 3), lookahead=st.integers(0, 2)
+    seed=seeds,
+    rounds=st.integers(1, 3),
+    shards=st.integers(1, 5),
+    tasks=st.integers(1, 3),
+    lookahead=st.integers(0, 2),
+    hetjob=hetjobs,
+    replicas=replicas,
 )
 def test_a_run_in_which_nothing_fails_submits_each_stage_once_and_finishes(
-    seed: int, rounds: int, shards: int, tasks: int, lookahead: int
+    seed: int, rounds: int, shards: int, tasks: int, lookahead: int, hetjob: bool, replicas: int
 ) -> None:
-    run = Simulation(lewis_like(rounds, shards), Policy(lookahead), Chaos(), seed, tasks)
+    run = world(lewis_like(rounds, shards, hetjob), Policy(lookahead), Chaos(), seed, tasks, replicas)
     assert run.play() == "finished"
     assert run.launches == 1
     assert all(len(run.submissions(stage.id)) == 1 for stage in run.graph.work)
@@ -42,31 +55,37 @@ def test_a_run_in_which_nothing_fails_submits_each_stage_once_and_finishes(
     tasks=st.integers(1, 3),
     lookahead=st.integers(0, 2),
     failures=st.integers(0, 25),
+    hetjob=hetjobs,
+    replicas=replicas,
 )
 def test_a_run_whose_jobs_fail_in_all_ways_finishes_without_anybody_looking(
-    seed: int, rounds: int, shards: int, tasks: int, lookahead: int, failures: int
+    seed: int, rounds: int, shards: int, tasks: int, lookahead: int, failures: int, hetjob: bool, replicas: int
 ) -> None:
-    run = Simulation(lewis_like(rounds, shards), Policy(lookahead, PATIENT), Chaos(failures), seed, tasks)
+    graph = lewis_like(rounds, shards, hetjob)
+    run = world(graph, Policy(lookahead, PATIENT), Chaos(failures), seed, tasks, replicas)
     assert run.play() == "finished"
     assert run.launches == 1, "the user had to launch again"
     assert all(run.view().is_done(stage.id) for stage in run.graph.work)
 
 
+@pytest.mark.parametrize("hetjob", [False, True])
 @pytest.mark.parametrize("lookahead", [0, 1, 2])
 @pytest.mark.parametrize("advance", [1, 2, 3])
-def test_an_advance_killed_before_each_of_its_steps_is_made_good_by_the_next(advance: int, lookahead: int) -> None:
+def test_an_advance_killed_before_each_of_its_steps_is_made_good_by_the_next(
+    advance: int, lookahead: int, hetjob: bool
+) -> None:
     for step in range(28):
-        run = Simulation(lewis_like(2, 2), Policy(lookahead), Chaos(kill_exactly=(advance, step)), seed=step)
+        run = Simulation(lewis_like(2, 2, hetjob), Policy(lookahead), Chaos(kill_exactly=(advance, step)), seed=step)
         assert run.play() == "finished"
         assert run.launches == 1, f"killed before step {step}, nobody was left to go on"
 
 
 @settings(deadline=None, max_examples=80)
-@given(seed=seeds, lookahead=st.integers(0, 2), failures=st.integers(0, 10))
+@given(seed=seeds, lookahead=st.integers(0, 2), failures=st.integers(0, 10), hetjob=hetjobs, replicas=replicas)
 def test_one_advance_killed_among_other_failures_is_made_good_by_the_next(
-    seed: int, lookahead: int, failures: int
+    seed: int, lookahead: int, failures: int, hetjob: bool, replicas: int
 ) -> None:
-    run = Simulation(lewis_like(3, 3), Policy(lookahead, PATIENT), Chaos(failures), seed)
+    run = world(lewis_like(3, 3, hetjob), Policy(lookahead, PATIENT), Chaos(failures), seed, replicas=replicas)
     run.launch()
     run.chaos.advance_kills = 1
     launched = run.launches
@@ -75,19 +94,26 @@ def test_one_advance_killed_among_other_failures_is_made_good_by_the_next(
 
 
 @settings(deadline=None, max_examples=80)
-@given(seed=seeds, lookahead=st.integers(0, 2), failures=st.integers(0, 10), kills=st.integers(0, 10))
+@given(
+    seed=seeds,
+    lookahead=st.integers(0, 2),
+    failures=st.integers(0, 10),
+    kills=st.integers(0, 10),
+    hetjob=hetjobs,
+    replicas=replicas,
+)
 def test_whatever_is_killed_launching_again_finishes_the_run(
-    seed: int, lookahead: int, failures: int, kills: int
+    seed: int, lookahead: int, failures: int, kills: int, hetjob: bool, replicas: int
 ) -> None:
-    run = Simulation(lewis_like(2, 3), Policy(lookahead, PATIENT), Chaos(failures, kills), seed)
+    run = world(lewis_like(2, 3, hetjob), Policy(lookahead, PATIENT), Chaos(failures, kills), seed, replicas=replicas)
     assert run.play() == "finished"
     assert run.launches <= 1 + kills
 
 
 @settings(deadline=None, max_examples=60)
-@given(seed=seeds, failures=st.integers(0, 10), kills=st.integers(0, 3))
-def test_a_launcher_that_stays_needs_no_advance_jobs(seed: int, failures: int, kills: int) -> None:
-    run = Simulation(lewis_like(2, 3), Policy(1, PATIENT, control=False), Chaos(failures, kills), seed)
+@given(seed=seeds, failures=st.integers(0, 10), kills=st.integers(0, 3), hetjob=hetjobs)
+def test_a_launcher_that_stays_needs_no_advance_jobs(seed: int, failures: int, kills: int, hetjob: bool) -> None:
+    run = Simulation(lewis_like(2, 3, hetjob), Policy(1, PATIENT, control=False), Chaos(failures, kills), seed)
     assert run.play() == "finished"
     assert not any(attempt.stage == ADVANCE for attempt in run.attempts.values())
 
@@ -97,13 +123,17 @@ def test_a_launcher_that_stays_needs_no_advance_jobs(seed: int, failures: int, k
     seed=seeds,
     stage=st.sampled_from(["sample", "grade", "train", "evaluate", "grade.listener"]),
     kills=st.integers(0, 2),
+    hetjob=hetjobs,
 )
-def test_a_program_error_that_repeats_itself_stops_the_run(seed: int, stage: str, kills: int) -> None:
-    run = Simulation(lewis_like(2, 3), Policy(), Chaos(advance_kills=kills), seed)
+def test_a_program_error_that_repeats_itself_stops_the_run(seed: int, stage: str, kills: int, hetjob: bool) -> None:
+    run = Simulation(lewis_like(2, 3, hetjob), Policy(), Chaos(advance_kills=kills), seed)
     run.broken[StageId(1, stage)] = "KeyError: 'speaker_problm' in row 17"
     assert run.play() == "stopped"
     # twice per launch: whoever launches again asks for another try
-    assert len(run.submissions(StageId(1, stage))) <= 2 * max(1, run.launches)
+    failed = [
+        a for a in run.submissions(StageId(1, stage)) if any(e.outcome == "error" for e in run.ends.get(a.name, ()))
+    ]
+    assert len(failed) <= 2 * max(1, run.launches)
     assert "same error: KeyError: 'speaker_problm'" in run.stopped
     assert f"round 1 {stage} failed" in run.stopped
     assert not [job for job in run.scheduler.queue(run.attempts) if job.is_waiting], "nothing waits for a lost cause"
@@ -186,6 +216,35 @@ def test_jobs_wait_for_the_end_of_what_they_need_and_for_the_start_of_their_serv
     grade = by_stage[StageId(1, "grade")]
     assert grade.after_end == (StageId(1, "sample"),)
     assert grade.after_start == (StageId(1, "grade.listener"),)
+
+
+def test_a_service_in_the_job_of_its_consumer_is_submitted_with_it() -> None:
+    actions = decide(view(graph=lewis_like(1, 2, hetjob=True)), Policy()).actions
+    assert "round 1 grade.listener" not in submitted(actions)
+    grade = next(a for a in actions if isinstance(a, Submit) and a.stage.name == "grade")
+    assert grade.beside == (Submit(lewis_like(1, 2, hetjob=True)[StageId(1, "grade.listener")], 1),)
+    assert (grade.after_end, grade.after_start) == ((StageId(1, "sample"),), ())
+
+
+def test_the_job_of_a_consumer_that_is_submitted_again_takes_a_service_that_was_left_over_with_it() -> None:
+    """The consumer has ended; its component of the job is still there."""
+    history = History(tuple(replace(attempt(s, job_id="5"), round=1) for s in ("grade", "grade.listener")))
+    done = {StageId(0, "train"): 2, StageId(1, "sample"): 2}
+    queue = (Queued("grade.listener-a1", "5", "RUNNING"),)
+    actions = decide(View(lewis_like(1, 2, hetjob=True), done, history, queue, {}), Policy()).actions
+    again = next(a for a in actions if isinstance(a, Submit) and a.stage.name == "grade")
+    assert (again.number, [service.number for service in again.beside]) == (2, [2])
+    assert [a.name for a in actions if isinstance(a, Cancel)] == ["grade.listener-a1"]
+
+
+def test_of_a_waiting_job_of_two_the_consumer_is_cancelled_first() -> None:
+    """Slurm refuses to cancel one component of a heterogeneous job that waits, unless it is the first."""
+    names = ("grade", "grade.listener")
+    history = History(tuple(replace(attempt(s, job_id="5"), round=1) for s in names))
+    done = {StageId(0, "train"): 2, StageId(1, "sample"): 2, StageId(1, "grade"): 2}
+    queue = tuple(Queued(f"{s}-a1", "5", "PENDING") for s in reversed(names))
+    actions = decide(View(lewis_like(1, 2, hetjob=True), done, history, queue, {}), Policy()).actions
+    assert [a.name for a in actions if isinstance(a, Cancel)] == ["grade-a1", "grade.listener-a1"]
 
 
 def test_a_paused_run_is_left_alone() -> None:

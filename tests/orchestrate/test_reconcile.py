@@ -36,7 +36,9 @@ class Cluster:
     def submit(self, request: JobRequest, on_accepted: Callable[[str], None]) -> None:
         assert request.spec.path.is_file(), "a job may start at once: its spec must be there"
         assert self.run.ws.log_dir(request.spec.round, request.spec.stage).is_dir(), "without it Slurm loses the log"
-        assert Ledger(self.run.ws).history().attempts[-1].name == request.spec.name
+        parts = (request, *request.beside)
+        known = [attempt.name for attempt in Ledger(self.run.ws).history().attempts]
+        assert known[-len(parts) :] == [part.spec.name for part in parts], "what is submitted was written down before"
         mishap = self.mishaps.pop(len(self.requests), "")
         self.requests.append(request)
         if mishap == "refused":

@@ -1,0 +1,23 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --array=0-2%3
+#SBATCH --comment='hpc_rl 2 grade.listener'
+#SBATCH --cpus-per-task=1
+#SBATCH --dependency=afterany:51
+#SBATCH --gpus-per-node=1
+#SBATCH --job-name=lewis-r02-grade.listener-a1-abc123
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output=/data/runs/lewis/logs/round_02/grade.listener/%A_%a_0_log.out
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+#SBATCH --time=60
+
+# setup
+export PYTHONPATH=/data/runs/lewis/code/c0de${PYTHONPATH:+:$PYTHONPATH}
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /data/runs/lewis/logs/round_02/grade.listener/%A_%a_%t_log.out --cpus-per-task=1 /PYTHON -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/grade.listener/attempts/lewis-r02-grade.listener-a1-abc123.json
