@@ -1,19 +1,22 @@
 """Micro-batching: items of many requests, from any number of clients, merged into batches for the model (L4).
 
-Requests wait in one bounded queue. A worker takes what is there, waits a few milliseconds for more if that does not
-fill a batch, and runs the model; a request is answered when its last item is done, its items in its own order.
+Requests wait in one bounded queue, in which clients take turns (`hpc_rl.services.queue`). A worker takes what is there,
+waits a few milliseconds for more if that does not fill a batch, and runs the model; a request is answered when its last
+item is done, its items in its own order.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from hpc_rl.services.queue import FairQueue, Piece, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +25,11 @@ Result = TypeVar("Result")
 
 OnBatch = Callable[[int, float, bool], None]
 """Items, seconds, failed."""
+
+RATE_MEMORY = 0.8
+"""Weight of what was before in the rate of items per second, when a batch ends."""
+LEAST_RETRY_S = 1.0
+MOST_RETRY_S = 60.0
 
 
 class Overloaded(RuntimeError):
@@ -33,7 +41,7 @@ class Overloaded(RuntimeError):
         When there may be room. Seconds.
     """
 
-    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+    def __init__(self, message: str, retry_after_s: float = LEAST_RETRY_S) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
@@ -46,17 +54,18 @@ class ModelFailed(RuntimeError):
     """The model raised an error for a batch; the message is for the log and the client."""
 
 
-@dataclass
-class _Request(Generic[Result]):
+@dataclass(eq=False, kw_only=True)
+class _Request(Waiting[Item], Generic[Item, Result]):
+    """`unanswered` items have no result yet."""
+
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[list[Result]]
-    results: list[Result | None]
-    left: int
-    started: bool = False
+    results: list[Any]
+    unanswered: int
 
     def finish(self, error: Exception | None = None) -> None:
         """Answer, from any thread."""
-        if not self.loop.is_closed():  # else the server was stopped and nobody waits
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server was stopped and nobody waits
             self.loop.call_soon_threadsafe(self._settle, error)
 
     def _settle(self, error: Exception | None) -> None:
@@ -65,14 +74,7 @@ class _Request(Generic[Result]):
         if error is not None:
             self.future.set_exception(error)
         else:
-            self.future.set_result([result for result in self.results if result is not None])
-
-
-@dataclass(frozen=True)
-class _Entry(Generic[Item, Result]):
-    request: _Request[Result]
-    index: int
-    item: Item
+            self.future.set_result(self.results)
 
 
 @dataclass
@@ -83,6 +85,7 @@ class Counters:
     items: int = 0
     batches: int = 0
     refused: int = 0
+    abandoned: int = 0
     failed_batches: int = 0
     failed_in_a_row: int = 0
     largest_batch: int = 0
@@ -121,12 +124,12 @@ class Batcher(Generic[Item, Result]):
         workers: int = 1,
         on_batch: OnBatch = lambda items, seconds, failed: None,
     ) -> None:
+        self._run, self._batch_size, self._batch_wait_s = run, batch_size, batch_wait_s
         self.on_batch = on_batch
-        self._run, self._batch_size, self._batch_wait_s, self._max_waiting = run, batch_size, batch_wait_s, max_waiting
-        self._queue: deque[_Entry[Item, Result]] = deque()
+        self._queue: FairQueue[_Request[Item, Result]] = FairQueue(max_waiting, max_client_waiting or max_waiting)
+        self._recent_items = self._recent_s = 0.0
         self._changed = threading.Condition()
         self._closed = False
-        self._running = 0
         self.counters = Counters()
         self._threads = [
             threading.Thread(target=self._work, name=f"batch-{number}", daemon=True) for number in range(workers)
@@ -137,42 +140,61 @@ class Batcher(Generic[Item, Result]):
     @property
     def waiting(self) -> int:
         """Items in the queue."""
-        return len(self._queue)
+        return self._queue.items
 
     @property
-    def idle(self) -> bool:
-        """True when nothing waits and nothing runs."""
-        with self._changed:
-            return not self._queue and not self._running
+    def full(self) -> bool:
+        """True when not one item more has room."""
+        return self._queue.excess(1) > 0
+
+    def seconds_for(self, items: int) -> float:
+        """How long the model needs for so many items, as fast as it was lately; between 1 and 60 seconds."""
+        rate = self._recent_items / self._recent_s * len(self._threads) if self._recent_s else 0.0
+        return min(MOST_RETRY_S, max(LEAST_RETRY_S, items / rate if rate else 0.0))
 
     async def submit(self, items: Sequence[Item], acquire_timeout_s: float, client: str = "") -> list[Result]:
-        """The results of `items`, in order. Clients take turns.
+        """The results of `items`, in order. Cancelling it frees the place of those that the model has not begun.
+
+        Parameters
+        ----------
+        items
+            What to run the model on.
+        acquire_timeout_s
+            Longest wait until the model begins the first of them.
+        client
+            Who asks: clients take turns.
 
         Raises
         ------
         Overloaded
             When the queue has no room for them, or none of them had its turn within `acquire_timeout_s`.
+        ClientOverloaded
+            When the client has too many waiting.
         ModelFailed
             When the model raised an error for a batch with one of them.
         """
         if not items:
             return []
         loop = asyncio.get_running_loop()
-        request: _Request[Result] = _Request(loop, loop.create_future(), [None] * len(items), len(items))
-        with self._changed:
-            if self._closed or len(self._queue) + len(items) > self._max_waiting:
-                self.counters.refused += 1
-                raise Overloaded("leaving" if self._closed else f"{len(self._queue)} items wait already")
-            self.counters.requests += 1
-            self._queue.extend(_Entry(request, index, item) for index, item in enumerate(items))
-            self._changed.notify_all()
+        request: _Request[Item, Result] = _Request(
+            client=client,
+            items=items,
+            loop=loop,
+            future=loop.create_future(),
+            results=[None] * len(items),
+            unanswered=len(items),
+        )
+        self._enqueue(request)
         timer = loop.call_later(acquire_timeout_s, self._give_up, request, acquire_timeout_s)
         try:
             return await request.future
+        except asyncio.CancelledError:
+            with self._changed:
+                self.counters.abandoned += 1
+                self._queue.drop(request)
+            raise
         finally:
             timer.cancel()
-            if request.future.cancelled():
-                self._drop(request)
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Refuse new requests, finish what waits, and end the workers; False when they did not end in time. Seconds."""
@@ -184,75 +206,97 @@ class Batcher(Generic[Item, Result]):
             thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _give_up(self, request: _Request[Result], waited_s: float) -> None:
+    def _enqueue(self, request: _Request[Item, Result]) -> None:
         with self._changed:
-            if request.started:
+            if (refusal := self._refusal(request.client, request.left)) is not None:
+                self.counters.refused += 1
+                raise refusal
+            self.counters.requests += 1
+            self._queue.add(request)
+            self._changed.notify_all()
+
+    def _refusal(self, client: str, items: int) -> Overloaded | None:
+        queue = self._queue
+        if self._closed:
+            return Overloaded("leaving")
+        if (excess := queue.excess(items)) > 0:
+            return Overloaded(f"{queue.items} items wait already", self.seconds_for(excess))
+        if (excess := queue.client_excess(client, items)) > 0:
+            turns = excess * queue.clients  # the others have theirs in between
+            return ClientOverloaded(f"{queue.of(client)} items of this client wait already", self.seconds_for(turns))
+        return None
+
+    def _give_up(self, request: _Request[Item, Result], waited_s: float) -> None:
+        with self._changed:
+            if request.taken:
                 return
             self.counters.refused += 1
-            self._drop(request)
-        request.finish(Overloaded(f"no turn within {waited_s:g} s"))
-
-    def _drop(self, request: _Request[Result]) -> None:
-        with self._changed:
-            self._queue = deque(entry for entry in self._queue if entry.request is not request)
+            retry_s = self.seconds_for(self._queue.items)
+            self._queue.drop(request)
+        request.finish(Overloaded(f"no turn within {waited_s:g} s", retry_s))
 
     def _work(self) -> None:
         while batch := self._take():
             started = time.monotonic()
             error: Exception | None = None
             results: Sequence[Result] = ()
+            items = [item for piece in batch for item in piece.request.items[piece.start : piece.stop]]
             try:
-                results = self._run([entry.item for entry in batch])
-                if len(results) != len(batch):
-                    error = ModelFailed(f"{len(results)} results for {len(batch)} items")
+                results = self._run(items)
+                if len(results) != len(items):
+                    error = ModelFailed(f"{len(results)} results for {len(items)} items")
             except Exception as caught:  # whatever the model raises is the answer to these requests
-                log.exception("a batch of %d items failed", len(batch))
+                log.exception("a batch of %d items failed", len(items))
                 error = ModelFailed(f"{type(caught).__name__}: {caught}")
             took_s = time.monotonic() - started
-            self._deliver(batch, results, error, took_s)
-            self.on_batch(len(batch), took_s, error is not None)
+            self._count(len(items), took_s, error is not None)
+            if error is None:
+                self._deliver(batch, results)
+            else:
+                self._fail(batch, error)
+            self.on_batch(len(items), took_s, error is not None)
 
-    def _take(self) -> list[_Entry[Item, Result]]:
+    def _take(self) -> list[Piece[_Request[Item, Result]]]:
         """The next batch; empty when the batcher is closed and the queue is empty."""
         with self._changed:
             while True:
-                while not self._queue:
+                while not self._queue.items:
                     if self._closed:
                         return []
                     self._changed.wait()
                 deadline = time.monotonic() + self._batch_wait_s
-                while len(self._queue) < self._batch_size and not self._closed:
+                while self._queue.items < self._batch_size and not self._closed:
                     left_s = deadline - time.monotonic()
                     if left_s <= 0 or not self._changed.wait(left_s):
                         break
-                batch = [self._queue.popleft() for _ in range(min(self._batch_size, len(self._queue)))]
-                if batch:  # else another worker, or a client that gave up, emptied the queue while this one waited
-                    for entry in batch:
-                        entry.request.started = True
-                    self._running += 1
+                batch = self._queue.take(self._batch_size)
+                if batch:  # else another worker, or a client that gave up, emptied the queue meanwhile
                     return batch
 
-    def _deliver(
-        self, batch: Sequence[_Entry[Item, Result]], results: Sequence[Result], error: Exception | None, took_s: float
-    ) -> None:
-        finished: list[_Request[Result]] = []
+    def _count(self, items: int, took_s: float, failed: bool) -> None:
         with self._changed:
-            self._running -= 1
+            self._recent_items = RATE_MEMORY * self._recent_items + items
+            self._recent_s = RATE_MEMORY * self._recent_s + took_s
             self.counters.batches += 1
-            self.counters.items += len(batch)
-            self.counters.largest_batch = max(self.counters.largest_batch, len(batch))
+            self.counters.items += items
+            self.counters.largest_batch = max(self.counters.largest_batch, items)
             self.counters.seconds_in_model += took_s
-            self.counters.failed_batches += error is not None
-            self.counters.failed_in_a_row = self.counters.failed_in_a_row + 1 if error is not None else 0
-            for place, entry in enumerate(batch):
-                if error is None:
-                    entry.request.results[entry.index] = results[place]
-                    entry.request.left -= 1
-                    if entry.request.left == 0:
-                        finished.append(entry.request)
-        if error is not None:
-            for request in {id(entry.request): entry.request for entry in batch}.values():
-                self._drop(request)
-                request.finish(error)
-        for request in finished:
-            request.finish()
+            self.counters.failed_batches += failed
+            self.counters.failed_in_a_row = self.counters.failed_in_a_row + 1 if failed else 0
+
+    def _deliver(self, batch: Sequence[Piece[_Request[Item, Result]]], results: Sequence[Result]) -> None:
+        begin = 0
+        for piece in batch:
+            count = piece.stop - piece.start
+            with self._changed:  # another worker may hold other items of the same request
+                piece.request.results[piece.start : piece.stop] = results[begin : begin + count]
+                piece.request.unanswered -= count
+            begin += count
+            if not piece.request.unanswered:
+                piece.request.finish()
+
+    def _fail(self, batch: Sequence[Piece[_Request[Item, Result]]], error: Exception) -> None:
+        for request in {id(piece.request): piece.request for piece in batch}.values():
+            with self._changed:
+                self._queue.drop(request)
+            request.finish(error)
