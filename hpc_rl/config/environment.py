@@ -20,6 +20,8 @@ NAMES: Mapping[str, str] = {
     "LISTENER_CHUNK_DELAY": "services.listener.client.chunk_delay_s",
     "LISTENER_MAX_RETRIES": "services.listener.client.max_retries",
     "LISTENER_BACKOFF_FACTOR": "services.listener.client.backoff_factor",
+    "TEACHER_BASE_URL": "services.teacher.client.url",
+    "TEACHER_MODEL": "services.teacher.client.model",
     "LOG_PATH": "logging.prediction_log",
     "DEBUG_MODE": "logging.debug",
     "WANDB_MODE": "logging.wandb.mode",

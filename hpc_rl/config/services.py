@@ -71,7 +71,7 @@ class TeacherClientConfig(CallConfig):
     url: str | None = None
     """Base URL of an endpoint, `https://api.example.com/v1`. null = the run's own teacher. TEACHER_BASE_URL."""
     model: str | None = None
-    """The endpoint's name for the model. null = that of the run's own teacher. TEACHER_MODEL."""
+    """The endpoint's name for the model. null = the only one that it has. TEACHER_MODEL."""
     api_key_env: str = "TEACHER_API_KEY"
     """Environment variable of the job that holds the endpoint's key; the key itself is never part of a config."""
     api_key_file: FilePath | None = None
@@ -108,12 +108,10 @@ class TeacherClientConfig(CallConfig):
     """Where answers are kept, so that nothing is paid twice; runs may share it. null = in the workspace."""
 
     def faults(self) -> Iterator[Fault]:
-        """An endpoint without a model's name; a key in the URL; fields that the client sets by itself."""
-        if self.url is None:
-            return
-        if self.model is None:
-            yield Fault(("model",), "null, and url is given", "the endpoint's name for the model")
-        if "@" in self.url.split("://", 1)[1].split("/", 1)[0]:
+        """A key in the URL; fields that the client sets by itself."""
+        for name in sorted({"model", "messages", "seed", "stream", "n", "response_format"} & set(self.extra_body)):
+            yield Fault(("extra_body", name), "the client sets this by itself", way_out="remove it here")
+        if self.url and "@" in self.url.split("://", 1)[1].split("/", 1)[0]:
             what = "it has a user name or password in it, and configs are readable to others"
             yield Fault(("url",), what, "a URL without", f"put the key into {self.api_key_env}, or into api_key_file")
 

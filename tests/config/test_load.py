@@ -44,6 +44,8 @@ def test_the_last_layer_that_sets_a_field_wins_and_is_named(layers: set[str], tm
 
 ODD_VALUES = {
     "services.listener.client.url": ("http://node-01:9000/batch_score", "http://node-01:9000"),
+    "services.teacher.client.url": ("https://a.example/v1/chat/completions", "https://a.example/v1"),
+    "services.teacher.client.model": ("judge-8b", "judge-8b"),
     "logging.debug": ("true", True),
     "logging.wandb.mode": ("online", "online"),
     "logging.wandb.project": ("GRPO_Lewis_Qwen_2VL", "GRPO_Lewis_Qwen_2VL"),
