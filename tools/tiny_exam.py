@@ -79,7 +79,7 @@ def _found(
         if description is None:
             right.append(False)
             continue
-        images = judge.encode([judge.prepare_pixels(load_image(root / path)) for path in row.ret_paths])
+        images = judge.encode([judge.prepare(load_image(root / path)) for path in row.ret_paths])
         asked = question(template, description)
         right.append(decide(judge.yes_probabilities([(image, asked) for image in images])) == row.label)
     return _mean(right)

@@ -11,6 +11,7 @@ questions as there are. Other families take pixels with each question.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +19,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-from hpc_rl.engines.loading import ModelFolderError, control_tokens, load_model, load_processor, pick_device
+from hpc_rl.engines.loading import load_model, load_processor, pick_device
+from hpc_rl.engines.yes_no_prompts import Unscorable, YesNoPrompts
 
 log = logging.getLogger(__name__)
 
 FEATURE_FAMILIES = frozenset({"qwen2_vl", "qwen2_5_vl"})
 """Families whose language model sees an image only through its features and the M-RoPE positions."""
 
-_HERE = "\x00question\x00"
+PASS_TOKENS = 1 << 16
+"""Most tokens, padding included, in one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +53,6 @@ class EncodedImage:
     def nbytes(self) -> int:
         """Memory that it holds."""
         return self.data.numel() * self.data.element_size()
-
-
-def surface_forms(tokenizer: Any, word: str) -> tuple[int, ...]:
-    """Ids of all single tokens that spell `word`, whatever their case and the white space around it.
-
-    Raises
-    ------
-    ModelFolderError
-        When there is none: then P(yes) cannot be read off one token.
-    """
-    control = set(tokenizer.all_special_ids)
-    ids = [index for index in range(len(tokenizer)) if index not in control]
-    texts = tokenizer.batch_decode([[index] for index in ids], clean_up_tokenization_spaces=False)
-    forms = tuple(index for index, text in zip(ids, texts, strict=True) if text.strip().lower() == word)
-    if not forms:
-        raise ModelFolderError(f"no token of {tokenizer.name_or_path} spells {word!r}: this model cannot be a listener")
-    return forms
 
 
 class YesNoModel:
@@ -97,30 +83,15 @@ class YesNoModel:
         self._by_features = family in FEATURE_FAMILIES if cache_features is None else cache_features
         if not self._by_features:
             log.info("image features of %s are not kept: each question encodes its image anew", family)
-        self._image_id: int = self._model.config.image_token_id
         self._merge = self._processor.image_processor.merge_size**2
-        self._control = control_tokens(self._processor)
-        self._head, self._tail = self._template()
-        self.yes_ids = surface_forms(self._processor.tokenizer, "yes")
-        self.no_ids = surface_forms(self._processor.tokenizer, "no")
-        log.info("yes is spelt by tokens %s, no by %s", self.yes_ids, self.no_ids)
+        self.prompts = YesNoPrompts(self._processor, self._model.config.get_text_config().max_position_embeddings)
 
-    def _template(self) -> tuple[str, str]:
-        """The prompt before and after the question."""
-        content = [{"type": "image"}, {"type": "text", "text": _HERE}]
-        prompt: str = self._processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        head, _, tail = prompt.partition(_HERE)
-        return head, tail
+    @property
+    def tokens_made(self) -> int:
+        """Tokens of all prompts so far."""
+        return self.prompts.tokens_made
 
-    def check_question(self, question: str) -> None:
-        """Raise ValueError when a question holds text that the tokenizer would take for a control token."""
-        for token in self._control:
-            if token in question:
-                raise ValueError(f"the question holds the control token {token}")
-
-    def prepare_pixels(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+    def prepare(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixel values (patches, dim) and grid (3,) of one image, resized to the pixel limits.
 
         Raises
@@ -145,41 +116,68 @@ class YesNoModel:
         return [EncodedImage(f.clone(), grid, n) for f, (_, grid), n in zip(features, pixels, sizes, strict=True)]
 
     @torch.inference_mode()
-    def yes_probabilities(self, pairs: Sequence[tuple[EncodedImage, str]]) -> list[float]:
-        """P(yes) for each (image, question), in one forward pass; NaN where the model's logits are no numbers."""
-        if not pairs:
-            return []
-        images = [image for image, _ in pairs]
-        ids, mask = self._tokens(pairs)
+    def yes_probabilities(self, pairs: Sequence[tuple[EncodedImage, str]]) -> list[float | Unscorable]:
+        """P(yes) for each (image, question), NaN where the model's logits are no numbers; or why it cannot be asked.
+
+        A forward pass takes prompts of similar length, so that one long question does not pad all the others.
+        """
+        rows = self.prompts.rows([(image.tokens, question) for image, question in pairs])
+        answers: list[float | Unscorable] = [row if isinstance(row, Unscorable) else math.nan for row in rows]
+        asked = [
+            (place, image, self._expand(row, image))
+            for place, ((image, _), row) in enumerate(zip(pairs, rows, strict=True))
+            if not isinstance(row, Unscorable)
+        ]
+        for chosen in passes([len(row) for _, _, row in asked]):
+            places, images, ids = zip(*(asked[index] for index in chosen), strict=True)
+            for place, p in zip(places, self._forward(images, ids), strict=True):
+                answers[place] = p
+        return answers
+
+    def _expand(self, row: Sequence[int], image: EncodedImage) -> list[int]:
+        """The prompt with as many image tokens as the image has."""
+        place = row.index(self.prompts.image_id)
+        return [*row[:place], *[self.prompts.image_id] * image.tokens, *row[place + 1 :]]
+
+    def _forward(self, images: Sequence[EncodedImage], rows: Sequence[Sequence[int]]) -> list[float]:
+        """P(yes) of each prompt, (B,), in one forward pass."""
+        ids, mask = self._padded(rows)
         grids = torch.stack([image.grid for image in images]).to(self.device)
         data = torch.cat([image.data for image in images]).to(self.device)
-        types = (ids == self._image_id).int()
+        is_image = ids == self.prompts.image_id
         inputs: dict[str, Any] = {"attention_mask": mask, "logits_to_keep": 1, "use_cache": False}
         if self._by_features:
             words = self._model.get_input_embeddings()(ids)
-            inputs["inputs_embeds"] = words.masked_scatter((ids == self._image_id)[..., None], data.to(words.dtype))
-            positions, _ = self._model.model.get_rope_index(
-                ids, mm_token_type_ids=types, image_grid_thw=grids, attention_mask=mask
+            inputs["inputs_embeds"] = words.masked_scatter(is_image[..., None], data.to(words.dtype))
+            inputs["position_ids"], _ = self._model.model.get_rope_index(
+                ids, mm_token_type_ids=is_image.int(), image_grid_thw=grids, attention_mask=mask
             )
-            inputs["position_ids"] = positions
         else:
-            inputs |= {"input_ids": ids, "pixel_values": data, "image_grid_thw": grids, "mm_token_type_ids": types}
+            inputs |= {"input_ids": ids, "pixel_values": data, "image_grid_thw": grids}
+            inputs["mm_token_type_ids"] = is_image.int()
         logits = self._model(**inputs).logits[:, -1].float()
-        sides = torch.stack([logits[:, list(side)].logsumexp(-1) for side in (self.yes_ids, self.no_ids)], dim=-1)
-        return [float(p) for p in sides.softmax(-1)[:, 0]]
+        forms = (self.prompts.yes_ids, self.prompts.no_ids)
+        sides = torch.stack([logits[:, list(side)].logsumexp(-1) for side in forms], dim=-1)
+        found: list[float] = sides.softmax(-1)[:, 0].tolist()
+        return found
 
-    def _tokens(self, pairs: Sequence[tuple[EncodedImage, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and attention mask (B, L), padded on the left, each image token repeated for its image."""
-        tokenizer = self._processor.tokenizer
-        texts = [self._head + question + self._tail for _, question in pairs]
-        rows = []
-        for (image, _), row in zip(pairs, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
-            place = row.index(self._image_id)
-            rows.append(row[:place] + [self._image_id] * image.tokens + row[place + 1 :])
-        longest = max(len(row) for row in rows)
-        ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for number, row in enumerate(rows):
-            ids[number, longest - len(row) :] = torch.tensor(row)
-            mask[number, longest - len(row) :] = 1
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask (B, L), padded on the left."""
+        longest = max(map(len, rows))
+        pad = self._processor.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(row)) + [*row] for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         return ids.to(self.device), mask.to(self.device)
+
+
+def passes(lengths: Sequence[int]) -> list[list[int]]:
+    """Which prompts go through the model together, as indices: similar lengths, at most `PASS_TOKENS` with padding."""
+    found: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        length = lengths[index]
+        joins = found and length <= 2 * lengths[found[-1][0]] and (len(found[-1]) + 1) * length <= PASS_TOKENS
+        if joins:
+            found[-1].append(index)
+        else:
+            found.append([index])
+    return found

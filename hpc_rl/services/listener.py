@@ -23,11 +23,12 @@ from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.config.schema import Config
 from hpc_rl.config.services import ListenerServiceConfig
 from hpc_rl.data.lewis import image_root
+from hpc_rl.engines.yes_no_prompts import Unscorable
 from hpc_rl.grading.lewis import decide
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services.frame import REFUSALS, Desk, Service, new_app
 from hpc_rl.services.images import MAX_PATH_CHARACTERS
-from hpc_rl.services.scorer import Pair, Scorer, Unscorable
+from hpc_rl.services.pair_scorer import Pair, PairScorer
 
 MAX_CANDIDATES = 256
 MAX_QUESTION_CHARACTERS = 20_000
@@ -105,12 +106,12 @@ def open_service(ws: Workspace, config: Config, round: int, options: ListenerSer
         min_pixels=judge.min_pixels,
         max_pixels=judge.max_pixels,
     )
-    scorer = Scorer(model, ImageRoots([image_root(ws, config.data.image_root)]))
+    scorer = PairScorer(model, ImageRoots([image_root(ws, config.data.image_root)], options))
     return service_of(scorer, options, weights_hash(Path(judge.path)), {"model": judge.path})
 
 
 def service_of(
-    scorer: Scorer, options: ListenerServiceConfig, weights_hash: str = "", about: Mapping[str, Any] | None = None
+    scorer: PairScorer, options: ListenerServiceConfig, weights_hash: str = "", about: Mapping[str, Any] | None = None
 ) -> Service:
     """The service around a scorer."""
     desk: ListenerDesk = Desk(scorer, options)
@@ -121,6 +122,7 @@ def service_of(
         desk.batcher,
         weights_hash,
         about or {},
+        scorer.tokens,
         details=lambda: figures(scorer),
         close=scorer.close,
     )
@@ -165,7 +167,7 @@ def _answer(body: ScoreBody, scores: Sequence[float | Unscorable]) -> TopAnswer 
     return TopAnswer(yes_probabilities=said, predicted_index=decide(numbers), top_indices=order[: body.topk])
 
 
-def figures(scorer: Scorer) -> dict[str, Any]:
+def figures(scorer: PairScorer) -> dict[str, Any]:
     """What `/health` tells of the scorer's caches."""
     cache = {"hits": scorer.cache.hits, "misses": scorer.cache.misses}
     answers = {"hits": scorer.answers.hits, "misses": scorer.answers.misses, "kept": len(scorer.answers)}

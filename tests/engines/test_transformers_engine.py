@@ -12,7 +12,7 @@ from hpc_rl.engines.base import BAN_BIAS, Completion, Prompt, Request, Sampling,
 from hpc_rl.engines.loading import ModelFolderError, load_model, load_processor
 from hpc_rl.engines.merging import lora_rank, merge_adapter
 from hpc_rl.engines.transformers_engine import TransformersEngine
-from hpc_rl.engines.yes_no import surface_forms
+from hpc_rl.engines.yes_no_prompts import surface_forms
 
 from .conftest import PIXELS, TEXT, pictures, requests
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +22,7 @@ from hpc_rl.services import handoff, listener
 from hpc_rl.services.address import Address
 from hpc_rl.services.hosting import Hosted, host
 from hpc_rl.services.images import ImageRoots
-from hpc_rl.services.scorer import Scorer
+from hpc_rl.services.pair_scorer import PairScorer
 from tools.tiny_model import build, save
 
 PIXELS = {"min_pixels": 784, "max_pixels": 12544}
@@ -81,7 +85,7 @@ class Lab:
     def serve(self, replica: str = "r0", model: Any = None, **options: Any) -> Hosted:
         """One more replica of the listener."""
         settings = self.config(**options).services.listener
-        scorer = Scorer(model or self.model, ImageRoots([self.pictures]))
+        scorer = PairScorer(model or self.model, ImageRoots([self.pictures], settings))
         self.hosted.append(
             host(
                 listener.service_of(scorer, settings),
@@ -107,3 +111,32 @@ def lab(tmp_path: Path, model: YesNoModel, pictures: Path) -> Iterator[Lab]:
 
 
 Serve = Callable[..., Hosted]
+
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that other users may enter; pytest's own are closed to them."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def as_nobody(work: Callable[[], None]) -> None:
+    """Run `work` in a process of another user, who must get through it; needs root."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become somebody else")
+
+    def run() -> None:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode == 0

@@ -20,7 +20,7 @@ from PIL import Image
 
 from hpc_rl.engines.yes_no import YesNoModel
 from hpc_rl.services.images import Identity
-from hpc_rl.services.scorer import AnswerCache
+from hpc_rl.services.pair_scorer import AnswerCache
 
 from .conftest import PIXELS, Lab
 
@@ -122,7 +122,7 @@ def test_the_same_picture_twice_is_a_tie_and_nobody_wins(lab: Lab) -> None:
 class NotANumber(YesNoModel):
     """A listener whose weights went wrong: some of its logits are NaN."""
 
-    def yes_probabilities(self, pairs: Any) -> list[float]:
+    def yes_probabilities(self, pairs: Any) -> Any:
         scores = super().yes_probabilities(pairs)
         return [math.nan, *scores[1:]]
 
@@ -163,7 +163,7 @@ class Counting(YesNoModel):
         self.encoded += len(pixels)
         return super().encode(pixels)
 
-    def yes_probabilities(self, pairs: Any) -> list[float]:
+    def yes_probabilities(self, pairs: Any) -> Any:
         self.asked += len(pairs)
         return super().yes_probabilities(pairs)
 
@@ -196,7 +196,7 @@ def test_an_answer_is_not_kept_for_a_path_that_may_not_be_read_any_more(lab: Lab
 
 def test_answers_are_bounded_and_what_is_no_number_is_asked_again() -> None:
     cache = AnswerCache(2)
-    image, other = Identity(1, 2, 3, 4), Identity(1, 2, 3, 5)
+    image, other = Identity((1, 2, 3, 4)), Identity((1, 2, 3, 5))
     for question, score in (("a", 0.1), ("b", 0.2)):
         assert cache.keep(image, question, score) == score
     assert cache.keep(image, "a", 0.100001) == 0.1 and cache.get(image, "a") == 0.1  # the first answer stays
@@ -211,7 +211,7 @@ class Slow(YesNoModel):
 
     release = threading.Event()
 
-    def yes_probabilities(self, pairs: Any) -> list[float]:
+    def yes_probabilities(self, pairs: Any) -> Any:
         self.release.wait(20)
         return super().yes_probabilities(pairs)
 
@@ -280,7 +280,7 @@ def test_a_request_that_gets_no_turn_in_time_is_refused(lab: Lab, slow: Slow) ->
 class Failing(YesNoModel):
     """A listener whose forward pass raises."""
 
-    def yes_probabilities(self, pairs: Any) -> list[float]:
+    def yes_probabilities(self, pairs: Any) -> Any:
         raise RuntimeError("a kernel did not launch")
 
 

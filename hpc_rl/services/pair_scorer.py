@@ -9,12 +9,12 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
 from PIL import Image
 
-from hpc_rl.engines.yes_no import EncodedImage
+from hpc_rl.engines.yes_no_prompts import Unscorable
+from hpc_rl.services.frame import TokenCounts
 from hpc_rl.services.images import Identity, ImageRefused, ImageRoots
 
 CACHE_BYTES = 1 << 30
@@ -31,27 +31,32 @@ class Pair:
     question: str
 
 
-@dataclass(frozen=True)
-class Unscorable:
-    """Why a pair has no P(yes)."""
+class EncodedImage(Protocol):
+    """An image that an engine is ready to be asked about."""
 
-    reason: str
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds."""
 
 
 class Judge(Protocol):
-    """What the service needs of a model; `hpc_rl.engines.yes_no.YesNoModel` is one."""
+    """An engine that answers yes/no questions about images: `YesNoModel` (transformers) or `YesNoVllm`.
 
-    def check_question(self, question: str) -> None:
-        """Raise ValueError for a question that cannot be asked."""
+    What it makes of an image is its own affair: nobody else looks into it.
+    """
 
-    def prepare_pixels(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixel values and grid of an image; ValueError when it cannot be used."""
+    def prepare(self, image: Image.Image) -> Any:
+        """An image on its way to `encode`, in any thread; ValueError when it cannot be used."""
 
-    def encode(self, pixels: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[EncodedImage]:
+    def encode(self, prepared: Sequence[Any]) -> Sequence[EncodedImage]:
         """What is kept of images between questions."""
 
-    def yes_probabilities(self, pairs: Sequence[tuple[EncodedImage, str]]) -> list[float]:
-        """P(yes) of each pair."""
+    def yes_probabilities(self, pairs: Sequence[tuple[Any, str]]) -> Sequence[float | Unscorable]:
+        """P(yes) of each (encoded image, question), NaN where there is none; or why it cannot be asked."""
+
+    @property
+    def tokens_made(self) -> int:
+        """Tokens of all prompts so far."""
 
 
 class ImageCache:
@@ -132,15 +137,15 @@ def _digest(question: str) -> bytes:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An image, and what is known about it; neither encoded nor pixels when all its questions have answers."""
+    """An image, and what is known about it; neither encoded nor prepared when all its questions have answers."""
 
     identity: Identity
     known: Mapping[str, float]
     encoded: EncodedImage | None = None
-    pixels: tuple[torch.Tensor, torch.Tensor] | None = None
+    prepared: Any = None
 
 
-class Scorer:
+class PairScorer:
     """Turns a batch of pairs into probabilities: opens images, encodes those not seen before, one forward pass.
 
     What was answered before is not asked again. Every image is opened all the same: whether a path may be read, and
@@ -162,6 +167,8 @@ class Scorer:
         self, model: Judge, roots: ImageRoots, cache_bytes: int = CACHE_BYTES, cache_answers: int = CACHE_ANSWERS
     ) -> None:
         self._model, self._roots = model, roots
+        self._tokens_before = model.tokens_made
+        self.tokens = TokenCounts()
         self.cache = ImageCache(cache_bytes)
         self.answers = AnswerCache(cache_answers)
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
@@ -181,31 +188,24 @@ class Scorer:
         asked: list[tuple[Pair, Identity]] = []
         for pair in dict.fromkeys(pairs):
             image = images[pair.path]
-            refused = image if isinstance(image, Unscorable) else self._refused(pair.question)
-            if refused is not None:
-                answers[pair] = refused
-            elif isinstance(image, _Loaded):
-                if pair.question in image.known:
-                    answers[pair] = image.known[pair.question]
-                else:
-                    asked.append((pair, image.identity))
-        if asked:
-            scores = self._model.yes_probabilities([(encoded[identity], pair.question) for pair, identity in asked])
-            for (pair, identity), score in zip(asked, scores, strict=True):
-                answers[pair] = self.answers.keep(identity, pair.question, score)
+            if isinstance(image, Unscorable):
+                answers[pair] = image
+            elif pair.question in image.known:
+                answers[pair] = image.known[pair.question]
+            else:
+                asked.append((pair, image.identity))
+        scores = self._model.yes_probabilities([(encoded[identity], pair.question) for pair, identity in asked])
+        for (pair, identity), score in zip(asked, scores, strict=True):
+            if isinstance(score, float):
+                score = self.answers.keep(identity, pair.question, score)
+            answers[pair] = score
+        self.tokens.prompt = self._model.tokens_made - self._tokens_before
         return [answers[pair] for pair in pairs]
-
-    def _refused(self, question: str) -> Unscorable | None:
-        try:
-            self._model.check_question(question)
-        except ValueError as error:
-            return Unscorable(str(error))
-        return None
 
     def _encode(self, images: Sequence[_Loaded]) -> dict[Identity, EncodedImage]:
         """The images that there is something to ask about."""
         encoded = {image.identity: image.encoded for image in images if image.encoded is not None}
-        fresh = {image.identity: image.pixels for image in images if image.pixels is not None}
+        fresh = {image.identity: image.prepared for image in images if image.prepared is not None}
         if fresh:
             made = dict(zip(fresh, self._model.encode(list(fresh.values())), strict=True))
             for identity, image in made.items():
@@ -223,7 +223,7 @@ class Scorer:
                 kept = self.cache.get(file.identity)
                 if kept is not None:
                     return _Loaded(file.identity, known, encoded=kept)
-                return _Loaded(file.identity, known, pixels=self._model.prepare_pixels(file.decode()))
+                return _Loaded(file.identity, known, prepared=self._model.prepare(file.decode()))
         except ImageRefused as error:
             return Unscorable(str(error))
         except ValueError as error:
