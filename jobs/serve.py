@@ -32,6 +32,8 @@ log = logging.getLogger("hpc_rl")
 SERVICES: Mapping[str, str] = {
     "listener": "hpc_rl.services.listener",
     "speaker": "hpc_rl.services.speaker",
+    "verifier": "hpc_rl.services.verifier",
+    "reward_model": "hpc_rl.services.reward_model",
 }
 """Service → the module that opens it."""
 

@@ -55,6 +55,6 @@ def load_model(path: str | Path, dtype: str, attention: str, device: torch.devic
 
 
 def control_tokens(processor: Any) -> tuple[str, ...]:
-    """Texts that a tokenizer turns into control tokens. In a user's words they would be taken for the real thing."""
-    added = processor.tokenizer.added_tokens_decoder.values()
+    """Texts that a tokenizer, or a processor's, takes for control tokens, also where they are a user's words."""
+    added = getattr(processor, "tokenizer", processor).added_tokens_decoder.values()
     return tuple(sorted({token.content for token in added if token.special}))
