@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 class Untrusted(ValueError):
@@ -20,12 +23,26 @@ def make_folder(folder: Path) -> None:
 
 
 def read_own(path: Path, *, private: bool = False) -> bytes:
-    """Content of a regular file that belongs to this user; with `private`, that has mode 0600.
+    """Content of a regular file that belongs to this user; with `private`, that has mode 0600. See `open_own`."""
+    with open_own(path, private=private) as file:
+        return file.read()
+
+
+@contextmanager
+def open_own(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
+    """A regular file that belongs to this user, for reading; with `private`, that has mode 0600.
 
     Judged by the descriptor that is read, so that nothing can be exchanged in between; links are not followed, and a
     named pipe does not hold us up.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is no such file.
+    Untrusted
+        When it is anything else.
     """
-    way_out = "remove it, and start the service again as the user whose run this is"
+    way_out = "remove it, and start again as the user whose run this is"
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -41,4 +58,4 @@ def read_own(path: Path, *, private: bool = False) -> bytes:
             raise Untrusted(f"{path} belongs to user {found.st_uid}, not to {os.getuid()}; {way_out}")
         if private and mode != 0o600:
             raise Untrusted(f"{path} has mode {mode:04o} instead of 0600, so others may know it; {way_out}")
-        return file.read()
+        yield file
