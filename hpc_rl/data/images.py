@@ -47,9 +47,14 @@ def load_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as opened:
-            return _rgb(ImageOps.exif_transpose(opened))
+            return as_seen(opened)
     except _BROKEN as error:
         raise _unreadable(path, error) from error
+
+
+def as_seen(opened: Image.Image) -> Image.Image:
+    """What `load_image` makes of an opened picture: a new one, decoded, upright, mode RGB."""
+    return _rgb(ImageOps.exif_transpose(opened))
 
 
 def check_header(path: Path) -> None:

@@ -166,7 +166,7 @@ def open_service(ws: Workspace, config: Config, round: int, options: SpeakerServ
     )
     describer = Describer(
         engine,
-        ImageRoots([image_root(ws, config.data.image_root)]),
+        ImageRoots([image_root(ws, config.data.image_root)], options),
         problem=config.data.speaker_problem,
         sampling=Sampling(config.evaluate.temperature, config.sample.max_tokens),
         seed_of=lambda path: derive(config.run.seed, round, "describe", path),

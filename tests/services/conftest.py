@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,32 +107,3 @@ def lab(tmp_path: Path, model: YesNoModel, pictures: Path) -> Iterator[Lab]:
 
 
 Serve = Callable[..., Hosted]
-
-
-NOBODY = 65534
-
-
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder that other users may enter; pytest's own are closed to them."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
-
-
-def as_nobody(work: Callable[[], None]) -> None:
-    """Run `work` in a process of another user, who must get through it; needs root."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to become somebody else")
-
-    def run() -> None:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
-        work()
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
