@@ -16,25 +16,16 @@ from fastapi import FastAPI, HTTPException, Request
 
 from hpc_rl.config.services import ServiceConfig
 from hpc_rl.services.batching import Batcher, ClientOverloaded, ModelFailed, Overloaded
+from hpc_rl.services.openapi import REFUSALS as REFUSALS
+from hpc_rl.services.openapi import Answer as Answer
+from hpc_rl.services.openapi import Body as Body
+from hpc_rl.services.openapi import new_app as new_app
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 CLIENT_HEADER = "x-client-id"
 MAX_CLIENT_CHARACTERS = 64
-
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "the body is no JSON"},
-    401: {"description": "no token, or the wrong one"},
-    408: {"description": "the body took too long to arrive"},
-    413: {"description": "the body or the batch is too large: send fewer items at once"},
-    421: {"description": "the Host header names another server"},
-    422: {"description": "the body is not as documented, or its only item cannot be answered"},
-    429: {"description": "this client has too many items waiting: try again after Retry-After"},
-    500: {"description": "the model failed"},
-    503: {"description": "busy or leaving: try again after Retry-After, or ask another replica"},
-}
-"""What any route may answer besides its result, for the OpenAPI page."""
 
 
 class CannotServe(ValueError):
@@ -66,7 +57,7 @@ class Service:
     tokens
         What its model has read and written so far; whoever runs the model adds to it.
     details
-        Figures of its own, for those who have the token.
+        Figures of its own, for those who have the token. `{"hits": …, "misses": …}` is a cache to `/metrics`.
     close
         Ends its model's threads and processes; called when nobody asks any more.
     """
@@ -91,11 +82,6 @@ class Service:
             "counters": counters,
             **self.details(),
         }
-
-
-def new_app(name: str) -> FastAPI:
-    """An application for a service's routes; `hpc_rl.services.server` puts its guard around it."""
-    return FastAPI(title=f"hpc_rl {name}", version="1")
 
 
 class Desk(Generic[Item, Result]):
