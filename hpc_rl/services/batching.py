@@ -143,6 +143,11 @@ class Batcher(Generic[Item, Result]):
         return self._queue.items
 
     @property
+    def waiting_clients(self) -> int:
+        """Clients that have items in the queue."""
+        return self._queue.clients
+
+    @property
     def full(self) -> bool:
         """True when not one item more has room."""
         return self._queue.excess(1) > 0

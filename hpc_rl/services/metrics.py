@@ -21,7 +21,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from hpc_rl.services.frame import Service
-from hpc_rl.services.server import OWN_ROUTES, ServerThread
+from hpc_rl.services.guard import OWN_ROUTES
+from hpc_rl.services.server import ServerThread
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -136,7 +137,8 @@ class Metrics:
     def scalars(self, before: Totals, now: Totals, seconds: float) -> dict[str, float]:
         """TensorBoard's points for the last `seconds`; what nothing was measured of has none."""
         done = now.since(before)
-        points: dict[str, float] = {"queue/items": self._service.batcher.waiting}
+        batcher = self._service.batcher
+        points: dict[str, float] = {"queue/items": batcher.waiting, "queue/clients": batcher.waiting_clients}
         points |= {f"per_second/{name}": value / seconds for name, value in done.items() if name != "model_seconds"}
         points["model/busy"] = done["model_seconds"] / seconds
         if done["batches"]:
@@ -156,6 +158,7 @@ class _OfService(Collector):
     def collect(self) -> Iterator[Metric]:
         batcher, tokens = self._service.batcher, self._service.tokens
         yield GaugeMetricFamily(PREFIX + "queue_items", "Items that wait", value=batcher.waiting)
+        yield GaugeMetricFamily(PREFIX + "queue_clients", "Clients that wait", value=batcher.waiting_clients)
         yield CounterMetricFamily(PREFIX + "items", "Items that the model was given", value=batcher.counters.items)
         yield CounterMetricFamily(
             PREFIX + "refused_requests", "No room, or no turn in time", value=batcher.counters.refused

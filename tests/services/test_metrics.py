@@ -150,6 +150,7 @@ def test_metrics_counts_what_was_asked_answered_and_refused(bench: Bench) -> Non
         "request_seconds_count//lengths": 4,
         "info/lengths/0123456789ab": 1,
         "queue_items": 0,
+        "queue_clients": 0,
         "draining": 0,
     }
     assert {name: found.get(name) for name in expected} == expected
@@ -168,7 +169,8 @@ def test_metrics_shows_what_waits_and_what_is_refused_while_the_model_is_busy(be
         busy = bench.numbers()
         bench.model.go.set()
         assert [first.result().json(), second.result().json()] == [[1, 1], [1, 1]]
-    assert busy["hpc_rl_service_queue_items"] == 2 and busy["hpc_rl_service_requests_in_flight"] == 2
+    assert busy["hpc_rl_service_queue_items"] == 2 and busy["hpc_rl_service_queue_clients"] == 1
+    assert busy["hpc_rl_service_requests_in_flight"] == 2
     assert busy["hpc_rl_service_refused_requests_total"] == 3
     assert sum(busy.get(f"hpc_rl_service_answers_total//lengths/{status}", 0) for status in set(refusals)) == 3
     until(lambda: bench.numbers()["hpc_rl_service_requests_in_flight"] == 0)
