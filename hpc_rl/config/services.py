@@ -203,9 +203,25 @@ class ListenerServiceConfig(ImageServiceConfig):
     """The listener's server (L1–L4); its model is `listener`."""
 
     engine: Engine = "transformers"
-    """What runs the model. transformers keeps image features, vllm its prefix cache; neither replaces the other."""
+    """What runs the model: transformers, which keeps image features, or vllm, which keeps what it has read of a prompt.
+    There is no silent change from one to the other."""
+    max_model_len: PositiveInt | None = None
+    """Longest question with its image, in tokens; longer ones get no answer. null = the model's own limit."""
+    max_pass_tokens: PositiveInt = 65_536
+    """Tokens in one forward pass, padding included, with engine transformers: a larger batch takes several passes."""
+    gpu_memory_utilization: Fraction = 0.8
+    """Share of a GPU's memory to take, with engine vllm."""
+    image_cache_mb: PositiveInt = 1024
+    """Memory for images that are ready for the next question. MiB."""
     client: ClientConfig = ClientConfig.model_construct()
     """Its clients."""
+
+    def faults(self) -> Iterator[Fault]:
+        """Batches at once in an engine that runs one."""
+        yield from super().faults()
+        if self.engine == "vllm" and self.inference_concurrency > 1:
+            what = f"{self.inference_concurrency}, but engine vllm runs one batch at a time"
+            yield Fault(("inference_concurrency",), what, "1", "batch_size makes its batches larger")
 
 
 class SpeakerServiceConfig(ImageServiceConfig):

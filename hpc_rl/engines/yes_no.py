@@ -27,9 +27,6 @@ log = logging.getLogger(__name__)
 FEATURE_FAMILIES = frozenset({"qwen2_vl", "qwen2_5_vl"})
 """Families whose language model sees an image only through its features and the M-RoPE positions."""
 
-PASS_TOKENS = 1 << 16
-"""Most tokens, padding included, in one forward pass."""
-
 
 @dataclass(frozen=True)
 class EncodedImage:
@@ -62,6 +59,10 @@ class YesNoModel:
     ----------
     path, dtype, attention, min_pixels, max_pixels
         The config's `listener` section.
+    max_model_len
+        Longest prompt, in tokens; None = the model's own limit.
+    max_pass_tokens
+        Most tokens, padding included, in one forward pass.
     cache_features
         None = where the family allows it.
     """
@@ -74,6 +75,8 @@ class YesNoModel:
         attention: str = "auto",
         min_pixels: int,
         max_pixels: int,
+        max_model_len: int | None = None,
+        max_pass_tokens: int = 1 << 16,
         cache_features: bool | None = None,
     ) -> None:
         self.device = pick_device()
@@ -84,7 +87,9 @@ class YesNoModel:
         if not self._by_features:
             log.info("image features of %s are not kept: each question encodes its image anew", family)
         self._merge = self._processor.image_processor.merge_size**2
-        self.prompts = YesNoPrompts(self._processor, self._model.config.get_text_config().max_position_embeddings)
+        self._max_pass_tokens = max_pass_tokens
+        own_limit: int = self._model.config.get_text_config().max_position_embeddings
+        self.prompts = YesNoPrompts(self._processor, min(own_limit, max_model_len or own_limit))
 
     @property
     def tokens_made(self) -> int:
@@ -128,7 +133,7 @@ class YesNoModel:
             for place, ((image, _), row) in enumerate(zip(pairs, rows, strict=True))
             if not isinstance(row, Unscorable)
         ]
-        for chosen in passes([len(row) for _, _, row in asked]):
+        for chosen in passes([len(row) for _, _, row in asked], self._max_pass_tokens):
             places, images, ids = zip(*(asked[index] for index in chosen), strict=True)
             for place, p in zip(places, self._forward(images, ids), strict=True):
                 answers[place] = p
@@ -170,13 +175,12 @@ class YesNoModel:
         return ids.to(self.device), mask.to(self.device)
 
 
-def passes(lengths: Sequence[int]) -> list[list[int]]:
-    """Which prompts go through the model together, as indices: similar lengths, at most `PASS_TOKENS` with padding."""
+def passes(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Which prompts go through the model together, as indices: similar lengths, at most `max_tokens` with padding."""
     found: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         length = lengths[index]
-        joins = found and length <= 2 * lengths[found[-1][0]] and (len(found[-1]) + 1) * length <= PASS_TOKENS
-        if joins:
+        if found and length <= 2 * lengths[found[-1][0]] and (len(found[-1]) + 1) * length <= max_tokens:
             found[-1].append(index)
         else:
             found.append([index])
