@@ -20,6 +20,7 @@ from fastapi import FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.config.modeling import ListenerConfig
 from hpc_rl.config.schema import Config
 from hpc_rl.config.services import ListenerServiceConfig
 from hpc_rl.data.lewis import image_root
@@ -28,7 +29,7 @@ from hpc_rl.grading.lewis import decide
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services.frame import REFUSALS, Desk, Service, new_app
 from hpc_rl.services.images import MAX_PATH_CHARACTERS
-from hpc_rl.services.pair_scorer import Pair, PairScorer
+from hpc_rl.services.pair_scorer import Judge, Pair, PairScorer
 
 MAX_CANDIDATES = 256
 MAX_QUESTION_CHARACTERS = 20_000
@@ -94,20 +95,42 @@ ListenerDesk = Desk[Pair, "float | Unscorable"]
 def open_service(ws: Workspace, config: Config, round: int, options: ListenerServiceConfig) -> Service:
     """The run's listener; the same in every round."""
     from hpc_rl.engines.weights import weights_hash
-    from hpc_rl.engines.yes_no import YesNoModel
     from hpc_rl.services.images import ImageRoots
 
     assert isinstance(config, LewisConfig)
-    judge = config.listener
-    model = YesNoModel(
-        judge.path,
-        dtype=judge.dtype,
-        attention=judge.attn_implementation,
-        min_pixels=judge.min_pixels,
-        max_pixels=judge.max_pixels,
+    scorer = PairScorer(
+        open_judge(config.listener, options),
+        ImageRoots([image_root(ws, config.data.image_root)], options),
+        cache_bytes=options.image_cache_mb << 20,
     )
-    scorer = PairScorer(model, ImageRoots([image_root(ws, config.data.image_root)], options))
-    return service_of(scorer, options, weights_hash(Path(judge.path)), {"model": judge.path})
+    about = {"model": config.listener.path, "engine": options.engine}
+    return service_of(scorer, options, weights_hash(Path(config.listener.path)), about)
+
+
+def open_judge(model: ListenerConfig, options: ListenerServiceConfig) -> Judge:
+    """The model in the engine that the config names. One that cannot be loaded is an error."""
+    if options.engine == "vllm":
+        from hpc_rl.engines.yes_no_vllm import YesNoVllm
+
+        return YesNoVllm(
+            model.path,
+            dtype=model.dtype,
+            min_pixels=model.min_pixels,
+            max_pixels=model.max_pixels,
+            max_model_len=options.max_model_len,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+        )
+    from hpc_rl.engines.yes_no import YesNoModel
+
+    return YesNoModel(
+        model.path,
+        dtype=model.dtype,
+        attention=model.attn_implementation,
+        min_pixels=model.min_pixels,
+        max_pixels=model.max_pixels,
+        max_model_len=options.max_model_len,
+        max_pass_tokens=options.max_pass_tokens,
+    )
 
 
 def service_of(
