@@ -42,14 +42,14 @@ class InlineImage:
 
     base64: str
 
-    @property
-    def name(self) -> str:
-        """What it is called where another image has its path."""
-        return f"inline:{hashlib.sha256(self.base64.encode()).hexdigest()}"
-
 
 ImageSource = str | InlineImage
 """A path as a client writes it, or the image itself."""
+
+
+def name_of(source: ImageSource) -> str:
+    """The path; of an inline image the SHA-256 of what was sent."""
+    return source if isinstance(source, str) else hashlib.sha256(source.base64.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

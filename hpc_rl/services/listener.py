@@ -1,6 +1,7 @@
 """The listener's HTTP service: which candidate does a description mean (L1–L4)?
 
     POST /score        {candidate_paths, question, topk}  → {yes_probabilities, predicted_index}
+                       {candidate_images, question, topk}, the images themselves in base64: the same
     POST /batch_score  {"batch": [ … ]}                   → {"results": [ … ], "took": seconds}
     GET  /health
 
@@ -14,10 +15,10 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from fastapi import FastAPI, HTTPException, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.config.modeling import ListenerConfig
@@ -27,40 +28,67 @@ from hpc_rl.data.lewis import image_root
 from hpc_rl.engines.yes_no_prompts import Unscorable
 from hpc_rl.grading.lewis import decide
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.services.frame import REFUSALS, Desk, Service, new_app
-from hpc_rl.services.images import MAX_PATH_CHARACTERS
+from hpc_rl.services.frame import REFUSALS, Answer, Body, Desk, Service, new_app
+from hpc_rl.services.images import MAX_PATH_CHARACTERS, ImageSource, InlineImage
 from hpc_rl.services.pair_scorer import Judge, Pair, PairScorer
 
 MAX_CANDIDATES = 256
 MAX_QUESTION_CHARACTERS = 20_000
 
 
-class ScoreBody(BaseModel):
+GAME: dict[str, JsonValue] = {
+    "candidate_paths": ["/path/to/img1.jpg", "/path/to/img2.jpg"],
+    "question": "Does the description match the dog in the image?",
+    "topk": 1,
+}
+PICKED: dict[str, JsonValue] = {"yes_probabilities": [0.95, 0.23], "predicted_index": 0}
+EITHER: list[JsonValue] = [{"required": ["candidate_paths"]}, {"required": ["candidate_images"]}]
+
+
+class ScoreBody(Body):
     """One game: a question about each candidate image."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(json_schema_extra={"examples": [GAME], "oneOf": EITHER})
 
     candidate_paths: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_PATH_CHARACTERS)]],
-        Field(min_length=1, max_length=MAX_CANDIDATES),
+        Field(min_length=1, max_length=MAX_CANDIDATES, default_factory=list),
     ]
     """Images beneath the image root, relative to it; absolute paths are taken where they lie beneath it."""
+    candidate_images: Annotated[
+        list[Annotated[str, Field(min_length=1)]],
+        Field(min_length=1, max_length=MAX_CANDIDATES, default_factory=list),
+    ]
+    """In place of `candidate_paths`: the image files themselves, in base64 (RFC 4648, section 4; no `data:` URL)."""
     question: Annotated[str, Field(min_length=1, max_length=MAX_QUESTION_CHARACTERS)]
     """Asked about each of them."""
     topk: Annotated[int, Field(ge=1)] = 1
     """With more than 1 the answer has `top_indices` too: that many candidates by falling P(yes)."""
 
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if bool(self.candidate_paths) == bool(self.candidate_images):
+            raise ValueError("one of candidate_paths and candidate_images is needed, and not both")
+        return self
 
-class BatchBody(BaseModel):
+    @property
+    def candidates(self) -> list[ImageSource]:
+        """The images, in either form."""
+        return [*self.candidate_paths, *map(InlineImage, self.candidate_images)]
+
+
+class BatchBody(Body):
     """Many games."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(json_schema_extra={"examples": [{"batch": [GAME]}]})
 
     batch: list[ScoreBody]
 
 
-class ScoreAnswer(BaseModel):
+class ScoreAnswer(Answer):
     """What the listener makes of one game."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [PICKED]})
 
     yes_probabilities: list[float | None]
     """P(yes) of each candidate, in order; null where it is no number."""
@@ -71,18 +99,22 @@ class ScoreAnswer(BaseModel):
 class TopAnswer(ScoreAnswer):
     """The answer to a game with `topk` above 1."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{**PICKED, "top_indices": [0, 1]}]})
+
     top_indices: list[int]
     """Candidates by falling P(yes), at most `topk`; those without a number last."""
 
 
-class ErrorAnswer(BaseModel):
+class ErrorAnswer(Answer):
     """Why one game has no answer."""
 
     error: str
 
 
-class BatchAnswer(BaseModel):
+class BatchAnswer(Answer):
     """Answers in the order of the batch."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"results": [PICKED], "took": 0.234}]})
 
     results: list[TopAnswer | ScoreAnswer | ErrorAnswer]
     took: float
@@ -153,12 +185,12 @@ def service_of(
 
 def create_app(desk: ListenerDesk) -> FastAPI:
     """The listener's routes."""
-    app = new_app("listener")
+    app = new_app("listener", "Which of the candidate images does a description mean?")
 
     async def answer(request: Request, batch: Sequence[ScoreBody]) -> list[TopAnswer | ScoreAnswer | ErrorAnswer]:
-        pairs = [Pair(path, body.question) for body in batch for path in body.candidate_paths]
+        pairs = [Pair(image, body.question) for body in batch for image in body.candidates]
         rest = iter(await desk.ask(request, pairs))
-        return [_answer(body, [next(rest) for _ in body.candidate_paths]) for body in batch]
+        return [_answer(body, [next(rest) for _ in body.candidates]) for body in batch]
 
     @app.post("/score", responses=REFUSALS)
     async def score(request: Request, body: ScoreBody) -> TopAnswer | ScoreAnswer:

@@ -1,4 +1,4 @@
-"""From (image path, question) pairs to probabilities: each image encoded once, each question about it asked once."""
+"""From (image, question) pairs to probabilities: each image encoded once, each question about it asked once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from hpc_rl.engines.yes_no_prompts import Unscorable
 from hpc_rl.services.frame import TokenCounts
-from hpc_rl.services.images import Identity, ImageRefused, ImageRoots
+from hpc_rl.services.images import Identity, ImageRefused, ImageRoots, ImageSource
 
 CACHE_BYTES = 1 << 30
 CACHE_ANSWERS = 1 << 17
@@ -27,7 +27,7 @@ DECODERS = 4
 class Pair:
     """One question about one image."""
 
-    path: str
+    image: ImageSource
     question: str
 
 
@@ -179,15 +179,15 @@ class PairScorer:
 
     def __call__(self, pairs: Sequence[Pair]) -> list[float | Unscorable]:
         """P(yes) of each pair, in order; the same pair twice is asked once and has one answer."""
-        questions: dict[str, list[str]] = {}
+        questions: dict[ImageSource, list[str]] = {}
         for pair in dict.fromkeys(pairs):
-            questions.setdefault(pair.path, []).append(pair.question)
+            questions.setdefault(pair.image, []).append(pair.question)
         images = dict(zip(questions, self._decoders.map(self._load, questions, questions.values()), strict=True))
         encoded = self._encode([image for image in images.values() if isinstance(image, _Loaded)])
         answers: dict[Pair, float | Unscorable] = {}
         asked: list[tuple[Pair, Identity]] = []
         for pair in dict.fromkeys(pairs):
-            image = images[pair.path]
+            image = images[pair.image]
             if isinstance(image, Unscorable):
                 answers[pair] = image
             elif pair.question in image.known:
@@ -213,9 +213,9 @@ class PairScorer:
             encoded |= made
         return encoded
 
-    def _load(self, path: str, questions: Sequence[str]) -> _Loaded | Unscorable:
+    def _load(self, source: ImageSource, questions: Sequence[str]) -> _Loaded | Unscorable:
         try:
-            with self._roots.open(path) as file:
+            with self._roots.open(source) as file:
                 found = {question: self.answers.get(file.identity, question) for question in questions}
                 known = {question: score for question, score in found.items() if score is not None}
                 if len(known) == len(questions):

@@ -1,6 +1,7 @@
 """The speaker's HTTP service: what does the model say about an image (L5)?
 
     POST /describe        {image_path}        → {thinking, coarse, detailed, text}
+                          {image}, the image itself in base64: the same
     POST /batch_describe  {"batch": [ … ]}    → {"results": [ … ], "took": seconds}
     GET  /health
 
@@ -13,12 +14,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Self
 
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.config.schema import Config
@@ -28,8 +29,8 @@ from hpc_rl.engines.base import Engine, Prompt, Request, Sampling
 from hpc_rl.grading.lewis import parse, thinking
 from hpc_rl.run.seeds import derive
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.services.frame import REFUSALS, CannotServe, Desk, Service, new_app
-from hpc_rl.services.images import MAX_PATH_CHARACTERS, ImageRefused, ImageRoots
+from hpc_rl.services.frame import REFUSALS, Answer, Body, CannotServe, Desk, Service, new_app
+from hpc_rl.services.images import MAX_PATH_CHARACTERS, ImageRefused, ImageRoots, ImageSource, InlineImage, name_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Undescribed:
 
 
 class Describer:
-    """Turns a batch of image paths into completions. Not for several threads: engines run one batch at a time.
+    """Turns a batch of images into completions. Not for several threads: engines run one batch at a time.
 
     Parameters
     ----------
@@ -53,7 +54,7 @@ class Describer:
     sampling
         Temperature and length.
     seed_of
-        The seed of an image's completion, by its path; of no effect on greedy ones.
+        The seed of an image's completion, by its path or hash; of no effect on greedy ones.
     """
 
     def __init__(
@@ -62,22 +63,22 @@ class Describer:
         self._engine, self._roots, self._problem = engine, roots, problem
         self._sampling, self._seed_of = sampling, seed_of
 
-    def __call__(self, paths: Sequence[str]) -> list[str | Undescribed]:
-        """The completion for each path, in order; the same path twice is described once."""
-        images = {path: self._load(path) for path in dict.fromkeys(paths)}
+    def __call__(self, sources: Sequence[ImageSource]) -> list[str | Undescribed]:
+        """The completion for each image, in order; the same one twice is described once."""
+        images = {source: self._load(source) for source in dict.fromkeys(sources)}
         requests = {
-            path: Request(Prompt.of(self._problem, image), self._seed_of(path))
-            for path, image in images.items()
+            source: Request(Prompt.of(self._problem, image), self._seed_of(name_of(source)))
+            for source, image in images.items()
             if isinstance(image, Image.Image)
         }
         said = dict(zip(requests, self._generate(list(requests.values())), strict=True))
-        refused = {path: image for path, image in images.items() if isinstance(image, Undescribed)}
+        refused = {source: image for source, image in images.items() if isinstance(image, Undescribed)}
         answers = {**refused, **said}
-        return [answers[path] for path in paths]
+        return [answers[source] for source in sources]
 
-    def _load(self, path: str) -> Image.Image | Undescribed:
+    def _load(self, source: ImageSource) -> Image.Image | Undescribed:
         try:
-            with self._roots.open(path) as file:
+            with self._roots.open(source) as file:
                 return file.decode()
         except ImageRefused as error:
             return Undescribed(str(error))
@@ -94,25 +95,51 @@ class Describer:
             return [answer for request in requests for answer in self._generate([request])]
 
 
-class DescribeBody(BaseModel):
+IMAGE: dict[str, JsonValue] = {"image_path": "/path/to/img1.jpg"}
+COARSE, DETAILED = "A photo of a golden retriever", "The dog has fluffy golden fur and wears a red collar."
+DESCRIBED: dict[str, JsonValue] = {
+    "thinking": "A dog.",
+    "coarse": COARSE,
+    "detailed": DETAILED,
+    "text": f"<thinking>A dog.</thinking>\n<coarse>{COARSE}</coarse>\n<detailed>{DETAILED}</detailed>",
+}
+EITHER: list[JsonValue] = [{"required": ["image_path"]}, {"required": ["image"]}]
+
+
+class DescribeBody(Body):
     """One image."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(json_schema_extra={"examples": [IMAGE], "oneOf": EITHER})
 
-    image_path: Annotated[str, Field(min_length=1, max_length=MAX_PATH_CHARACTERS)]
+    image_path: Annotated[str, Field(min_length=1, max_length=MAX_PATH_CHARACTERS, default_factory=str)]
     """Beneath the image root, relative to it; an absolute path is taken where it lies beneath it."""
+    image: Annotated[str, Field(min_length=1, default_factory=str)]
+    """In place of `image_path`: the image file itself, in base64 (RFC 4648, section 4; no `data:` URL)."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if bool(self.image_path) == bool(self.image):
+            raise ValueError("one of image_path and image is needed, and not both")
+        return self
+
+    @property
+    def source(self) -> ImageSource:
+        """The image, in either form."""
+        return self.image_path or InlineImage(self.image)
 
 
-class BatchBody(BaseModel):
+class BatchBody(Body):
     """Many images."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(json_schema_extra={"examples": [{"batch": [IMAGE]}]})
 
     batch: list[DescribeBody]
 
 
-class DescribeAnswer(BaseModel):
-    """What the speaker says about one image."""
+class DescribeAnswer(Answer):
+    """What the speaker says about one image; a part that is not there is ""."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [DESCRIBED]})
 
     thinking: str
     coarse: str
@@ -121,21 +148,23 @@ class DescribeAnswer(BaseModel):
     """The whole completion."""
 
 
-class ErrorAnswer(BaseModel):
+class ErrorAnswer(Answer):
     """Why one image has no description."""
 
     error: str
 
 
-class BatchAnswer(BaseModel):
+class BatchAnswer(Answer):
     """Answers in the order of the batch."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"results": [DESCRIBED], "took": 2.5}]})
 
     results: list[DescribeAnswer | ErrorAnswer]
     took: float
     """Seconds, the wait for a turn included."""
 
 
-SpeakerDesk = Desk[str, "str | Undescribed"]
+SpeakerDesk = Desk[ImageSource, "str | Undescribed"]
 
 
 def open_service(ws: Workspace, config: Config, round: int, options: SpeakerServiceConfig) -> Service:
@@ -178,10 +207,10 @@ def open_service(ws: Workspace, config: Config, round: int, options: SpeakerServ
 
 def create_app(desk: SpeakerDesk) -> FastAPI:
     """The speaker's routes."""
-    app = new_app("speaker")
+    app = new_app("speaker", "What does the model say about an image?")
 
     async def answer(request: HttpRequest, batch: Sequence[DescribeBody]) -> list[DescribeAnswer | ErrorAnswer]:
-        return [_answer(text) for text in await desk.ask(request, [body.image_path for body in batch])]
+        return [_answer(text) for text in await desk.ask(request, [body.source for body in batch])]
 
     @app.post("/describe", responses=REFUSALS)
     async def describe_one(request: HttpRequest, body: DescribeBody) -> DescribeAnswer:

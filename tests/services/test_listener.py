@@ -307,7 +307,7 @@ def test_limits_on_bodies_items_and_slow_senders(lab: Lab) -> None:
     assert ask(lab, "/batch_score", {"batch": []}).json()["results"] == []
     hosted.server.guard._limits = type(hosted.server.guard._limits)(10_000, body_timeout_s=0.3)
     with socket.create_connection(("127.0.0.1", hosted.server.port)) as slow:
-        head = f"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {lab.token}\r\nContent-Length: 100\r\n\r\n{{"
+        head = f"POST /score HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {lab.token}\r\nContent-Length: 100\r\n\r\n{{"
         slow.sendall(head.encode())
         slow.settimeout(10)
         assert slow.recv(4096).startswith(b"HTTP/1.1 408")
