@@ -54,7 +54,7 @@ def _header(description: str, kind: str) -> dict[str, Any]:
 _RETRY = {"Retry-After": _header("Seconds until there may be room.", "integer")}
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "the body is no JSON", "model": Refusal},
+    400: {"description": "the Host header is missing or malformed, or the body is no text", "model": Refusal},
     401: {
         "description": "no token, or the wrong one",
         "model": Refusal,
@@ -90,6 +90,12 @@ class Alive(Answer):
     """draining: it finishes what it has and then leaves."""
     nonce: str
     """Drawn anew by each server process. The record in `services/<service>/` has it too."""
+
+
+class Ready(Answer):
+    """It takes requests now."""
+
+    status: Literal["ready"]
 
 
 class Health(Alive):
@@ -133,9 +139,14 @@ def new_app(name: str, summary: str | None = None) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
 
-    @app.get("/health", responses=_some(421), openapi_extra={"security": [{}, {"token": []}]})
+    @app.get("/health", responses=_some(400, 421), openapi_extra={"security": [{}, {"token": []}]})
     async def health() -> Health | Alive:
         """Say that it lives; with the token, how it does."""
+        raise AssertionError("the guard answers this")
+
+    @app.get("/ready", responses=_some(400, 401, 421, 503))
+    async def ready() -> Ready:
+        """Say whether a request would be taken now: not while it leaves, its queue is full, or its model fails."""
         raise AssertionError("the guard answers this")
 
     text = {
@@ -143,7 +154,7 @@ def new_app(name: str, summary: str | None = None) -> FastAPI:
         "content": {"text/plain": {"schema": {"type": "string"}}},
     }
 
-    @app.get("/metrics", responses={200: text, **_some(401, 421)}, response_class=Response)
+    @app.get("/metrics", responses={200: text, **_some(400, 401, 421)}, response_class=Response)
     async def metrics() -> Response:
         """Figures for Prometheus, in its text format."""
         raise AssertionError("the guard answers this")
