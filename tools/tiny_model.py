@@ -47,7 +47,7 @@ def build(corpus: list[str], *, seed: int, hidden: int = 96, layers: int = 4, vi
     hidden, layers, vision : int
         Width and depth of the language model, width of the vision tower.
     """
-    tokenizer = _tokenizer(corpus)
+    tokenizer = build_tokenizer(corpus)
     token = tokenizer.convert_tokens_to_ids
     spread = 0.08  # initializer_range: at this width the usual 0.02 starts too flat to learn in minutes
     text = {
@@ -86,7 +86,8 @@ def build(corpus: list[str], *, seed: int, hidden: int = 96, layers: int = 4, vi
     return model, processor
 
 
-def _tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
+def build_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
+    """A chat tokenizer whose vocabulary is made from `corpus`."""
     # Byte-level BPE split by Qwen2's own expression: AutoTokenizer rebuilds the tokenizer of `model_type: qwen2_vl`
     # from vocabulary and merges with that expression, whatever the folder's tokenizer.json says.
     bpe = Tokenizer(models.BPE())

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from hpc_rl.config.schema import Config
 from hpc_rl.config.services import RewardModelServiceConfig
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.services.frame import REFUSALS, CannotServe, Desk, Service, TokenCounts, new_app
+from hpc_rl.services.frame import REFUSALS, Answer, Body, CannotServe, Desk, Service, TokenCounts, new_app
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,10 @@ class Scorer:
         return [answers[solution] for solution in solutions]
 
 
-class ScoreBody(BaseModel):
+class ScoreBody(Body):
     """A question and solutions of it."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={"examples": [{"question": "What is 2 + 3?", "solutions": ["2 + 3 = \\boxed{5}", "6"]}]},
     )
 
@@ -88,15 +87,13 @@ class ScoreBody(BaseModel):
     """What the assistant may have answered; each is scored by itself."""
 
 
-class BatchBody(BaseModel):
+class BatchBody(Body):
     """Many questions."""
-
-    model_config = ConfigDict(extra="forbid")
 
     batch: list[ScoreBody]
 
 
-class ScoreAnswer(BaseModel):
+class ScoreAnswer(Answer):
     """Scores of one question's solutions."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"scores": [4.125, None], "errors": [None, "too long"]}]})
@@ -107,7 +104,7 @@ class ScoreAnswer(BaseModel):
     """Why a solution has no score; null where it has one."""
 
 
-class BatchAnswer(BaseModel):
+class BatchAnswer(Answer):
     """Answers in the order of the batch."""
 
     results: list[ScoreAnswer]
@@ -158,7 +155,7 @@ def service_of(
 
 def create_app(name: str, desk: RewardModelDesk) -> FastAPI:
     """The routes."""
-    app = new_app(name)
+    app = new_app(name, "What a model thinks of solutions, as raw logits.")
 
     async def answer(request: Request, batch: Sequence[ScoreBody]) -> list[ScoreAnswer]:
         solutions = [Solution(body.question, text) for body in batch for text in body.solutions]
