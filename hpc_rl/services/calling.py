@@ -2,38 +2,50 @@
 
 Three things can go wrong, and they are kept apart:
 
-- *No server answers* (none is published, connections fail, all are busy or leaving): the client waits for one, for up
-  to `deadline_s`, then raises `ServiceUnavailable`. A killed server is not the request's fault and costs no retry.
-- *A server answers with a failure, or not in time*: the call is repeated `max_retries` times, each after a longer wait,
-  then raises `CallFailed`.
+- *No server answers* (none is published, connections break, all are busy or leaving): the client waits for one, and
+  asks that one. A killed server is not the request's fault and costs no retry.
+- *A server answers with a failure, or not in time*: the call is repeated `max_retries` times, each after a longer wait
+  and at another server where there is one, then raises `CallFailed`.
 - *A server does not take the call as it is* (too large, malformed): `CallFailed` at once.
+
+Whatever happens, after `deadline_s` it ends in `ServiceUnavailable`; nothing that a client waits for takes longer.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import random
+import secrets
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import httpx
+from typing import Any, TypeVar
 
 from hpc_rl.config.services import ClientConfig
+from hpc_rl.run.atomic import CorruptFile
 from hpc_rl.services import handoff
+from hpc_rl.services.circuit import JITTER
+from hpc_rl.services.frame import CLIENT_HEADER
+from hpc_rl.services.loop_thread import LoopThread, each
 from hpc_rl.services.replicas import Replica, Replicas
 from hpc_rl.services.trust import Untrusted
+from hpc_rl.services.wire import Broken, NewConnection, Reply, Wire
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.5
-JITTER = 0.25
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+NEW_CONNECTIONS = 10
+"""Connections that a call looks at before it takes a server for one that closes them all."""
 
 
 class ServiceUnavailable(RuntimeError):
-    """No server could be reached until the deadline. The work is to be tried again later (exit code 75)."""
+    """No server answered until the deadline. The work is to be tried again later (exit code 75)."""
 
 
 class ServiceRefused(RuntimeError):
@@ -49,7 +61,7 @@ class CallFailed(RuntimeError):
 
 
 class ServiceClient:
-    """Calls a service, whichever of its servers answers.
+    """Calls a service, whichever of its servers answers. For any number of threads; it has one of its own.
 
     Parameters
     ----------
@@ -58,9 +70,16 @@ class ServiceClient:
     options
         Time limits and retries.
     token
-        Instead of the one in the folder.
-    sleep, rng
-        How to wait, and where jitter comes from.
+        To use instead of the folder's.
+    weights_hash
+        Only servers of these weights are asked; "" = any.
+    rng
+        Jitter.
+
+    Attributes
+    ----------
+    troubles
+        How many tries ended otherwise than in an answer so far: `failed`, `lost` (a connection broke), `busy`.
     """
 
     def __init__(
@@ -69,19 +88,26 @@ class ServiceClient:
         options: ClientConfig,
         *,
         token: str | None = None,
-        sleep: Callable[[float], None] = time.sleep,
+        weights_hash: str = "",
         rng: random.Random | None = None,
     ) -> None:
-        self._folder, self._options, self._given_token, self._sleep = folder, options, token, sleep
+        self._folder, self._options, self._given_token = folder, options, token
         self._rng = rng or random.Random()
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # else every call is a line in the job's log
-        # Cluster nodes often carry http_proxy, and a proxy knows nothing of compute nodes: trust_env=False ignores it.
-        self._http = httpx.Client(timeout=httpx.Timeout(options.timeout_s, connect=10.0), trust_env=False)
-        self._replicas = Replicas(folder, options.url, self._http, self._rng)
+        self.troubles: Counter[str] = Counter()
+        self._next_call = 0.0
+        self._wire = Wire({CLIENT_HEADER: secrets.token_hex(8)})
+        self._replicas = Replicas(folder, options.url, self._wire, self._rng, weights_hash, self._token)
+        self._loop = LoopThread("service-client")
+
+    def __enter__(self) -> ServiceClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
+        """End calls that are under way, and close the connections."""
+        self._loop.close(self._wire.close)
 
     def post(self, route: str, payload: Any) -> Any:
         """The JSON that a server answers to `payload`.
@@ -95,59 +121,138 @@ class ServiceClient:
         CallFailed
             When a server answered with failures and the retries ended, or finds the call too large or malformed.
         """
-        deadline = time.monotonic() + self._options.deadline_s
-        failures = 0
-        while True:
-            with self._replicas.least_busy() as replica:
-                answer = self._try(replica, route, payload) if replica else None
-            if isinstance(answer, _Answer):
-                return answer.content
-            if isinstance(answer, _Failure):
-                failures += 1
-                if failures > self._options.max_retries:
-                    raise CallFailed(f"{answer.reason}; tried {failures} times")
-                log.warning("%s; repeating (%d of %d)", answer.reason, failures, self._options.max_retries)
-                self._sleep(self.backoff_s(failures))
-            if time.monotonic() >= deadline:
-                waited = f"no answer to {route} within {self._options.deadline_s:g} s"
-                raise ServiceUnavailable(f"{waited}; last problem: {self._replicas.problem}")
-            if not isinstance(answer, _Failure):
-                self._sleep(POLL_S * (1 + JITTER * self._rng.random()))
+        return self._loop.run(self._post(route, payload))
+
+    def ask(
+        self,
+        route: str,
+        items: Sequence[Item],
+        payload: Callable[[Sequence[Item]], Any],
+        read: Callable[[Sequence[Item], Any], Sequence[Answer]],
+        failed: Callable[[str], Answer],
+    ) -> list[Answer]:
+        """Answers to any number of items, in order: in chunks of `chunk_size`, `parallel_calls` of them at once.
+
+        Parameters
+        ----------
+        payload
+            What to send for a chunk. A chunk that is too large for a server is sent in halves.
+        read
+            The chunk's answers, out of what a server sent; called in the client's thread as soon as they are there.
+        failed
+            The answer to an item of a chunk whose retries ended, given the reason.
+
+        Raises
+        ------
+        ServiceUnavailable, ServiceRefused
+            See `post`; calls that are still under way are ended.
+        """
+        size = self._options.chunk_size
+        chunks = [items[start : start + size] for start in range(0, len(items), size)]
+
+        async def ask(chunk: Sequence[Item]) -> list[Answer]:
+            await self._keep_distance()
+            try:
+                return list(read(chunk, await self._post(route, payload(chunk))))
+            except CallFailed as error:
+                if error.too_large and len(chunk) > 1:
+                    half = len(chunk) // 2
+                    return await ask(chunk[:half]) + await ask(chunk[half:])
+                return [failed(str(error))] * len(chunk)
+
+        answered = self._loop.run(each(chunks, ask, self._options.parallel_calls)) if chunks else []
+        return [answer for answers in answered for answer in answers]
 
     def backoff_s(self, failures: int) -> float:
         """Wait before the n-th repeat: backoff_factor · 2^(n−1), up to a quarter more so that clients spread."""
         return self._options.backoff_factor * 2.0 ** (failures - 1) * (1 + JITTER * self._rng.random())
 
-    def _try(self, replica: Replica, route: str, payload: Any) -> _Answer | _Failure | None:
-        """One call: the answer, a failure that counts, or None where another server or a later moment may do better."""
-        token = self._token()
-        if token is None and replica.nonce:
-            self._replicas.busy(replica, f"{self._folder / handoff.TOKEN_FILE} is not there yet", POLL_S)
-            return None
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+    async def _keep_distance(self) -> None:
+        """`chunk_delay_s` between calls."""
+        if self._options.chunk_delay_s:
+            wait_s = max(0.0, self._next_call - time.monotonic())
+            self._next_call = time.monotonic() + wait_s + self._options.chunk_delay_s
+            await asyncio.sleep(wait_s)
+
+    async def _post(self, route: str, payload: Any) -> Any:
+        body = json.dumps(payload).encode()
         try:
-            answer = self._http.post(f"{replica.url}{route}", json=payload, headers=headers)
-        except (httpx.ReadTimeout, httpx.WriteTimeout):
-            self._replicas.failed(replica, f"{replica.url} took longer than {self._options.timeout_s:g} s")
-            return _Failure(self._replicas.problem)
-        except httpx.TransportError as error:
-            self._replicas.gone(replica, f"{replica.url} is gone ({type(error).__name__}: {error})")
+            async with asyncio.timeout(self._options.deadline_s):
+                return await self._repeat(route, body)
+        except TimeoutError:
+            waited = f"no answer to {route} within {self._options.deadline_s:g} s"
+            raise ServiceUnavailable(f"{waited}; last problem: {self._replicas.problem}") from None
+
+    async def _repeat(self, route: str, body: bytes) -> Any:
+        failed_by: list[Replica] = []
+        while True:
+            async with self._replicas.least_busy(avoid=failed_by) as replica:
+                answer = await self._try(replica, route, body)
+            if isinstance(answer, _Answer):
+                return answer.content
+            if answer is not None:
+                failed_by.append(replica)
+                failures = len(failed_by)
+                if failures > self._options.max_retries:
+                    raise CallFailed(f"{answer.reason}; tried {failures} times")
+                log.warning("%s; repeating (%d of %d)", answer.reason, failures, self._options.max_retries)
+                await asyncio.sleep(self.backoff_s(failures))
+
+    async def _try(self, replica: Replica, route: str, body: bytes) -> _Answer | _Failure | None:
+        """One call: the answer, a failure that counts, or None where another server or a later moment may do better."""
+        try:
+            reply = await self._call(replica, route, body)
+        except Broken as error:
+            replica.circuit.lost()
+            self._note("lost", f"{replica.url} is gone ({error})")
             return None
-        if answer.status_code == 200:
-            self._replicas.succeeded(replica)
-            return _Answer(answer.json())
-        problem = f"{replica.url}{route} answered {answer.status_code}: {_detail(answer)}"
-        if answer.status_code in (429, 503):
-            self._replicas.busy(replica, problem, _retry_after_s(answer))
+        except TimeoutError:
+            replica.circuit.failed()
+            return _Failure(self._note("failed", f"{replica.url} took longer than {self._options.timeout_s:g} s"))
+        if reply is None:
             return None
-        if answer.status_code in (401, 403):
-            raise ServiceRefused(
-                f"{problem}. The token is read from {self._folder / handoff.TOKEN_FILE} or LISTENER_TOKEN"
+        if reply.status == 200:
+            try:
+                content = reply.json()
+            except ValueError:
+                replica.circuit.failed()
+                return _Failure(self._note("failed", f"{replica.url}{route} answered what is no JSON: {reply.detail}"))
+            replica.circuit.answered()
+            return _Answer(content)
+        problem = f"{replica.url}{route} answered {reply.status}: {reply.detail}"
+        if reply.status in (429, 503):
+            replica.circuit.rest(reply.retry_after_s)
+            self._note("busy", problem)
+            return None
+        if reply.status in (401, 403):
+            whose = (
+                "is that in" if self._given_token is None else "was given (LISTENER_TOKEN) and may differ from that in"
             )
-        if answer.status_code >= 500:
-            self._replicas.failed(replica, problem)
-            return _Failure(problem)
-        raise CallFailed(problem, too_large=answer.status_code == 413)
+            raise ServiceRefused(f"{problem}. The token {whose} {self._folder / handoff.TOKEN_FILE}")
+        if reply.status == 408 or reply.status >= 500:
+            replica.circuit.failed()
+            return _Failure(self._note("failed", problem))
+        raise CallFailed(problem, too_large=reply.status == 413)
+
+    async def _call(self, replica: Replica, route: str, body: bytes) -> Reply | None:
+        """The answer, over a connection on which the server has said who it is; None where it did not."""
+        token = await asyncio.to_thread(self._token)
+        if token is None and replica.nonce:
+            replica.circuit.rest(1.0)
+            self._replicas.trouble(f"{self._folder / handoff.TOKEN_FILE} is not there yet")
+            return None
+        for _ in range(NEW_CONNECTIONS):
+            try:
+                return await self._wire.post(f"{replica.url}{route}", body, token, self._options.timeout_s)
+            except NewConnection:
+                if not await self._replicas.prove(replica):
+                    return None
+        raise Broken("it closes every connection")
+
+    def _note(self, kind: str, problem: str) -> str:
+        self.troubles[kind] += 1
+        self._replicas.trouble(problem)
+        return problem
 
     def _token(self) -> str | None:
         if self._given_token is not None:
@@ -156,7 +261,7 @@ class ServiceClient:
             return handoff.read_token(self._folder)
         except FileNotFoundError:
             return None
-        except Untrusted as error:
+        except (Untrusted, CorruptFile) as error:
             raise ServiceRefused(str(error)) from error
 
 
@@ -168,16 +273,3 @@ class _Answer:
 @dataclass(frozen=True)
 class _Failure:
     reason: str
-
-
-def _detail(answer: httpx.Response) -> str:
-    try:
-        said = answer.json()
-    except ValueError:
-        return answer.text[:200]
-    return str(said.get("detail", said) if isinstance(said, dict) else said)[:500]
-
-
-def _retry_after_s(answer: httpx.Response) -> float:
-    value = answer.headers.get("retry-after", "1")
-    return min(30.0, float(value)) if value.isdigit() else 1.0

@@ -10,21 +10,18 @@ import math
 import os
 import random
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.config.services import ClientConfig
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.services.calling import CallFailed, ServiceClient, ServiceRefused, ServiceUnavailable
+from hpc_rl.services.calling import ServiceClient, ServiceRefused, ServiceUnavailable
 
 __all__ = ["ListenerClient", "ScoreError", "ScoreRequest", "ScoreResult", "ServiceRefused", "ServiceUnavailable"]
 
-PARALLEL_CALLS = 4
 CACHE_ENTRIES = 200_000
 
 
@@ -69,18 +66,15 @@ class ListenerClient:
         config: LewisConfig,
         *,
         token: str | None = None,
-        sleep: Callable[[float], None] = time.sleep,
         rng: random.Random | None = None,
     ) -> None:
-        self._options = config.services.listener.client
+        options = config.services.listener.client
         if url := os.environ.get("LISTENER_URL"):
-            self._options = ClientConfig.model_validate({**self._options.model_dump(), "url": url})
+            options = ClientConfig.model_validate({**options.model_dump(), "url": url})
         token = token or os.environ.get("LISTENER_TOKEN")
-        self._service = ServiceClient(ws.service_dir("listener"), self._options, token=token, sleep=sleep, rng=rng)
-        self._sleep = sleep
+        self._service = ServiceClient(ws.service_dir("listener"), options, token=token, rng=rng)
         self._cache: OrderedDict[ScoreRequest, ScoreResult] = OrderedDict()
         self._lock = threading.Lock()
-        self._next_call = 0.0
 
     def __enter__(self) -> ListenerClient:
         return self
@@ -95,37 +89,23 @@ class ListenerClient:
         ------
         ServiceUnavailable
             When no server answered until the deadline; answers that came before are kept for the next call.
+        ServiceRefused
+            When the token is wrong, or what answers is no listener.
         """
-        answers: dict[ScoreRequest, ScoreResult | ScoreError] = {}
         asked = list(dict.fromkeys(items))
-        for item in asked:
-            if (known := self._recall(item)) is not None:
-                answers[item] = known
+        answers: dict[ScoreRequest, ScoreResult | ScoreError] = {
+            item: known for item in asked if (known := self._recall(item)) is not None
+        }
         missing = [item for item in asked if item not in answers]
-        size = self._options.chunk_size
-        chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
-        pool = ThreadPoolExecutor(max(1, min(PARALLEL_CALLS, len(chunks))), thread_name_prefix="listener-client")
-        try:
-            for chunk, scores in zip(chunks, pool.map(self._ask, chunks), strict=True):
-                answers.update(zip(chunk, scores, strict=True))
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        scores = self._service.ask("/batch_score", missing, _payload, self._read, ScoreError)
+        answers.update(zip(missing, scores, strict=True))
         return [answers[item] for item in items]
 
-    def _ask(self, chunk: Sequence[ScoreRequest]) -> list[ScoreResult | ScoreError]:
-        self._wait_for_turn()
-        batch = [{"candidate_paths": list(item.candidates), "question": item.question, "topk": 1} for item in chunk]
+    def _read(self, chunk: Sequence[ScoreRequest], said: Any) -> list[ScoreResult | ScoreError]:
         try:
-            said = self._service.post("/batch_score", {"batch": batch})
-        except CallFailed as error:
-            if error.too_large and len(chunk) > 1:
-                half = len(chunk) // 2
-                return self._ask(chunk[:half]) + self._ask(chunk[half:])
-            return [ScoreError(str(error))] * len(chunk)
-        results = said.get("results") if isinstance(said, dict) else None
-        if not isinstance(results, list) or len(results) != len(chunk):
-            raise ServiceRefused(f"what answers is no listener: {str(said)[:200]}")
-        scores = [_read_score(item, result) for item, result in zip(chunk, results, strict=True)]
+            scores = [_read_score(item, result) for item, result in zip(chunk, said["results"], strict=True)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ServiceRefused(f"what answers is no listener: {str(said)[:200]}") from error
         with self._lock:
             for item, score in zip(chunk, scores, strict=True):
                 if isinstance(score, ScoreResult):
@@ -140,14 +120,9 @@ class ListenerClient:
                 self._cache.move_to_end(item)
             return self._cache.get(item)
 
-    def _wait_for_turn(self) -> None:
-        """Keep `chunk_delay_s` between calls."""
-        if not self._options.chunk_delay_s:
-            return
-        with self._lock:
-            wait_s = max(0.0, self._next_call - time.monotonic())
-            self._next_call = time.monotonic() + wait_s + self._options.chunk_delay_s
-        self._sleep(wait_s)
+
+def _payload(chunk: Sequence[ScoreRequest]) -> dict[str, Any]:
+    return {"batch": [{"candidate_paths": list(item.candidates), "question": item.question} for item in chunk]}
 
 
 def _read_score(item: ScoreRequest, result: dict[str, Any]) -> ScoreResult | ScoreError:

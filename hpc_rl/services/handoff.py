@@ -1,65 +1,33 @@
 """How clients find a service: one record per replica in the workspace, and one token for the run.
 
-A server binds first and publishes afterwards, so a published address answers. `services/NAME/REPLICA.json` is replaced
-atomically and renewed by a heartbeat. What a record says is a hint: whether the server at that address is the one that
-wrote it is decided by the nonce, which its `/health` must repeat. The token lies beside the records in a file that only
-the user can read; records may be readable to the group. In a workspace that a group may write to, others could plant
-either: the folder is therefore closed to other writers, and what belongs to somebody else is not believed.
+A server binds first and publishes afterwards, so a published address answers. `services/NAME/REPLICA-NONCE.json` is
+replaced atomically and renewed by a heartbeat. What a record says is a hint: whether the server at that address is the
+one that wrote it is decided by the nonce, which its `/health` must repeat. The token lies beside the records in a file
+that only the user can read; records may be readable to the group. In a workspace that a group may write to, others
+could plant either: the folder is therefore closed to other writers, and what belongs to somebody else is not believed.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 from hpc_rl.run import atomic
+from hpc_rl.services.records import Endpoint, Watch, parse, record_paths
 from hpc_rl.services.trust import Untrusted, make_folder, read_own
 
+log = logging.getLogger(__name__)
+
 TOKEN_FILE = "token"
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """One replica of a service, as published.
-
-    Attributes
-    ----------
-    service, replica
-        Whose record this is: `listener`, and a name unique to the replica (a requeued job keeps it).
-    host, port, url
-        Where it answers, as other nodes can reach it.
-    job_id, restart
-        The allocation it runs in, and how often that was requeued; "" outside of Slurm.
-    nonce
-        Drawn anew by each server process; its `/health` repeats it.
-    started, heartbeat
-        Seconds since the epoch, by the server's clock.
-    weights_hash
-        Which weights it serves.
-    state
-        `draining`: it finishes what it has and leaves; ask another one.
-    """
-
-    service: str
-    replica: str
-    host: str
-    port: int
-    url: str
-    job_id: str
-    restart: int
-    nonce: str
-    started: float
-    heartbeat: float
-    weights_hash: str
-    state: Literal["ready", "draining"]
+LAG_S = 60.0
 
 
 def run_token(folder: Path) -> str:
@@ -96,62 +64,73 @@ def read_token(folder: Path) -> str:
 class Publication:
     """A published record, kept alive by a heartbeat thread until `unpublish`.
 
+    The record is this server's alone, and no other server ever writes to it. What is left of servers before this one
+    is taken away: at once where they were the same job before it was requeued, else when they have missed some beats.
+
     Parameters
     ----------
     folder
         `services/NAME` in the workspace.
     endpoint
-        The record. A record of the same replica is replaced: it belonged to this job before it was requeued.
-    heartbeat_s
-        How often the record is renewed. Seconds.
+        The record.
+    lag_s
+        How long a file system may show others an old state. Seconds.
     """
 
-    def __init__(self, folder: Path, endpoint: Endpoint, heartbeat_s: float) -> None:
-        self.folder, self.endpoint, self.heartbeat_s = folder, endpoint, heartbeat_s
-        self.path = folder / f"{endpoint.replica}.json"
+    def __init__(self, folder: Path, endpoint: Endpoint, lag_s: float = LAG_S) -> None:
+        self.folder, self.endpoint = folder, endpoint
+        self.path = folder / f"{endpoint.replica}-{endpoint.nonce[:8]}.json"
+        self._watch = Watch(folder, self.path.name, endpoint.heartbeat_s, lag_s)
         self._lock = threading.Lock()
         self._stop = threading.Event()
         make_folder(folder)
+        self._remove_predecessors()
         self._write(endpoint)
         self._thread = threading.Thread(target=self._beat, name="handoff-heartbeat", daemon=True)
         self._thread.start()
+
+    def _remove_predecessors(self) -> None:
+        for path in record_paths(self.folder):
+            with suppress(Untrusted, FileNotFoundError):
+                record = parse(read_own(path))
+                if record is not None and record.replica == self.endpoint.replica:
+                    path.unlink(missing_ok=True)
 
     def _write(self, endpoint: Endpoint) -> None:
         self.endpoint = replace(endpoint, heartbeat=time.time())
         atomic.write_json(self.path, asdict(self.endpoint))
 
-    def _is_ours(self) -> bool:
-        """False once the same job, requeued elsewhere, has published a newer record."""
-        try:
-            record = _read(self.path)
-        except Untrusted:
-            return True  # planted, or damaged: no successor of ours
-        return record is None or record.nonce == self.endpoint.nonce
-
     def _beat(self) -> None:
-        while not self._stop.wait(self.heartbeat_s):
-            with self._lock:
-                if self._stop.is_set():
-                    return
-                try:
-                    if self._is_ours():
+        while not self._stop.wait(self.endpoint.heartbeat_s):
+            try:
+                with self._lock:
+                    if not self._stop.is_set():
                         self._write(self.endpoint)
-                except OSError:
-                    continue  # a hiccup of the file system; clients judge by the nonce, not by the age alone
+                self._watch.look()
+            except OSError as error:
+                log.warning("the record in %s could not be renewed: %s", self.folder, error)
 
     def drain(self) -> None:
-        """Tell clients to go elsewhere."""
-        with self._lock:
-            if not self._stop.is_set() and self._is_ours():
+        """Tell clients to go elsewhere. Where the disk is full they hear it from the server itself, with each call."""
+        with self._lock, _reported(self.path):
+            if not self._stop.is_set():
                 self._write(replace(self.endpoint, state="draining"))
 
     def unpublish(self) -> None:
-        """Take the record away, unless it is a newer server's."""
+        """Take the record away."""
         self._stop.set()
-        with self._lock:
-            if self._is_ours():
-                self.path.unlink(missing_ok=True)
+        with self._lock, _reported(self.path):
+            self.path.unlink(missing_ok=True)
         self._thread.join()
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """A server that leaves does not stay because its record cannot be changed."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s could not be changed: %s", path, error)
 
 
 def publish(
@@ -166,13 +145,16 @@ def publish(
     weights_hash: str = "",
     nonce: str | None = None,
     heartbeat_s: float = 10.0,
+    lag_s: float = LAG_S,
 ) -> Publication:
     """Publish a server that has bound its port already."""
     now = time.time()
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     nonce = nonce or new_nonce()
-    record = Endpoint(service, replica, host, port, url, job_id, restart, nonce, now, now, weights_hash, "ready")
-    return Publication(folder, record, heartbeat_s)
+    record = Endpoint(
+        service, replica, host, port, url, job_id, restart, nonce, now, now, heartbeat_s, weights_hash, "ready"
+    )
+    return Publication(folder, record, lag_s)
 
 
 def new_nonce() -> str:
@@ -187,37 +169,23 @@ def replica_name(environ: Mapping[str, str]) -> str:
 
 
 def discover(folder: Path, on_refused: Callable[[str], None] | None = None) -> list[Endpoint]:
-    """All published replicas that take requests, those with the youngest heartbeat first.
+    """All published replicas that take requests, by name.
 
     The folder is listed and every record opened, which makes NFS clients ask the server for changes. Records that
-    cannot be read, and those that another user wrote, are left out; `on_refused` is told the reason.
+    cannot be read, and those that another user wrote, are left out; `on_refused` is told the reason. How old a record
+    is says nothing: its times are by another host's clock.
     """
-    try:
-        names = sorted(os.listdir(folder))
-    except FileNotFoundError:
-        return []
     found = []
-    for name in names:
-        if not name.endswith(".json") or name.startswith("."):
-            continue
-        path = folder / name
+    for path in record_paths(folder):
         try:
-            endpoint, problem = _read(path), f"{path} is no handoff record"
+            endpoint, problem = parse(read_own(path)), f"{path} is no handoff record"
+        except FileNotFoundError:
+            continue
         except Untrusted as error:
             endpoint, problem = None, str(error)
         if endpoint is None:
-            if on_refused is not None and os.path.lexists(path):
+            if on_refused is not None:
                 on_refused(problem)
         elif endpoint.state == "ready":
             found.append(endpoint)
-    return sorted(found, key=lambda endpoint: -endpoint.heartbeat)
-
-
-def _read(path: Path) -> Endpoint | None:
-    """The record in `path`; None when it is gone or is no record; Untrusted when it is somebody else's."""
-    try:
-        return Endpoint(**json.loads(read_own(path)))
-    except Untrusted:
-        raise
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
+    return found

@@ -6,25 +6,26 @@ of a server that died may belong to somebody else by now. The token is never sen
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-
 from hpc_rl.services import handoff
+from hpc_rl.services.circuit import JITTER, Circuit
+from hpc_rl.services.records import Endpoint
+from hpc_rl.services.wire import Broken, Wire
 
 log = logging.getLogger(__name__)
 
-REFRESH_S = 10.0
+REFRESH_S = 8.0
+REFRESH_SOON_S = 1.0
+POLL_S = 0.5
 HEALTH_TIMEOUT_S = 5.0
-FIRST_REST_S = 0.5
-LONGEST_REST_S = 15.0
 
 
 @dataclass(eq=False)
@@ -33,116 +34,144 @@ class Replica:
 
     url: str
     nonce: str
-    verified: bool = False
+    circuit: Circuit
     outstanding: int = 0
-    failures: int = 0
-    rests_until: float = 0.0
+    proof: asyncio.Task[bool] | None = None
 
 
 class Replicas:
-    """All servers of one service, looked up in the handoff folder again and again.
+    """All servers of one service, looked up in the handoff folder again and again. Belongs to one event loop.
 
     Parameters
     ----------
     folder
         The service's handoff folder.
     url
-        Base URL of one server to use instead; null = those in the folder.
-    http
+        Base URL of one server to use instead; None = those in the folder.
+    wire
         Connections to use.
     rng
         Breaks ties between replicas that are equally busy.
+    weights_hash
+        Servers of other weights are left out; "" = any.
+    token
+        Reads the token: a server at `url` says only to those who have it which weights it serves.
     """
 
-    def __init__(self, folder: Path, url: str | None, http: httpx.Client, rng: random.Random) -> None:
-        self._folder, self._http, self._rng, self._fixed = folder, http, rng, url is not None
-        self._lock = threading.Lock()
-        self._known: dict[str, Replica] = {url: Replica(url, "")} if url else {}
+    def __init__(
+        self,
+        folder: Path,
+        url: str | None,
+        wire: Wire,
+        rng: random.Random,
+        weights_hash: str,
+        token: Callable[[], str | None],
+    ) -> None:
+        self._folder, self._wire, self._rng, self._fixed = folder, wire, rng, url is not None
+        self._weights_hash, self._token = weights_hash, token
+        self._known: dict[str, Replica] = {url: Replica(url, "", Circuit(rng))} if url else {}
         self._read_at = float("-inf")
-        self._checking: threading.Thread | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._in_trouble = True
+        self._told: set[str] = set()
         self.problem = f"no server is published in {folder}"
 
-    @contextmanager
-    def least_busy(self) -> Iterator[Replica | None]:
-        """The verified replica with the fewest calls under way, for one call more; None when there is none."""
-        replica = self._pick()
+    @asynccontextmanager
+    async def least_busy(self, avoid: Collection[Replica] = ()) -> AsyncIterator[Replica]:
+        """The replica with the fewest calls under way, for one call more; waits until there is one.
+
+        Parameters
+        ----------
+        avoid
+            Taken only where there are no others.
+        """
+        while True:
+            under_way = self._tend()
+            closed = [replica for replica in self._known.values() if replica.circuit.state == "closed"]
+            if closed:
+                break
+            pause_s = POLL_S * (1 + JITTER * self._rng.random())
+            if under_way:
+                await asyncio.wait(under_way, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
+            else:
+                await asyncio.sleep(pause_s)
+        replica = min(closed, key=lambda r: (r in avoid, r.outstanding, self._rng.random()))
+        replica.outstanding += 1
         try:
             yield replica
         finally:
-            if replica is not None:
-                with self._lock:
-                    replica.outstanding -= 1
+            replica.outstanding -= 1
 
-    def succeeded(self, replica: Replica) -> None:
-        """A call was answered."""
-        replica.failures = 0
+    def trouble(self, problem: str) -> None:
+        """A call did not go well: the folder is read again soon."""
+        self.problem, self._in_trouble = problem, True
 
-    def failed(self, replica: Replica, problem: str) -> None:
-        """A call was answered with a failure or not in time: others come first, and it must say again who it is."""
-        with self._lock:
-            self.problem = problem
-            replica.verified = False
-            self._read_at = float("-inf")
-
-    def gone(self, replica: Replica, problem: str) -> None:
-        """It does not answer at all: it gets a rest, twice as long each time."""
-        with self._lock:
-            replica.failures += 1
-            rest_s = min(LONGEST_REST_S, FIRST_REST_S * 2 ** (replica.failures - 1))
-            replica.rests_until = time.monotonic() + rest_s
-        self.failed(replica, problem)
-
-    def busy(self, replica: Replica, problem: str, rest_s: float) -> None:
-        """It asked to be left alone for so long (Retry-After). Seconds."""
-        with self._lock:
-            self.problem = problem
-            replica.rests_until = time.monotonic() + rest_s
-            self._read_at = float("-inf")
-
-    def _pick(self) -> Replica | None:
-        while True:
-            with self._lock:
-                self._refresh()
-                now = time.monotonic()
-                awake = [replica for replica in self._known.values() if replica.rests_until <= now]
-                if not awake:
-                    return None
-                chosen = min(awake, key=lambda r: (not r.verified, r.outstanding, self._rng.random()))
-                chosen.outstanding += 1
-                if chosen.verified:
-                    self._verify_others([replica for replica in awake if not replica.verified])
-            if chosen.verified or self._verify(chosen):
-                return chosen
-            with self._lock:
-                chosen.outstanding -= 1
-
-    def _refresh(self) -> None:
-        fresh = time.monotonic() - self._read_at < REFRESH_S
-        if self._fixed or (fresh and any(replica.verified for replica in self._known.values())):
-            return
-        self._read_at = time.monotonic()
-        records = handoff.discover(self._folder, lambda problem: log.warning("left out: %s", problem))
-        self._known = {r.nonce: self._known.get(r.nonce) or Replica(r.url, r.nonce) for r in records}
-        if not self._known:
-            self.problem = f"no server is published in {self._folder}"
-
-    def _verify_others(self, replicas: list[Replica]) -> None:
-        """Look at new and recovered servers aside: a record left behind by a dead host costs no call its time-out."""
-        if replicas and not (self._checking and self._checking.is_alive()):
-            self._checking = threading.Thread(target=lambda: [self._verify(r) for r in replicas], daemon=True)
-            self._checking.start()
-
-    def _verify(self, replica: Replica) -> bool:
-        """Ask the server at the replica's address who it is; without the token, which it has yet to earn."""
+    async def prove(self, replica: Replica) -> bool:
+        """Ask on a new connection who is there; False when it is not the server that was published."""
         try:
-            answer = self._http.get(f"{replica.url}/health", timeout=HEALTH_TIMEOUT_S)
-            said = answer.json() if answer.status_code == 200 else {}
-        except (httpx.HTTPError, ValueError) as error:
-            self.gone(replica, f"{replica.url} does not answer ({type(error).__name__}: {error})")
-            return False
-        nonce = said.get("nonce") if isinstance(said, dict) else None
-        if nonce is None or (replica.nonce and nonce != replica.nonce):
-            self.gone(replica, f"what answers at {replica.url} is not the server that was published there")
-            return False
-        replica.verified = True
-        return True
+            token = await asyncio.to_thread(self._token) if self._fixed and self._weights_hash else None
+            said = await self._wire.health(replica.url, HEALTH_TIMEOUT_S, token)
+        except TimeoutError:
+            problem = f"{replica.url} does not answer (nothing within {HEALTH_TIMEOUT_S:g} s)"
+        except Broken as error:
+            problem = f"{replica.url} does not answer ({error})"
+        else:
+            nonce, weights = said.get("nonce"), said.get("weights_hash")
+            if not nonce or (replica.nonce and nonce != replica.nonce):
+                problem = f"what answers at {replica.url} is not the server that was published there"
+            elif said.get("status") == "draining":
+                problem = f"{replica.url} is leaving"
+            elif self._fixed and self._weights_hash and weights != self._weights_hash:
+                problem = f"{replica.url} serves the weights {weights}, not {self._weights_hash}"
+            else:
+                replica.circuit.proved()
+                return True
+        replica.circuit.silent()
+        self.trouble(problem)
+        return False
+
+    def _tend(self) -> list[asyncio.Task[None] | asyncio.Task[bool]]:
+        """Begin what is due: reading the folder, asking replicas who they are. What is under way.
+
+        Both go on aside, so that a record left behind by a dead host costs no call its time-out.
+        """
+        under_way: list[asyncio.Task[None] | asyncio.Task[bool]] = []
+        every_s = REFRESH_SOON_S if self._in_trouble else REFRESH_S
+        if not self._fixed and not _is_running(self._reading) and time.monotonic() - self._read_at >= every_s:
+            self._reading = asyncio.create_task(self._read())
+        for replica in self._known.values():
+            if replica.circuit.state == "half-open" and not _is_running(replica.proof):
+                replica.proof = asyncio.create_task(self.prove(replica))
+            if replica.proof is not None and not replica.proof.done():
+                under_way.append(replica.proof)
+        if self._reading is not None and not self._reading.done():
+            under_way.append(self._reading)
+        return under_way
+
+    async def _read(self) -> None:
+        self._read_at, self._in_trouble = time.monotonic(), False
+        refused: list[str] = []
+        try:
+            records = await asyncio.to_thread(handoff.discover, self._folder, refused.append)
+        except OSError as error:
+            self.trouble(f"{self._folder} cannot be read: {error}")
+            return
+        for problem in set(refused) - self._told:
+            log.warning("left out: %s", problem)
+        self._told |= set(refused)
+        fitting = [record for record in records if self._weights_hash in ("", record.weights_hash)]
+        self._known = {
+            r.nonce: self._known.get(r.nonce) or Replica(r.url, r.nonce, Circuit(self._rng)) for r in fitting
+        }
+        if not fitting:
+            self.trouble(self._why_none(records))
+
+    def _why_none(self, records: list[Endpoint]) -> str:
+        if not records:
+            return f"no server is published in {self._folder}"
+        others = ", ".join(sorted({record.weights_hash for record in records}))
+        return f"no server in {self._folder} serves the weights {self._weights_hash}; published are {others}"
+
+
+def _is_running(task: asyncio.Task[None] | asyncio.Task[bool] | None) -> bool:
+    return task is not None and not task.done()

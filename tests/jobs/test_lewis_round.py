@@ -51,10 +51,9 @@ def listener(ws: Workspace, job_id: str) -> Iterator[Any]:
     command = [sys.executable, "-m", "jobs.serve", *arguments(ws), "--stage", "grade.listener"]
     with (ws.root / f"serve-{job_id}.out").open("wb") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, cwd=REPOSITORY)
-    record = ws.service_dir("listener") / f"job-{job_id}.json"
     deadline = time.monotonic() + 90
     try:
-        while not record.exists():
+        while f"job-{job_id}" not in [record.replica for record in handoff.discover(ws.service_dir("listener"))]:
             assert process.poll() is None and time.monotonic() < deadline, (ws.root / f"serve-{job_id}.out").read_text()
             time.sleep(0.05)
         yield process

@@ -9,12 +9,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from hpc_rl.config.services import ClientConfig
 from hpc_rl.engines.yes_no import YesNoModel
 from hpc_rl.services import handoff
+from hpc_rl.services.calling import ServiceClient
 from hpc_rl.services.client import (
     ListenerClient,
     ScoreError,
@@ -82,7 +85,12 @@ class Broken(YesNoModel):
 
     failures = 10**9
 
-    def yes_probabilities(self, pairs: Any) -> list[float]:
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.asked_at: list[float] = []
+
+    def yes_probabilities(self, pairs: Any) -> Any:
+        self.asked_at.append(time.monotonic())
         if self.failures:
             self.failures -= 1
             raise RuntimeError("a kernel did not launch")
@@ -107,19 +115,14 @@ def test_a_server_that_fails_is_asked_again_exactly_as_often_as_the_config_says(
 
 def test_the_waits_between_repeats_double_from_the_backoff_factor(lab: Lab, broken: Broken) -> None:
     lab.serve(model=broken)
-    waits: list[float] = []
-
-    def sleep(seconds: float) -> None:
-        waits.append(seconds)
-        time.sleep(min(seconds, 0.6))
-
-    config = lab.config(client={"max_retries": 3, "backoff_factor": 7.0})
-    with ListenerClient(lab.ws, config, sleep=sleep, rng=random.Random(0)) as listener:
+    with client(lab, max_retries=2, backoff_factor=0.2) as listener:
         listener.score(games(1))
-    backoffs = [wait for wait in waits if wait >= 7]
-    assert len(backoffs) == 3
-    for wait, base in zip(backoffs, (7, 14, 28), strict=True):
-        assert base <= wait <= 1.25 * base
+    first, second = (after - before for before, after in pairwise(broken.asked_at))
+    assert first >= 0.2 and second >= 0.4
+    with ServiceClient(lab.ws.root, ClientConfig(backoff_factor=7), rng=random.Random(0)) as calling:
+        for failures, base in ((1, 7), (2, 14), (3, 28)):
+            waits = {calling.backoff_s(failures) for _ in range(20)}
+            assert len(waits) == 20 and all(base <= wait <= 1.25 * base for wait in waits)
 
 
 def test_a_failure_that_passes_costs_nothing(lab: Lab, broken: Broken) -> None:
@@ -132,7 +135,7 @@ def test_a_failure_that_passes_costs_nothing(lab: Lab, broken: Broken) -> None:
 class Slow(YesNoModel):
     """A listener that answers when it is let."""
 
-    def yes_probabilities(self, pairs: Any) -> list[float]:
+    def yes_probabilities(self, pairs: Any) -> Any:
         self.entered.set()  # type: ignore[attr-defined]
         self.release.wait(20)  # type: ignore[attr-defined]
         return super().yes_probabilities(pairs)
@@ -140,7 +143,7 @@ class Slow(YesNoModel):
 
 @pytest.fixture
 def slow(listener_folder: Any) -> Iterator[Any]:
-    model: Any = Slow(str(listener_folder), **PIXELS)
+    model: Any = Slow(str(listener_folder), **PIXELS)  # type: ignore[arg-type]
     model.release, model.entered = threading.Event(), threading.Event()
     yield model
     model.release.set()
@@ -311,7 +314,7 @@ def test_a_stale_record_of_a_host_that_swallows_packets_does_not_slow_the_others
             stale = handoff.publish(
                 folder, "listener", "stale", "127.0.0.1", swallowing.getsockname()[1], heartbeat_s=60
             )
-            listener._service._replicas._read_at = float("-inf")
+            listener._service._replicas._in_trouble = True
             started = time.monotonic()
             listener.score(games(12))
             assert time.monotonic() - started < 3

@@ -7,13 +7,17 @@ import multiprocessing
 import os
 import socket
 import stat
+import threading
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from hpc_rl.run import atomic
 from hpc_rl.services import handoff
+from hpc_rl.services.records import MISSED_BEATS, Watch
 from hpc_rl.services.trust import Untrusted
 
 
@@ -53,25 +57,111 @@ def test_the_heartbeat_renews_the_record_and_brings_it_back_when_it_is_lost(tmp_
     assert handoff.discover(tmp_path) == []
 
 
-def test_an_old_server_leaves_the_record_of_its_requeued_successor_alone(tmp_path: Path) -> None:
-    old = publish(tmp_path, heartbeat_s=0.02)
+def test_a_requeued_job_takes_the_record_of_its_former_start_away(tmp_path: Path) -> None:
+    bystander = publish(tmp_path, "job-8")
+    frozen = publish(tmp_path, restart=0, heartbeat_s=60)
     new = publish(tmp_path, restart=1, port=4712)
-    time.sleep(0.1)
-    old.drain()
-    old.unpublish()
-    assert [(e.nonce, e.port) for e in handoff.discover(tmp_path)] == [(new.endpoint.nonce, 4712)]
+    assert [(e.replica, e.restart, e.port) for e in handoff.discover(tmp_path)] == [
+        ("job-7", 1, 4712),
+        ("job-8", 0, 4711),
+    ]
+    frozen.drain()  # it wakes up: what it writes and removes is its own
+    assert new.endpoint in handoff.discover(tmp_path)
+    frozen.unpublish()
+    assert [e.nonce for e in handoff.discover(tmp_path)] == [new.endpoint.nonce, bystander.endpoint.nonce]
     new.unpublish()
+    bystander.unpublish()
 
 
-def test_the_youngest_heartbeat_comes_first_and_corrupt_records_are_named(tmp_path: Path) -> None:
-    a, b = publish(tmp_path, "a"), publish(tmp_path, "b")
-    (tmp_path / "c.json").write_text('{"service": "listener"')
-    (tmp_path / "d.json").write_text('{"service": "listener"}')
-    corrupt: list[str] = []
-    assert [e.replica for e in handoff.discover(tmp_path, corrupt.append)] == ["b", "a"]
-    assert corrupt == [f"{tmp_path / name} is no handoff record" for name in ("c.json", "d.json")]
-    a.unpublish()
-    b.unpublish()
+def test_corrupt_records_are_named_and_cost_the_others_nothing(tmp_path: Path) -> None:
+    good = publish(tmp_path, "good")
+    record = json.loads(good.path.read_text())
+    corrupt = {
+        "cut": '{"service": "listener"',
+        "incomplete": '{"service": "listener"}',
+        "list": "[]",
+        "types": json.dumps({**record, "heartbeat_s": "soon", "port": None}),
+    }
+    for name, content in corrupt.items():
+        (tmp_path / f"{name}.json").write_text(content)
+    refused: list[str] = []
+    assert handoff.discover(tmp_path, refused.append) == [good.endpoint]
+    assert sorted(refused) == sorted(f"{tmp_path / name}.json is no handoff record" for name in corrupt)
+    good.unpublish()
+
+
+def beat(folder: Path, content: str, name: str, stop: threading.Event, every_s: float = 0.02) -> None:
+    """A server on a host with a clock of its own, seen from here: its record changes now and then."""
+    record = json.loads(content)
+    while not stop.wait(every_s):
+        record["heartbeat"] += every_s
+        atomic.write_json(folder / name, record)
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_records_that_are_not_renewed_are_swept_whatever_the_clocks_say(tmp_path: Path) -> None:
+    """Clocks are an hour apart in both directions: neither saves a dead server nor removes a living one."""
+    dead, living = publish(tmp_path, "job-1", port=1), publish(tmp_path, "job-2", port=2)
+    dead._stop.set()
+    living._stop.set()
+    stop, record = threading.Event(), json.loads(dead.path.read_text())
+    beats = [
+        threading.Thread(target=beat, args=(tmp_path, json.dumps(record | skewed), f"{name}-0.json", stop))
+        for name, skewed in (
+            ("fast", {"replica": "fast", "heartbeat": time.time() + 3600, "heartbeat_s": 0.05}),
+            ("slow", {"replica": "slow", "heartbeat": time.time() - 3600, "heartbeat_s": 0.05}),
+        )
+    ]
+    ahead, garbage = tmp_path / "ahead-0.json", tmp_path / "garbage.json"
+    ahead.write_text(json.dumps(record | {"replica": "ahead", "heartbeat": time.time() + 3600, "heartbeat_s": 0.05}))
+    garbage.write_text("{")
+    for path in (dead.path, living.path):  # servers that renew more often, so that the test need not wait
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"heartbeat_s": 0.05}))
+    for thread in beats:
+        thread.start()
+    watching = publish(tmp_path, "watching", heartbeat_s=0.05, lag_s=0.3)
+    eventually(lambda: [e.replica for e in handoff.discover(tmp_path)] == ["fast", "slow", "watching"])
+    eventually(lambda: not garbage.exists())
+    for _ in range(20):
+        assert [e.replica for e in handoff.discover(tmp_path)] == ["fast", "slow", "watching"]
+        time.sleep(0.05)
+    living._write(living.endpoint)  # a frozen server that wakes up
+    assert "job-2" in [e.replica for e in handoff.discover(tmp_path)]
+    stop.set()
+    watching.unpublish()
+
+
+def test_a_record_is_old_only_after_many_looks_and_many_of_its_own_beats(tmp_path: Path) -> None:
+    """A watcher that was frozen itself, or a record that is renewed more rarely than ours, is no reason to sweep."""
+    slow = publish(tmp_path, "slow", heartbeat_s=60.0)
+    watch = Watch(tmp_path, "own.json", heartbeat_s=0.0, lag_s=0.0)
+    for _ in range(5 * MISSED_BEATS):
+        watch.look()
+    assert slow.path.exists(), "it has not missed a beat of its own"
+    slow.path.write_text(json.dumps(asdict(slow.endpoint) | {"heartbeat_s": 0.0}))
+    watch = Watch(tmp_path, "own.json", heartbeat_s=0.0, lag_s=0.0)
+    for _ in range(MISSED_BEATS):
+        watch.look()
+        assert slow.path.exists(), "as many looks have not been taken yet"
+    watch.look()
+    assert not slow.path.exists()
+    slow._stop.set()
+
+
+def test_a_server_leaves_even_where_its_record_cannot_be_changed(tmp_path: Path) -> None:
+    folder = tmp_path / "services"
+    publication = publish(folder)
+    publication.path.unlink()
+    folder.rmdir()
+    folder.write_text("no folder any more, so nothing can be written")
+    publication.drain()
+    publication.unpublish()
 
 
 def _draw(folder: str, queue: multiprocessing.Queue[str]) -> None:
@@ -146,7 +236,7 @@ def test_what_another_user_planted_is_not_believed(tmp_path: Path) -> None:
         with pytest.raises(Untrusted, match="belongs to user 4242"):
             ask(tmp_path)
     os.chown(mine.path, 4242, -1)
-    mine.drain()  # a planted record does not pass for a newer one of ours
+    mine.drain()  # what was planted in place of our record is replaced
     assert mine.path.stat().st_uid == 0 and json.loads(mine.path.read_text())["state"] == "draining"
     mine.unpublish()
     planted.unpublish()

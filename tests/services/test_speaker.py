@@ -21,7 +21,7 @@ from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.run import atomic
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services import handoff
-from hpc_rl.services.handoff import Endpoint
+from hpc_rl.services.records import Endpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
