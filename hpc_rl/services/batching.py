@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from hpc_rl.services.queue import FairQueue, Piece, Waiting
+from hpc_rl.services.queue import LEAST_RETRY_S, FairQueue, Pace, Piece, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +25,6 @@ Result = TypeVar("Result")
 
 OnBatch = Callable[[int, float, bool], None]
 """Items, seconds, failed."""
-
-RATE_MEMORY = 0.8
-"""Weight of what was before in the rate of items per second, when a batch ends."""
-LEAST_RETRY_S = 1.0
-MOST_RETRY_S = 60.0
 
 
 class Overloaded(RuntimeError):
@@ -127,7 +122,7 @@ class Batcher(Generic[Item, Result]):
         self._run, self._batch_size, self._batch_wait_s = run, batch_size, batch_wait_s
         self.on_batch = on_batch
         self._queue: FairQueue[_Request[Item, Result]] = FairQueue(max_waiting, max_client_waiting or max_waiting)
-        self._recent_items = self._recent_s = 0.0
+        self._pace = Pace()
         self._changed = threading.Condition()
         self._closed = False
         self.counters = Counters()
@@ -154,8 +149,7 @@ class Batcher(Generic[Item, Result]):
 
     def seconds_for(self, items: int) -> float:
         """How long the model needs for so many items, as fast as it was lately; between 1 and 60 seconds."""
-        rate = self._recent_items / self._recent_s * len(self._threads) if self._recent_s else 0.0
-        return min(MOST_RETRY_S, max(LEAST_RETRY_S, items / rate if rate else 0.0))
+        return self._pace.seconds_for(items / len(self._threads))
 
     async def submit(self, items: Sequence[Item], acquire_timeout_s: float, client: str = "") -> list[Result]:
         """The results of `items`, in order. Cancelling it frees the place of those that the model has not begun.
@@ -255,10 +249,7 @@ class Batcher(Generic[Item, Result]):
                 error = ModelFailed(f"{type(caught).__name__}: {caught}")
             took_s = time.monotonic() - started
             self._count(len(items), took_s, error is not None)
-            if error is None:
-                self._deliver(batch, results)
-            else:
-                self._fail(batch, error)
+            self._deliver(batch, results) if error is None else self._fail(batch, error)
             self.on_batch(len(items), took_s, error is not None)
 
     def _take(self) -> list[Piece[_Request[Item, Result]]]:
@@ -275,13 +266,12 @@ class Batcher(Generic[Item, Result]):
                     if left_s <= 0 or not self._changed.wait(left_s):
                         break
                 batch = self._queue.take(self._batch_size)
-                if batch:  # else another worker, or a client that gave up, emptied the queue meanwhile
+                if batch:  # else another worker, or a client that gave up, emptied the queue
                     return batch
 
     def _count(self, items: int, took_s: float, failed: bool) -> None:
         with self._changed:
-            self._recent_items = RATE_MEMORY * self._recent_items + items
-            self._recent_s = RATE_MEMORY * self._recent_s + took_s
+            self._pace.took(items, took_s)
             self.counters.batches += 1
             self.counters.items += items
             self.counters.largest_batch = max(self.counters.largest_batch, items)

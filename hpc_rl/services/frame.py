@@ -20,12 +20,14 @@ from hpc_rl.services.openapi import REFUSALS as REFUSALS
 from hpc_rl.services.openapi import Answer as Answer
 from hpc_rl.services.openapi import Body as Body
 from hpc_rl.services.openapi import new_app as new_app
+from hpc_rl.services.queue import MOST_RETRY_S
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 CLIENT_HEADER = "x-client-id"
 MAX_CLIENT_CHARACTERS = 64
+UNREADY_FAILURES = 2
 
 
 class CannotServe(ValueError):
@@ -70,6 +72,13 @@ class Service:
     tokens: TokenCounts = field(default_factory=TokenCounts)
     details: Callable[[], Mapping[str, Any]] = dict
     close: Callable[[], None] = lambda: None
+
+    def problem(self) -> tuple[str, float] | None:
+        """Why it is of no use to ask now, and after how many seconds to ask again; None when it is ready."""
+        failures = self.batcher.counters.failed_in_a_row
+        if failures >= UNREADY_FAILURES:
+            return f"the model failed {failures} times in a row", MOST_RETRY_S
+        return ("the queue is full", self.batcher.seconds_for(1)) if self.batcher.full else None
 
     def describe(self) -> dict[str, Any]:
         """What `/health` tells those who have the token."""

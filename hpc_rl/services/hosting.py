@@ -11,10 +11,12 @@ from pathlib import Path
 from hpc_rl.config.services import ServiceConfig
 from hpc_rl.services import handoff
 from hpc_rl.services.address import Address, bind
+from hpc_rl.services.connections import Connections
 from hpc_rl.services.frame import Service
+from hpc_rl.services.guard import Guard, Limits, names_of
 from hpc_rl.services.handoff import Publication
 from hpc_rl.services.metrics import Board, Metrics
-from hpc_rl.services.server import Limits, ServerThread
+from hpc_rl.services.server import ServerThread
 
 log = logging.getLogger(__name__)
 
@@ -73,16 +75,16 @@ def host(
     sock = bind(address.bind, options.port, options.port_range)
     nonce, replica, metrics = handoff.new_nonce(), handoff.replica_name(environ), Metrics(service)
     service.batcher.on_batch = metrics.on_batch
-    server = ServerThread(
-        service.app,
-        sock,
+    guard = Guard(
+        service,
         token=handoff.run_token(folder),
         nonce=nonce,
+        names=names_of(address.bind, address.published, *options.allowed_hosts),
         limits=Limits(options.max_body_bytes, options.body_timeout_s),
-        details=service.describe,
         metrics=metrics.text,
         on_answer=metrics.on_answer,
     )
+    server = ServerThread(guard, sock, Connections(options.max_connections, options.body_timeout_s))
     metrics.watch(server)
     server.start()
     publication = handoff.publish(

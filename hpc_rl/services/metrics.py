@@ -179,11 +179,13 @@ class _OfServer(Collector):
     """What a server has open, read when Prometheus asks."""
 
     def __init__(self, server: ServerThread) -> None:
-        self._guard = server.guard
+        self._server = server
 
     def collect(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily(PREFIX + "requests_in_flight", "Not answered yet", value=self._guard.in_flight)
-        yield GaugeMetricFamily(PREFIX + "draining", "1: it is leaving", value=self._guard.draining)
+        guard = self._server.guard
+        yield GaugeMetricFamily(PREFIX + "connections", "Open connections", value=len(self._server.connections))
+        yield GaugeMetricFamily(PREFIX + "requests_in_flight", "Not answered yet", value=guard.in_flight)
+        yield GaugeMetricFamily(PREFIX + "draining", "1: it is leaving", value=guard.draining)
 
 
 class Board:

@@ -1,4 +1,4 @@
-"""Who is next: requests of many clients wait in one bounded queue, in which the clients take turns.
+"""Who is next, and when: requests of many clients wait in one bounded queue, in which the clients take turns.
 
 Each client has a line of its own: who has three items does not wait for who has three thousand.
 """
@@ -14,6 +14,9 @@ Item = TypeVar("Item")
 
 TURN_ITEMS = 8
 """Fewest items that a client's turn has: neighbours in a request often share work, an image for example."""
+PACE_MEMORY = 0.8
+"""Weight of what was before, when a batch ends."""
+LEAST_RETRY_S, MOST_RETRY_S = 1.0, 60.0
 
 
 @dataclass(eq=False)
@@ -127,3 +130,21 @@ class FairQueue(Generic[Request]):
             elif not line.turn:
                 self._lines.move_to_end(client)
         return batch
+
+
+@dataclass
+class Pace:
+    """How fast a model was lately: sums over the last batches, the older the less."""
+
+    items: float = 0.0
+    seconds: float = 0.0
+
+    def took(self, items: int, seconds: float) -> None:
+        """A batch has ended."""
+        self.items = PACE_MEMORY * self.items + items
+        self.seconds = PACE_MEMORY * self.seconds + seconds
+
+    def seconds_for(self, items: float) -> float:
+        """How long so many items take, between 1 and 60 seconds."""
+        expected_s = items * self.seconds / self.items if self.items else 0.0
+        return min(MOST_RETRY_S, max(LEAST_RETRY_S, expected_s))

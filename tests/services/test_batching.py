@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_rl.services.batching import Batcher, ClientOverloaded, ModelFailed, Overloaded
-from hpc_rl.services.queue import TURN_ITEMS, FairQueue, Waiting
+from hpc_rl.services.queue import TURN_ITEMS, FairQueue, Pace, Waiting
 
 REQUESTS = st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 40)), min_size=1, max_size=30)
 
@@ -194,12 +194,14 @@ def test_the_queue_is_bounded_in_all_and_for_each_client_and_says_when_to_come_a
 
 
 def test_retry_after_follows_what_the_model_did_lately() -> None:
-    work = batcher(Model())
-    assert work.seconds_for(1_000_000) == 1  # nothing is known yet
+    pace = Pace()
+    assert pace.seconds_for(1_000_000) == 1  # nothing is known yet
     for _ in range(50):
-        work._count(10, 2.0, False)
-    assert work.seconds_for(100) == pytest.approx(20) and work.seconds_for(1) == 1 and work.seconds_for(10_000) == 60
-    work.close()
+        pace.took(10, 2.0)
+    assert [pace.seconds_for(items) for items in (1, 100, 10_000)] == [1, pytest.approx(20), 60]
+    for _ in range(50):
+        pace.took(10, 0.2)
+    assert pace.seconds_for(100) == pytest.approx(2, rel=0.01)
 
 
 def test_who_hangs_up_or_gives_up_frees_the_items_that_were_not_begun() -> None:

@@ -248,7 +248,7 @@ def test_requests_of_different_clients_are_merged_into_one_model_batch(lab: Lab,
 
 
 def test_a_full_queue_refuses_with_retry_after_and_health_stays_quick(lab: Lab, slow: Slow) -> None:
-    hosted = lab.serve(model=slow, batch_size=2, max_queue_items=4)
+    hosted = lab.serve(model=slow, batch_size=2, max_queue_items=4, max_client_items=4)
     game = {"candidate_paths": PATHS[:2], "question": "red?"}
     with ThreadPoolExecutor(3) as clients:
         waiting = [clients.submit(ask, lab, "/score", game)]

@@ -152,6 +152,7 @@ def test_metrics_counts_what_was_asked_answered_and_refused(bench: Bench) -> Non
         "queue_items": 0,
         "queue_clients": 0,
         "draining": 0,
+        "connections": 1,
     }
     assert {name: found.get(name) for name in expected} == expected
     assert 0 < found["model_seconds_sum"] < found["request_seconds_sum//lengths"]
