@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from fastapi import FastAPI, Response
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict
+
+from hpc_rl.services.invalid_body import refuse_invalid_body
 
 DESCRIPTION = """Every route but `/health` wants the run's token, which lies in the workspace, in
 `services/<service>/token`. What is refused says why in `detail`, and changes nothing: with 408, 429 and 503, ask
@@ -137,6 +140,7 @@ def new_app(name: str, summary: str | None = None) -> FastAPI:
         summary=summary,
         description=DESCRIPTION,
         generate_unique_id_function=lambda route: route.name,
+        exception_handlers={RequestValidationError: refuse_invalid_body},
     )
 
     @app.get("/health", responses=_some(400, 421), openapi_extra={"security": [{}, {"token": []}]})

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Request
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, JsonValue
 
 from hpc_rl.config.schema import Config
 from hpc_rl.config.services import RewardModelServiceConfig
@@ -74,12 +74,14 @@ class Scorer:
         return [answers[solution] for solution in solutions]
 
 
+QUESTION: dict[str, JsonValue] = {"question": "What is 2 + 3?", "solutions": ["2 + 3 = \\boxed{5}", "6"]}
+SCORES: dict[str, JsonValue] = {"scores": [4.125, None], "errors": [None, "too long"]}
+
+
 class ScoreBody(Body):
     """A question and solutions of it."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"question": "What is 2 + 3?", "solutions": ["2 + 3 = \\boxed{5}", "6"]}]},
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [QUESTION]})
 
     question: Annotated[str, Field(min_length=1)]
     """What the user asks."""
@@ -90,13 +92,15 @@ class ScoreBody(Body):
 class BatchBody(Body):
     """Many questions."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"batch": [QUESTION]}]})
+
     batch: list[ScoreBody]
 
 
 class ScoreAnswer(Answer):
     """Scores of one question's solutions."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"scores": [4.125, None], "errors": [None, "too long"]}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [SCORES]})
 
     scores: list[float | None]
     """The raw logit of each solution, in order; null where there is none."""
@@ -106,6 +110,8 @@ class ScoreAnswer(Answer):
 
 class BatchAnswer(Answer):
     """Answers in the order of the batch."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"results": [SCORES], "took": 0.25}]})
 
     results: list[ScoreAnswer]
     took: float
