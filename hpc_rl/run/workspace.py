@@ -53,6 +53,11 @@ class Workspace:
         """Snapshots of the code that jobs import, one folder per content hash."""
         return self.root / "code"
 
+    @property
+    def teacher_cache(self) -> Path:
+        """Answers of a teacher, kept for the whole run."""
+        return self.root / "teacher_cache"
+
     def stage_dir(self, round: int, stage: str) -> Path:
         """Shards, manifests, leases and attempts of one stage of one round."""
         return self.root / "rounds" / f"round_{round:02d}" / stage

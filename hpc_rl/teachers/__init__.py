@@ -1,0 +1,1 @@
+"""Teachers: asking a model behind an OpenAI-compatible endpoint, once for each question (S2, S3)."""
