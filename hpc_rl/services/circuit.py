@@ -41,7 +41,6 @@ class Circuit:
         self._rests_until = float("-inf")
         self.failures = 0
 
-    @property
     def state(self) -> State:
         """closed: it takes calls. open: it is left alone. half-open: it is to be asked who it is."""
         if self._clock() < self._rests_until:

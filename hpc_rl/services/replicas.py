@@ -87,7 +87,7 @@ class Replicas:
         """
         while True:
             under_way = self._tend()
-            closed = [replica for replica in self._known.values() if replica.circuit.state == "closed"]
+            closed = [replica for replica in self._known.values() if replica.circuit.state() == "closed"]
             if closed:
                 break
             pause_s = POLL_S * (1 + JITTER * self._rng.random())
@@ -125,6 +125,7 @@ class Replicas:
                 problem = f"{replica.url} serves the weights {weights}, not {self._weights_hash}"
             else:
                 replica.circuit.proved()
+                self.problem = f"{replica.url} said who it is, and no more yet"
                 return True
         replica.circuit.silent()
         self.trouble(problem)
@@ -140,7 +141,7 @@ class Replicas:
         if not self._fixed and not _is_running(self._reading) and time.monotonic() - self._read_at >= every_s:
             self._reading = asyncio.create_task(self._read())
         for replica in self._known.values():
-            if replica.circuit.state == "half-open" and not _is_running(replica.proof):
+            if replica.circuit.state() == "half-open" and not _is_running(replica.proof):
                 replica.proof = asyncio.create_task(self.prove(replica))
             if replica.proof is not None and not replica.proof.done():
                 under_way.append(replica.proof)
