@@ -22,6 +22,9 @@ from hpc_rl.engines.loading import ModelFolderError, choose_attention, control_t
 HEAD = "score.weight"
 """The head of transformers' decoder models, and the one that vLLM reads."""
 
+CHARACTERS_PER_TOKEN = 32
+"""No text has more. What does is not tokenised at all: that takes 1.5 s a megabyte."""
+
 
 class Judge(Protocol):
     """What computes logits."""
@@ -82,17 +85,29 @@ class RewardModel:
         Raises
         ------
         ValueError
-            When there are more than `max_tokens`, and when a text holds a control token: it would end a message, and
-            start another one in the name of somebody else.
+            When a text cannot be read (`_check`), and when there are more than `max_tokens`.
         """
-        for name, text in (("question", question), ("solution", solution)):
-            for token in self._control:
-                if token in text:
-                    raise ValueError(f"the {name} holds the control token {token}")
-        ids: list[int] = self._tokenizer(self.render(question, solution), add_special_tokens=False)["input_ids"]
+        self._check("question", question)
+        self._check("solution", solution)
+        text = self.render(question, solution)
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) > self.max_tokens:
             raise ValueError(f"question and solution are {len(ids)} tokens long; at most {self.max_tokens}")
         return ids
+
+    def _check(self, name: str, text: str) -> None:
+        """Refuse what would hold up or stop the others in the batch, and control tokens: they would end a message, and
+        start another one in the name of somebody else."""
+        limit = CHARACTERS_PER_TOKEN * self.max_tokens
+        if len(text) > limit:
+            raise ValueError(f"the {name} is {len(text)} characters long; at most {limit}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the {name} is no text: {error.reason} at character {error.start}") from None
+        for token in self._control:
+            if token in text:
+                raise ValueError(f"the {name} holds the control token {token}")
 
     def scores(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """One raw logit per row of token ids, in order; NaN where the model makes none."""

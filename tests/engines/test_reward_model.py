@@ -105,6 +105,8 @@ def test_what_is_too_long_is_refused_and_not_cut_off(folder: Path) -> None:
         model.encode(QUESTION, fits + "5")
     with pytest.raises(ValueError, match="tokens long; at most 60"):
         load(folder, max_model_len=60).encode(QUESTION, "step by step " * 12)
+    with pytest.raises(ValueError, match="10000000 characters long; at most 8192"):
+        model.encode(QUESTION, "x" * 10_000_000)
     with pytest.raises(ModelFolderError, match=f"max_model_len is 999, but .* has {POSITIONS} positions"):
         load(folder, max_model_len=999)
 
