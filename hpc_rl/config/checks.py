@@ -36,10 +36,18 @@ def check(config: Config, places: Mapping[str, str] = MappingProxyType({})) -> l
     executor = config.cluster.executor
     if executor == "auto":
         executor = "slurm" if shutil.which("sbatch") else "local"
-    problems = list(check_storage(config, executor))
+    problems = [*check_storage(config, executor), *_check_services(config)]
     if isinstance(config, LewisConfig):
         problems += _check_lewis(config)
     return [replace(problem, where=places.get(problem.field, "")) for problem in problems]
+
+
+def _check_services(config: Config) -> Iterator[Problem]:
+    """Models that services bring themselves; a server that runs elsewhere needs none here."""
+    for name in ("verifier", "reward_model", "teacher"):
+        options: Any = config.services.of(name)
+        if options.model is not None and options.client.url is None:
+            yield from check_model(f"services.{name}.model", Path(options.model))
 
 
 def _check_lewis(config: LewisConfig) -> Iterator[Problem]:

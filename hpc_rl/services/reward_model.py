@@ -12,6 +12,7 @@ solutions each are B results with n scores each, in order (A1).
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,7 @@ class Scorer:
 
     model: Model
     tokens: TokenCounts = field(default_factory=TokenCounts)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, solutions: Sequence[Solution]) -> list[float | Unscored]:
         """Score or reason of each, in order; the same solution twice is scored once."""
@@ -70,7 +72,8 @@ class Scorer:
                 answers[solution] = Unscored(str(error))
         for solution, score in zip(rows, self.model.scores(list(rows.values())), strict=True):
             answers[solution] = score if math.isfinite(score) else Unscored("the model's score is no finite number")
-        self.tokens.prompt += sum(map(len, rows.values()))
+        with self._lock:
+            self.tokens.prompt += sum(map(len, rows.values()))
         return [answers[solution] for solution in solutions]
 
 

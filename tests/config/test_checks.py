@@ -76,6 +76,16 @@ def test_the_listener_of_someone_else_needs_no_model_here(small: Load) -> None:
     assert fields == ["speaker.path"]
 
 
+@pytest.mark.parametrize("name", ["verifier", "reward_model", "teacher"])
+def test_a_service_needs_the_model_that_it_is_to_serve_unless_it_runs_elsewhere(
+    name: str, small: Load, models: Path
+) -> None:
+    missing = f"services.{name}.model={models / 'none'}"
+    problem = only(check(small("cluster.executor=local", missing)))
+    assert problem.field == f"services.{name}.model" and "does not exist" in problem.what
+    assert check(small("cluster.executor=local", missing, f"services.{name}.client.url=http://a:1")) == []
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
