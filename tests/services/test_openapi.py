@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ from jsonschema import Draft202012Validator
 from PIL import Image
 
 from hpc_rl.config.services import ListenerServiceConfig, RewardModelServiceConfig, SpeakerServiceConfig
+from hpc_rl.engines.base import Sampling
 from hpc_rl.engines.yes_no import YesNoModel
 from hpc_rl.services import handoff, listener, reward_model, speaker
 from hpc_rl.services.address import Address
@@ -47,8 +49,26 @@ def open_listener(model: YesNoModel, root: Path) -> Service:
     return listener.service_of(PairScorer(model, ImageRoots([root], options)), options, "abc")
 
 
+class Parrot:
+    """An engine that says the same about every image."""
+
+    def forget(self) -> None:
+        pass
+
+    def generate(self, requests: Sequence[Any], sampling: Any) -> list[Any]:
+        return [SimpleNamespace(text="A dog.")] * len(requests)
+
+
 def open_speaker(model: YesNoModel, root: Path) -> Service:
-    desk: speaker.SpeakerDesk = Desk(lambda images: ["A dog."] * len(images), SpeakerServiceConfig(**LIMITS))
+    options = SpeakerServiceConfig(**LIMITS)
+    describer = speaker.Describer(
+        Parrot(),  # type: ignore[arg-type]
+        ImageRoots([root], options),
+        problem="What is this?",
+        sampling=Sampling(0.0, 8),
+        seed_of=len,
+    )
+    desk: speaker.SpeakerDesk = Desk(describer, options, workers=1)
     return Service("speaker", speaker.create_app(desk), desk.batcher, "abc")
 
 
