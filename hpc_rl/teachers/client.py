@@ -156,7 +156,7 @@ class TeacherClient:
                 self._totals.bad_replies += 1
                 problem = str(error)
                 only = ", with nothing but the JSON" if question.schema is not None else ""
-                wish = f"This cannot be used: {error}. Answer again{only}."
+                wish = f"This cannot be used: {error}. Answer again{only} (try {number + 2} of {tries})."
                 said = answer.text[:SHOWN_CHARACTERS] or "(nothing)"
                 note = [{"role": "assistant", "content": said}, {"role": "user", "content": wish}]
                 continue

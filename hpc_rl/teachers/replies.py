@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jsonschema import Draft202012Validator
@@ -28,6 +28,19 @@ def check_schema(schema: Mapping[str, Any]) -> None:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
         raise ValueError(f"no JSON schema: {error.message}, at {error.json_path}") from error
+    outside = [reference for reference in _references(schema) if not reference.startswith("#")]
+    if outside:
+        raise ValueError(f"the schema refers to {outside[0]!r}; only references into itself (#/$defs/…) are followed")
+
+
+def _references(schema: Any) -> Iterator[str]:
+    if isinstance(schema, Mapping):
+        if isinstance(schema.get("$ref"), str):
+            yield schema["$ref"]
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for part in schema:
+            yield from _references(part)
 
 
 def read(answer: Answer, schema: Mapping[str, Any] | None) -> Any:
@@ -49,8 +62,7 @@ def read(answer: Answer, schema: Mapping[str, Any] | None) -> Any:
     except (ValueError, RecursionError) as error:
         cut = ", and it was cut off at the longest length allowed" if answer.finish_reason == "length" else ""
         raise BadReply(f"the answer is not valid JSON ({error}){cut}") from error
-    # An empty registry: a "$ref" to another document is an error, not a download.
-    problem = best_match(Draft202012Validator(schema, registry=Registry()).iter_errors(value))
+    problem = best_match(Draft202012Validator(schema, registry=Registry()).iter_errors(value))  # that fetches nothing
     if problem is not None:
         where = "" if problem.json_path == "$" else f", at {problem.json_path}"
         raise BadReply(f"the JSON does not follow the schema: {problem.message[:QUOTED_CHARACTERS]}{where}")

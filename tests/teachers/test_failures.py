@@ -23,7 +23,7 @@ def assert_all_right(answers: list[Reply | TeacherError]) -> None:
 
 
 def first_of_each(wrong: Misbehave) -> Callable[[int, dict[str, Any]], Misbehave | None]:
-    """Every third question is treated badly the first time that it is asked."""
+    """Every tenth question is treated badly the first time that it is asked."""
     asked: Counter[int] = Counter()
     lock = threading.Lock()
 
@@ -31,7 +31,7 @@ def first_of_each(wrong: Misbehave) -> Callable[[int, dict[str, Any]], Misbehave
         number = number_in(body)
         with lock:
             asked[number] += 1
-            return wrong if number % 3 == 0 and asked[number] == 1 else None
+            return wrong if number % 10 == 0 and asked[number] == 1 else None
 
     return behave
 
@@ -60,8 +60,8 @@ def test_what_goes_wrong_once_is_asked_again(teacher: Teacher, client: Ask, trou
     asking = client()
     assert_all_right(asking.ask_all(MANY))
     assert set(teacher.paid.values()) == {1}
-    assert teacher.calls == asking.totals.calls == 40 + 14
-    assert asking.totals.repeats == 14
+    assert teacher.calls == asking.totals.calls == 40 + 4
+    assert asking.totals.repeats == 4
     assert (asking.totals.answers, asking.totals.completion_tokens) == (40, 200)
 
 
@@ -172,7 +172,7 @@ def test_an_endpoint_that_wants_to_be_left_alone_beyond_the_deadline_is_not_wait
     teacher.behave = lambda call, body: Misbehave(429, {"Retry-After": "86400"})
     with pytest.raises(ServiceUnavailable, match="answered 429"):
         client().ask_all(MANY)
-    assert teacher.calls <= 8
+    assert teacher.calls < 20
 
 
 BAD_REPLIES = {
@@ -216,7 +216,7 @@ def test_a_teacher_that_never_follows_the_schema_gets_so_many_tries_and_gives_no
 
 def test_json_is_found_in_a_fence_and_after_thoughts(teacher: Teacher, client: Ask) -> None:
     teacher.behave = lambda call, body: (
-        f'<think>maybe {{"answer": 0}}?</think>\nHere it is:\n```json\n{{"answer": {2 * number_in(body)}}}\n```\nGood luck!'
+        f'<think>maybe {{"answer": 0}}?</think>\nHere:\n```json\n{{"answer": {2 * number_in(body)}}}\n```\nDone.'
     )
     answers = client().ask_all([question(number, schema=SCHEMA) for number in range(5)])
     assert [answer.value for answer in answers if isinstance(answer, Reply)] == [{"answer": 2 * n} for n in range(5)]
