@@ -87,7 +87,8 @@ def bind(address: str, port: int, port_range: tuple[int, int] | None = None) -> 
     family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
     ports = range(port_range[0], port_range[1] + 1) if port_range else (port,)
     for candidate in ports:
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        # asyncio sends at once (TCP_NODELAY) only where the protocol is named: else an answer waits 40 ms for an ACK
+        sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind((address, candidate))
