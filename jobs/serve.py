@@ -39,6 +39,7 @@ SERVICES: Mapping[str, str] = {
 
 POLL_S = 1.0
 HOPELESS_FAILURES = 5
+TOLD_TO_LEAVE = 128 + signal.SIGTERM
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,8 +81,10 @@ def serve(job: Job, name: str, done: Callable[[], bool]) -> int:
     environ = {**os.environ, **rank_environment(os.environ)}
     options = job.config.services.of(name)
     address = address_of(job.config, options, environ)  # before minutes go into loading a model
+    _on_sigterm(lambda: sys.exit(TOLD_TO_LEAVE))  # while nobody is served yet
     service = importlib.import_module(SERVICES[name]).open_service(job.ws, job.config, job.round, options)
-    told_to_leave = _leave_on_sigterm()
+    told_to_leave = threading.Event()
+    _on_sigterm(told_to_leave.set)
     hosted = host(
         service,
         folder=job.ws.service_dir(name),
@@ -121,7 +124,7 @@ def stay(hosted: Hosted, options: ServiceConfig, told_to_leave: threading.Event,
         if hosted.service.batcher.counters.failed_in_a_row >= HOPELESS_FAILURES:
             raise RuntimeError(f"the model failed {HOPELESS_FAILURES} times in a row; see the log above")
     log.info("told to leave")
-    return 128 + signal.SIGTERM
+    return TOLD_TO_LEAVE
 
 
 def consumers_done(job: Job) -> bool:
@@ -129,12 +132,10 @@ def consumers_done(job: Job) -> bool:
     return all(gate.is_complete(job.ws, job.graph[stage]) for stage in job.stage.serves)
 
 
-def _leave_on_sigterm() -> threading.Event:
-    """An event that SIGTERM sets (walltime, preemption). In the debug executor's threads there are no signals."""
-    told = threading.Event()
+def _on_sigterm(then: Callable[[], None]) -> None:
+    """Do so on SIGTERM (walltime, preemption). In the debug executor's threads there are no signals."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: told.set())
-    return told
+        signal.signal(signal.SIGTERM, lambda *_: then())
 
 
 if __name__ == "__main__":

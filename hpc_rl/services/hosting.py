@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,18 +33,29 @@ class Hosted:
 
     def leave(self, drain_s: float) -> None:
         """Send clients elsewhere, finish what was begun within `drain_s`, and end with the model. Seconds."""
-        self.publication.drain()
-        drained = self.server.drain(drain_s)
-        if not drained:
+        deadline = time.monotonic() + drain_s
+        self.server.guard.draining = True
+        _try("say that it leaves", self.publication.drain)
+        if not self.server.drain(drain_s):
             log.warning(
                 "leaving with %d requests unanswered; their clients will ask again", self.server.guard.in_flight
             )
-        self.publication.unpublish()
+        _try("take its record away", self.publication.unpublish)
         self.server.stop()
-        if self.service.batcher.close(None if drained else 0.0):  # a batch that nobody waits for is not waited for
+        if self.service.batcher.close(max(0.0, deadline - time.monotonic())):
             self.service.close()
+        else:
+            log.warning("leaving while the model is still at a batch that nobody waits for any more")
         if self.board is not None:
             self.board.close()
+
+
+def _try(what: str, action: Callable[[], None]) -> None:
+    """Leave whatever the file system is up to: who reads the record still gets the nonce of nobody."""
+    try:
+        action()
+    except OSError as error:
+        log.warning("cannot %s: %s", what, error)
 
 
 def host(
@@ -79,7 +91,7 @@ def host(
         service,
         token=handoff.run_token(folder),
         nonce=nonce,
-        names=names_of(address.bind, address.published, *options.allowed_hosts),
+        names=names_of(address.published, *options.allowed_hosts),
         limits=Limits(options.max_body_bytes, options.body_timeout_s),
         metrics=metrics.text,
         on_answer=metrics.on_answer,
