@@ -21,6 +21,9 @@ from hpc_rl.services.server import ServerThread
 
 log = logging.getLogger(__name__)
 
+LEAST_CLOSE_S = 1.0
+"""For the threads of a model that does nothing any more to end in."""
+
 
 @dataclass(frozen=True)
 class Hosted:
@@ -42,7 +45,7 @@ class Hosted:
             )
         _try("take its record away", self.publication.unpublish)
         self.server.stop()
-        if self.service.batcher.close(max(0.0, deadline - time.monotonic())):
+        if self.service.batcher.close(max(LEAST_CLOSE_S, deadline - time.monotonic())):
             self.service.close()
         else:
             log.warning("leaving while the model is still at a batch that nobody waits for any more")

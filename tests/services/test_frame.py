@@ -75,7 +75,7 @@ class Place:
 
     def serve(self, address: str = "127.0.0.1", **options: Any) -> Hosted:
         settings = ServiceConfig(**{"batch_wait_ms": 0, "body_timeout_s": 20, **options})
-        where = Address(address, address)
+        where = Address(address, "127.0.0.1")
         self.hosted.append(
             host(service_of(self.model, settings), folder=self.folder, address=where, options=settings, environ={})
         )
