@@ -66,3 +66,11 @@ def test_a_command_for_the_login_node_imports_no_framework(module: str) -> None:
 def test_there_are_configs_to_look_at() -> None:
     assert {"configs/lewis.yaml", "configs/tiny/lewis.yaml", "benchmarks/noop.yaml"} <= set(CONFIGS)
     assert all(Path(ROOT, config).is_file() for config in CONFIGS)
+
+
+@pytest.mark.parametrize("module", ["hpc_rl.services.client", "hpc_rl.services.reward_model_client"])
+def test_who_asks_a_service_needs_nothing_that_serves(module: str) -> None:
+    """A stage's environment has the packages of its own extra only."""
+    code = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(json.loads(done.stdout)) & {"fastapi", "uvicorn", "prometheus_client", "torch"} == set()

@@ -29,11 +29,10 @@ from hpc_rl.config.services import ClientConfig
 from hpc_rl.run.atomic import CorruptFile
 from hpc_rl.services import handoff
 from hpc_rl.services.circuit import JITTER
-from hpc_rl.services.frame import CLIENT_HEADER
 from hpc_rl.services.loop_thread import LoopThread, each
 from hpc_rl.services.replicas import Replica, Replicas
 from hpc_rl.services.trust import Untrusted
-from hpc_rl.services.wire import Broken, NewConnection, Reply, Wire
+from hpc_rl.services.wire import CLIENT_HEADER, Broken, NewConnection, Reply, Wire
 
 log = logging.getLogger(__name__)
 

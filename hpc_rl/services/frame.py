@@ -21,11 +21,11 @@ from hpc_rl.services.openapi import Answer as Answer
 from hpc_rl.services.openapi import Body as Body
 from hpc_rl.services.openapi import new_app as new_app
 from hpc_rl.services.queue import MOST_RETRY_S
+from hpc_rl.services.wire import CLIENT_HEADER
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-CLIENT_HEADER = "x-client-id"
 MAX_CLIENT_CHARACTERS = 64
 UNREADY_FAILURES = 2
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import httpx
 
+CLIENT_HEADER = "x-client-id"
+"""Who asks, so that clients take turns: a name that a client draws for itself."""
 MAX_HEALTH_BYTES = 1 << 20
 MAX_ANSWER_BYTES = 1 << 30
 KEEP_ALIVE_S = 15.0  # servers keep theirs longer, so that it is the client who lets go
