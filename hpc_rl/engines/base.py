@@ -51,10 +51,24 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. Temperature 0 is greedy; its log-probabilities are those at temperature 1."""
+    """How to sample.
+
+    Attributes
+    ----------
+    temperature
+        0 is greedy; its log-probabilities are those at temperature 1.
+    max_tokens
+        Longest completion.
+    top_p
+        Only the likeliest tokens that together have this probability. 1 for samples that train: the others have none.
+    json_schema
+        The completion is JSON that follows this schema, itself JSON. Engines that cannot do it say so (ValueError).
+    """
 
     temperature: float
     max_tokens: int
+    top_p: float = 1.0
+    json_schema: str | None = None
 
 
 @dataclass(frozen=True)

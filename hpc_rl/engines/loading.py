@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import logging as logging_of_transformers
 
 log = logging.getLogger(__name__)
@@ -33,19 +41,31 @@ def choose_attention(name: str, device: torch.device) -> str:
     return chosen
 
 
-def load_processor(path: str | Path, min_pixels: int, max_pixels: int) -> Any:
-    """Tokenizer and image processor of a model folder, with a run's pixel limits and padding on the left."""
+def load_processor(path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
+    """What turns prompts into tokens, padded on the left: tokenizer and image processor with a run's pixel limits.
+
+    Without pixel limits it is the tokenizer alone, for models that see no images.
+    """
     if not (Path(path) / "config.json").is_file():
         raise ModelFolderError(f"{path} is no model folder: it has no config.json")
+    if min_pixels is None and max_pixels is None:
+        return AutoTokenizer.from_pretrained(path, padding_side="left", local_files_only=True)
     return AutoProcessor.from_pretrained(
         path, min_pixels=min_pixels, max_pixels=max_pixels, padding_side="left", local_files_only=True
     )
 
 
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer in a processor; a tokenizer is its own."""
+    return getattr(processor, "tokenizer", processor)
+
+
 def load_model(path: str | Path, dtype: str, attention: str, device: torch.device) -> PreTrainedModel:
-    """A vision-language model from a folder, on a device, ready for inference."""
+    """A language model from a folder, with its vision tower where it has one, on a device, ready for inference."""
     logging_of_transformers.disable_progress_bar()  # in a job's log a bar is thousands of lines
-    model = AutoModelForImageTextToText.from_pretrained(
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
         path,
         dtype=getattr(torch, dtype),
         attn_implementation=choose_attention(attention, device),
@@ -56,5 +76,5 @@ def load_model(path: str | Path, dtype: str, attention: str, device: torch.devic
 
 def control_tokens(processor: Any) -> tuple[str, ...]:
     """Texts that a tokenizer, or a processor's, takes for control tokens, also where they are a user's words."""
-    added = getattr(processor, "tokenizer", processor).added_tokens_decoder.values()
+    added = tokenizer_of(processor).added_tokens_decoder.values()
     return tuple(sorted({token.content for token in added if token.special}))

@@ -13,17 +13,15 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as logging_of_transformers
 
 from hpc_rl.config.services import RewardModelServiceConfig
+from hpc_rl.engines.chat import check_text, longest_input
 from hpc_rl.engines.loading import ModelFolderError, choose_attention, control_tokens, pick_device
 
 HEAD = "score.weight"
 """The head of transformers' decoder models, and the one that vLLM reads."""
-
-CHARACTERS_PER_TOKEN = 32
-"""No text has more. What does is not tokenised at all: that takes 1.5 s a megabyte."""
 
 
 class Judge(Protocol):
@@ -85,29 +83,15 @@ class RewardModel:
         Raises
         ------
         ValueError
-            When a text cannot be read (`_check`), and when there are more than `max_tokens`.
+            When a text cannot be read (`check_text`), and when there are more than `max_tokens`.
         """
-        self._check("question", question)
-        self._check("solution", solution)
+        for name, given in (("question", question), ("solution", solution)):
+            check_text(name, given, self._control, self.max_tokens)
         text = self.render(question, solution)
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) > self.max_tokens:
             raise ValueError(f"question and solution are {len(ids)} tokens long; at most {self.max_tokens}")
         return ids
-
-    def _check(self, name: str, text: str) -> None:
-        """Refuse what would hold up or stop the others in the batch, and control tokens: they would end a message, and
-        start another one in the name of somebody else."""
-        limit = CHARACTERS_PER_TOKEN * self.max_tokens
-        if len(text) > limit:
-            raise ValueError(f"the {name} is {len(text)} characters long; at most {limit}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the {name} is no text: {error.reason} at character {error.start}") from None
-        for token in self._control:
-            if token in text:
-                raise ValueError(f"the {name} holds the control token {token}")
 
     def scores(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """One raw logit per row of token ids, in order; NaN where the model makes none."""
@@ -259,14 +243,3 @@ def check_head(path: str) -> None:
         f"{path} is no reward model: no *.safetensors in it has a classification head ({HEAD}). Save a trained "
         "AutoModelForSequenceClassification there"
     )
-
-
-def longest_input(path: str, wanted: int | None) -> int:
-    """`max_model_len` with its default resolved: the model's positions."""
-    config = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
-    limit: int | None = getattr(config, "max_position_embeddings", None)
-    if wanted is None and limit is None:
-        raise ModelFolderError(f"{path} names no max_position_embeddings: set max_model_len")
-    if wanted is not None and limit is not None and wanted > limit:
-        raise ModelFolderError(f"max_model_len is {wanted}, but {path} has {limit} positions")
-    return wanted or limit or 0

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from hpc_rl.engines.base import BAN_BIAS, Completion, Request, Sampling, banned_ids, decode, end_ids, render
-from hpc_rl.engines.loading import load_model, load_processor, pick_device
+from hpc_rl.engines.loading import load_model, load_processor, pick_device, tokenizer_of
 
 BATCH_SIZE = 32
 
@@ -23,16 +23,16 @@ BATCH_SIZE = 32
 class _SeededSampler(LogitsProcessor):  # type: ignore[misc]
     """Chooses each row's next token and leaves `generate` no other: all other logits become -inf."""
 
-    def __init__(self, seeds: Sequence[int], temperature: float, bias: torch.Tensor) -> None:
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, bias: torch.Tensor) -> None:
         self._generators = [torch.Generator(bias.device).manual_seed(seed) for seed in seeds]
-        self._temperature, self._bias = temperature, bias
+        self._temperature, self._top_p, self._bias = sampling.temperature, sampling.top_p, bias
         self.tokens: list[torch.Tensor] = []
         self.logprobs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         logits = scores.float() + self._bias
         if self._temperature > 0:
-            logits = logits / self._temperature
+            logits = _nucleus(logits / self._temperature, self._top_p)
         logprobs = logits.log_softmax(-1)
         if self._temperature > 0:
             noise = torch.empty_like(logits)
@@ -44,6 +44,15 @@ class _SeededSampler(LogitsProcessor):  # type: ignore[misc]
         self.tokens.append(chosen)
         self.logprobs.append(logprobs.gather(-1, chosen[:, None])[:, 0])
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
+
+
+def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Logits (B, V) of the likeliest tokens that together have probability `top_p` or more; the others' are -inf."""
+    if top_p >= 1:
+        return logits
+    likely, order = logits.softmax(-1).sort(-1, descending=True)
+    left_out = likely.cumsum(-1) - likely >= top_p  # those before it are enough already
+    return logits.masked_fill(torch.zeros_like(left_out).scatter(-1, order, left_out), -torch.inf)
 
 
 class TransformersEngine:
@@ -58,7 +67,7 @@ class TransformersEngine:
     merge
         Merge the adapter into the weights instead of computing it beside them.
     dtype, attention, min_pixels, max_pixels
-        The config's `speaker` section.
+        The config's `speaker` section. Without pixel limits it sees no images.
     """
 
     def __init__(
@@ -69,13 +78,13 @@ class TransformersEngine:
         merge: bool = False,
         dtype: str = "float32",
         attention: str = "auto",
-        min_pixels: int,
-        max_pixels: int,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         self._device = pick_device()
         self._processor = load_processor(path, min_pixels, max_pixels)
         self._model: Any = load_model(path, dtype, attention, self._device)
-        tokenizer = self._processor.tokenizer
+        tokenizer = tokenizer_of(self._processor)
         self._ends = end_ids(path, tokenizer)
         # In place of the model's own generation config, which often asks for a repetition penalty or top_k.
         self._model.generation_config = GenerationConfig(
@@ -94,6 +103,8 @@ class TransformersEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `Engine.generate`."""
+        if sampling.json_schema is not None:
+            raise ValueError("the transformers engine holds no completion to a schema; engine vllm does")
         completions: list[Completion] = []
         for start in range(0, len(requests), BATCH_SIZE):
             completions += self._generate(requests[start : start + BATCH_SIZE], sampling)
@@ -103,8 +114,11 @@ class TransformersEngine:
     def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         texts = [render(self._processor, request.prompt) for request in requests]
         images = [image for request in requests for image in request.prompt.images]
-        inputs = self._processor(text=texts, images=images or None, padding=True, return_tensors="pt").to(self._device)
-        sampler = _SeededSampler([request.seed for request in requests], sampling.temperature, self._bias)
+        given = {"images": images} if images else {}
+        # The chat template has written the special tokens already.
+        inputs = self._processor(text=texts, padding=True, return_tensors="pt", add_special_tokens=False, **given)
+        inputs = inputs.to(self._device)
+        sampler = _SeededSampler([request.seed for request in requests], sampling, self._bias)
         self._model.generate(
             **inputs,
             do_sample=False,
@@ -126,6 +140,6 @@ class TransformersEngine:
             tuple(prompt),
             tuple(tokens[:length]),
             tuple(logprobs[:length]),
-            decode(self._processor.tokenizer, tokens[:length]),
+            decode(tokenizer_of(self._processor), tokens[:length]),
             "length" if end is None else "stop",
         )

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_rl.engines.base import BAN_BIAS, Completion, Request, Sampling, banned_ids, decode, render
-from hpc_rl.engines.loading import load_processor
+from hpc_rl.engines.base import BAN_BIAS, Completion, Prompt, Request, Sampling, banned_ids, decode, render
+from hpc_rl.engines.loading import load_processor, tokenizer_of
 from hpc_rl.engines.vllm_start import start_vllm
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -28,7 +28,7 @@ class VllmEngine:
     adapter_rank
         The adapter's LoRA rank.
     dtype, min_pixels, max_pixels
-        The config's `speaker` section.
+        The config's `speaker` section. Without pixel limits it sees no images.
     max_model_len
         Longest prompt and completion together; None = the model's own limit.
     gpu_memory_utilization
@@ -47,26 +47,29 @@ class VllmEngine:
         adapter_name: str = "",
         adapter_rank: int = 0,
         dtype: str = "float32",
-        min_pixels: int,
-        max_pixels: int,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.8,
         batch_invariant: bool = True,
         images_per_prompt: int = 1,
     ) -> None:
         self._processor = load_processor(path, min_pixels, max_pixels)
-        self._bias = {token: BAN_BIAS for token in banned_ids(path, self._processor.tokenizer)}
+        self._bias = {token: BAN_BIAS for token in banned_ids(path, tokenizer_of(self._processor))}
         options: dict[str, Any] = {}
+        if min_pixels is not None:
+            options |= {
+                "limit_mm_per_prompt": {"image": images_per_prompt, "video": 0},
+                "mm_processor_kwargs": {"min_pixels": min_pixels, "max_pixels": max_pixels},
+            }
         if adapter is not None:
-            options = {"enable_lora": True, "max_lora_rank": next(r for r in LORA_RANKS if r >= adapter_rank)}
+            options |= {"enable_lora": True, "max_lora_rank": next(r for r in LORA_RANKS if r >= adapter_rank)}
         self._llm = start_vllm(
             path,
             dtype=dtype,
             max_model_len=max_model_len,
             gpu_memory_utilization=gpu_memory_utilization,
             batch_invariant=batch_invariant,
-            limit_mm_per_prompt={"image": images_per_prompt, "video": 0},
-            mm_processor_kwargs={"min_pixels": min_pixels, "max_pixels": max_pixels},
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
             **options,
         )
@@ -83,29 +86,34 @@ class VllmEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `Engine.generate`."""
         from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
 
-        prompts = []
-        for request in requests:
-            prompt: dict[str, Any] = {"prompt": render(self._processor, request.prompt)}
-            if request.prompt.images:
-                prompt["multi_modal_data"] = {"image": list(request.prompt.images)}
-            prompts.append(prompt)
+        schema = sampling.json_schema
         options = [
             SamplingParams(
                 n=1,  # not G: the seeds of a group would be n apart, and a sample would depend on its place
                 seed=request.seed,
                 temperature=sampling.temperature,
-                top_p=1.0,
+                top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
                 top_k=0,
                 max_tokens=sampling.max_tokens,
                 logprobs=0,
                 logit_bias=self._bias,
                 detokenize=False,
+                structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
             )
             for request in requests
         ]
+        prompts = [self._prompt(request.prompt) for request in requests]
         outputs = self._llm.generate(prompts, options, use_tqdm=False, lora_request=self._adapter)
         return [self._completion(output) for output in outputs]
+
+    def _prompt(self, prompt: Prompt) -> dict[str, Any]:
+        text = render(self._processor, prompt)
+        if prompt.images:
+            return {"prompt": text, "multi_modal_data": {"image": list(prompt.images)}}
+        # The chat template has written the special tokens already; from a text vLLM would write them once more.
+        return {"prompt_token_ids": tokenizer_of(self._processor)(text, add_special_tokens=False)["input_ids"]}
 
     def _completion(self, output: Any) -> Completion:
         (sampled,) = output.outputs
@@ -116,6 +124,6 @@ class VllmEngine:
             tuple(output.prompt_token_ids),
             tokens,
             tuple(place[token].logprob for token, place in zip(tokens, sampled.logprobs, strict=True)),
-            decode(self._processor.tokenizer, tokens),
+            decode(tokenizer_of(self._processor), tokens),
             sampled.finish_reason,
         )
