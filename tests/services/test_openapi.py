@@ -4,99 +4,37 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 import schemathesis
 from jsonschema import Draft202012Validator
-from PIL import Image
 
-from hpc_rl.config.services import ListenerServiceConfig, RewardModelServiceConfig, SpeakerServiceConfig
-from hpc_rl.engines.base import Sampling
+from hpc_rl.config.services import ListenerServiceConfig
 from hpc_rl.engines.yes_no import YesNoModel
-from hpc_rl.services import handoff, listener, reward_model, speaker
-from hpc_rl.services.address import Address
-from hpc_rl.services.frame import Desk, Service
-from hpc_rl.services.hosting import Hosted, host
-from hpc_rl.services.images import ImageRoots
+from hpc_rl.services import listener
+from hpc_rl.services.frame import Desk
 from hpc_rl.services.openapi import REFUSALS
-from hpc_rl.services.pair_scorer import PairScorer
+
+from .every_service import SERVICES, Served, serve
 
 PLACEHOLDER = "/path/to"
 OWN = {"/health", "/ready", "/metrics"}
 LIMITS: dict[str, Any] = {"max_request_items": 4, "max_body_bytes": 5_000, "body_timeout_s": 5}
 
 
-class Letters:
-    """A model that scores a solution by its length."""
-
-    def encode(self, question: str, solution: str) -> list[int]:
-        if not solution:
-            raise ValueError("nothing to score")
-        return list(solution.encode())
-
-    def scores(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        return [float(len(row)) for row in rows]
-
-
-def open_listener(model: YesNoModel, root: Path) -> Service:
-    options = ListenerServiceConfig(**LIMITS)
-    return listener.service_of(PairScorer(model, ImageRoots([root], options)), options, "abc")
-
-
-class Parrot:
-    """An engine that says the same about every image."""
-
-    def forget(self) -> None:
-        pass
-
-    def generate(self, requests: Sequence[Any], sampling: Any) -> list[Any]:
-        return [SimpleNamespace(text="A dog.")] * len(requests)
-
-
-def open_speaker(model: YesNoModel, root: Path) -> Service:
-    options = SpeakerServiceConfig(**LIMITS)
-    describer = speaker.Describer(
-        Parrot(),  # type: ignore[arg-type]
-        ImageRoots([root], options),
-        problem="What is this?",
-        sampling=Sampling(0.0, 8),
-        seed_of=len,
-    )
-    desk: speaker.SpeakerDesk = Desk(describer, options, workers=1)
-    return Service("speaker", speaker.create_app(desk), desk.batcher, "abc")
-
-
-def open_reward_model(model: YesNoModel, root: Path) -> Service:
-    return reward_model.service_of("reward_model", Letters(), RewardModelServiceConfig(**LIMITS), "abc", {})
-
-
-SERVICES = {"listener": open_listener, "speaker": open_speaker, "reward_model": open_reward_model}
-
-
-@dataclass
-class Served:
+class Documented:
     """A server, and what it says of itself."""
 
-    hosted: Hosted
-    token: str
-    root: Path
-    document: dict[str, Any]
-
-    def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
-        """With the token, unless other headers are given."""
-        headers = {"Authorization": f"Bearer {self.token}"}
-        url = self.hosted.publication.endpoint.url
-        return httpx.request(method, f"{url}{path}", **{"headers": headers, "trust_env": False, "timeout": 30, **more})
+    def __init__(self, served: Served) -> None:
+        self.served, self.ask = served, served.ask
+        self.document: dict[str, Any] = self.ask("GET", "/openapi.json").json()
 
     def filled(self, example: Any) -> Any:
         """An example with the placeholder for the image root filled."""
-        return json.loads(json.dumps(example).replace(PLACEHOLDER, str(self.root)))
+        return json.loads(json.dumps(example).replace(PLACEHOLDER, str(self.served.root)))
 
     def check(self, answer: httpx.Response) -> None:
         """Assert that this answer is documented."""
@@ -132,31 +70,23 @@ class Served:
 
 
 @pytest.fixture(scope="module", params=SERVICES)
-def served(request: Any, tmp_path_factory: pytest.TempPathFactory, model: YesNoModel) -> Iterator[Served]:
-    root, folder = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("run") / "services" / request.param
-    for number, color in ((1, "red"), (2, "blue")):
-        Image.new("RGB", (56, 56), color).save(root / f"img{number}.jpg")
-    service = SERVICES[request.param](model, root)
-    options = ListenerServiceConfig(**LIMITS)
-    hosted = host(service, folder=folder, address=Address("127.0.0.1", "127.0.0.1"), options=options, environ={})
-    made = Served(hosted, handoff.read_token(folder), root, {})
-    made.document = made.ask("GET", "/openapi.json").json()
-    yield made
-    hosted.leave(0.0)
+def served(request: Any, tmp_path_factory: pytest.TempPathFactory, model: YesNoModel) -> Iterator[Documented]:
+    with serve(request.param, model, tmp_path_factory.mktemp(request.param), **LIMITS) as made:
+        yield Documented(made)
 
 
-def test_the_document_is_openapi(served: Served) -> None:
+def test_the_document_is_openapi(served: Documented) -> None:
     schemathesis.openapi.from_dict(served.document).validate()
     assert served.document["openapi"].startswith("3.1") and served.document["info"]["summary"]
 
 
-def test_the_document_names_every_route_there_is(served: Served) -> None:
-    there = {route.path for route in served.hosted.service.app.routes}
+def test_the_document_names_every_route_there_is(served: Documented) -> None:
+    there = {route.path for route in served.served.hosted.service.app.routes}
     pages = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
     assert set(served.document["paths"]) == there - pages and set(served.document["paths"]) >= OWN
 
 
-def test_every_route_wants_the_token_and_tells_all_that_it_may_refuse(served: Served) -> None:
+def test_every_route_wants_the_token_and_tells_all_that_it_may_refuse(served: Documented) -> None:
     assert served.document["security"] == [{"token": []}]
     assert served.document["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
     for _, operation in served.routes():
@@ -165,7 +95,7 @@ def test_every_route_wants_the_token_and_tells_all_that_it_may_refuse(served: Se
         assert operation["description"] and all("description" in said for said in operation["responses"].values())
 
 
-def test_bodies_are_explained_and_no_field_is_taken_that_is_not_documented(served: Served) -> None:
+def test_bodies_are_explained_and_no_field_is_taken_that_is_not_documented(served: Documented) -> None:
     for path, operation in served.routes():
         schema = served.body_schema(operation)
         assert schema["additionalProperties"] is False and schema["description"]
@@ -175,7 +105,7 @@ def test_bodies_are_explained_and_no_field_is_taken_that_is_not_documented(serve
         served.check(answer)
 
 
-def test_every_documented_example_is_answered_and_the_answer_is_as_documented(served: Served) -> None:
+def test_every_documented_example_is_answered_and_the_answer_is_as_documented(served: Documented) -> None:
     for path, operation in served.routes():
         for example in served.body_schema(operation)["examples"]:
             served.validate(
@@ -188,7 +118,7 @@ def test_every_documented_example_is_answered_and_the_answer_is_as_documented(se
             served.check(answer)
 
 
-def test_every_documented_example_of_an_answer_is_one(served: Served) -> None:
+def test_every_documented_example_of_an_answer_is_one(served: Documented) -> None:
     schemas = served.document["components"]["schemas"]
     answers = [name for name, schema in schemas.items() if name.endswith("Answer") and "examples" in schema]
     assert len(answers) >= 2
@@ -207,10 +137,10 @@ def test_the_routes_of_the_server_itself_are_as_documented(served: Served, path:
     assert served.ask("POST", path).status_code == 405
 
 
-def test_refusals_are_as_documented(served: Served) -> None:
+def test_refusals_are_as_documented(served: Documented) -> None:
     for path, operation in served.routes():
         example = served.filled(served.body_schema(operation)["examples"][0])
-        known = {"Authorization": f"Bearer {served.token}", "Content-Type": "application/json"}
+        known = {"Authorization": f"Bearer {served.served.token}", "Content-Type": "application/json"}
         refusals: dict[int, list[dict[str, Any]]] = {
             400: [{"content": b"\xff{}", "headers": known}],
             401: [{"json": example, "headers": {}}],
@@ -227,8 +157,8 @@ def test_refusals_are_as_documented(served: Served) -> None:
                 served.check(answer)
 
 
-def test_a_server_that_leaves_refuses_as_documented(served: Served) -> None:
-    served.hosted.server.guard.draining = True
+def test_a_server_that_leaves_refuses_as_documented(served: Documented) -> None:
+    served.served.hosted.server.guard.draining = True
     try:
         for path, operation in served.routes():
             answer = served.ask("POST", path, json=served.filled(served.body_schema(operation)["examples"][0]))
@@ -238,7 +168,7 @@ def test_a_server_that_leaves_refuses_as_documented(served: Served) -> None:
             served.check(served.ask("GET", path))
         assert served.ask("GET", "/health").json()["status"] == "draining"
     finally:
-        served.hosted.server.guard.draining = False
+        served.served.hosted.server.guard.draining = False
 
 
 def test_the_example_of_the_listener_is_the_one_that_its_users_know() -> None:
