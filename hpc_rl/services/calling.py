@@ -78,7 +78,7 @@ class ServiceClient:
     Attributes
     ----------
     troubles
-        How many tries ended otherwise than in an answer so far: `failed`, `lost` (a connection broke), `busy`.
+        How many tries ended otherwise than in an answer so far: `failed`, `lost` (the server was gone), `busy`.
     """
 
     def __init__(
@@ -245,6 +245,7 @@ class ServiceClient:
                 return await self._wire.post(f"{replica.url}{route}", body, token, self._options.timeout_s)
             except NewConnection:
                 if not await self._replicas.prove(replica):
+                    self.troubles["lost"] += 1
                     return None
         raise Broken("it closes every connection")
 
