@@ -33,7 +33,7 @@ PREFIX = "hpc_rl_service_"
 BATCH_ITEMS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 RECENT = 10_000
-"""Requests of which the latency is kept until the next point."""
+"""Answers of which the latency is kept until the next point."""
 CLOSE_TIMEOUT_S = 10.0
 HASH_CHARACTERS = 12
 
@@ -113,7 +113,8 @@ class Metrics:
         self._answers.labels(route, str(status)).inc()
         if route in OWN_ROUTES or route == "other":
             return
-        self._recent_s.append(seconds)
+        if status < 400:
+            self._recent_s.append(seconds)
         self._refusals += status in (429, 503)
         self._errors += status >= 500 and status != 503
 
@@ -162,6 +163,9 @@ class _OfService(Collector):
         yield CounterMetricFamily(PREFIX + "items", "Items that the model was given", value=batcher.counters.items)
         yield CounterMetricFamily(
             PREFIX + "refused_requests", "No room, or no turn in time", value=batcher.counters.refused
+        )
+        yield CounterMetricFamily(
+            PREFIX + "abandoned_requests", "The client hung up before its answer", value=batcher.counters.abandoned
         )
         counted = CounterMetricFamily(PREFIX + "tokens", "Read and written by the model", labels=["kind"])
         counted.add_metric(["prompt"], tokens.prompt)

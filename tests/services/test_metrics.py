@@ -177,6 +177,14 @@ def test_metrics_shows_what_waits_and_what_is_refused_while_the_model_is_busy(be
     until(lambda: bench.numbers()["hpc_rl_service_requests_in_flight"] == 0)
 
 
+def test_metrics_counts_who_hangs_up(bench: Bench) -> None:
+    bench.model.go.clear()
+    with pytest.raises(httpx.ReadTimeout):
+        bench.request("POST", "/lengths", json=["a"], timeout=0.3)
+    until(lambda: bench.numbers().get("hpc_rl_service_answers_total//lengths/499") == 1)
+    assert bench.numbers()["hpc_rl_service_abandoned_requests_total"] == 1
+
+
 def test_metrics_wants_the_token_and_has_the_type_that_prometheus_expects(bench: Bench) -> None:
     assert bench.get("/metrics", headers={}).status_code == 401
     assert bench.get("/metrics").headers["content-type"].startswith("text/plain; version=")
