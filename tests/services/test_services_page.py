@@ -25,7 +25,7 @@ from hpc_rl.services.calling import ServiceClient
 from hpc_rl.services.hosting import Hosted, host
 
 from .conftest import Lab
-from .test_openapi import SERVICES
+from .every_service import SERVICES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "services.md"
 BLOCKS = re.findall(r"(?:^    .*\n|^\n+(?=    ))+", PAGE.read_text(), flags=re.M)
@@ -74,7 +74,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory, model: YesNoModel) -> Iter
         Image.new("RGB", (56, 56), color).save(root / "images" / f"img{number}.jpg")
     made = {
         name: host(
-            open_service(model, root / "images"),
+            open_service(model, root / "images", {}),
             folder=Workspace(root / "W").service_dir(name),
             address=LOOPBACK,
             options=ServiceConfig(),
