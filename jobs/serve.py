@@ -34,6 +34,7 @@ SERVICES: Mapping[str, str] = {
     "speaker": "hpc_rl.services.speaker",
     "verifier": "hpc_rl.services.verifier",
     "reward_model": "hpc_rl.services.reward_model",
+    "teacher": "hpc_rl.services.teacher",
 }
 """Service → the module that opens it."""
 

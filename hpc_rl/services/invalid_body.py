@@ -19,8 +19,12 @@ MAX_NAME_CHARACTERS = 100
 async def refuse_invalid_body(request: Request, error: Exception) -> Response:
     """422 with the first faults: `{"detail": [{"loc", "msg", "type"}, …]}`, ASCII only."""
     assert isinstance(error, RequestValidationError)
-    faults = [_fault(fault) for fault in error.errors()[:MAX_FAULTS]]
-    return Response(json.dumps({"detail": faults}), 422, media_type="application/json")
+    return Response(json.dumps({"detail": faults_of(error)}), 422, media_type="application/json")
+
+
+def faults_of(error: RequestValidationError) -> list[dict[str, Any]]:
+    """The first faults: where, what, and of which kind."""
+    return [_fault(fault) for fault in error.errors()[:MAX_FAULTS]]
 
 
 def _fault(fault: dict[str, Any]) -> dict[str, Any]:
