@@ -61,6 +61,9 @@ class _CommandExecutor(submitit.SlurmExecutor):  # type: ignore[misc]  # its typ
 def hetjob_script(leader: str, others: Sequence[str]) -> str:
     """The scripts of several jobs joined into that of one heterogeneous job, a component each (sbatch(1), hetjob).
 
+    What the leader sets and another one does not, that one inherits from sbatch; hosts that are not wanted are the
+    leader's own matter and are undone (memory cannot be: `ServicesConfig.placement_faults`).
+
     The others' commands run in the background. The job ends when the leader's command ends, and with its exit code;
     Slurm then tells the others to leave (SIGTERM) and kills who stays longer than KillWait.
     """
@@ -68,7 +71,10 @@ def hetjob_script(leader: str, others: Sequence[str]) -> str:
     beside = ""
     for other in others:
         options, _, commands = other.partition(_SETUP)
-        header += "\n#SBATCH hetjob\n" + "\n".join(line for line in options.splitlines() if line.startswith("#SBATCH"))
+        lines = [line for line in options.splitlines() if line.startswith("#SBATCH")]
+        if "#SBATCH --exclude" in header and "#SBATCH --exclude" not in options:
+            lines.append("#SBATCH --exclude=")
+        header += "\n".join(["", "#SBATCH hetjob", *lines])
         beside += f"\n\n# beside it\n(\n{commands.strip()}\n) &"
     return f"{header}{beside}{_SETUP}{body}"
 

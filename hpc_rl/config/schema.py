@@ -278,7 +278,7 @@ class Config(Section):
                     f"at least {needed_min} min",
                     f"raise time_min, or lower {field}.signal_delay_s",
                 )
-        yield from self.services.placement_faults({name: stage.tasks for name, stage in self.stages.items()})
+        yield from self.services.placement_faults(self.stages)
 
 
 _SET_ELSEWHERE = frozenset({

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -20,6 +20,9 @@ from hpc_rl.config.base import (
     PositiveInt,
     Section,
 )
+
+if TYPE_CHECKING:
+    from hpc_rl.config.schema import StageConfig
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -292,16 +295,20 @@ class ServicesConfig(Section):
         assert isinstance(options, ServiceConfig), name
         return options
 
-    def placement_faults(self, tasks: Mapping[str, int]) -> Iterator[Fault]:
-        """Arrays of heterogeneous jobs: Slurm has none. `tasks` by stage; `grade.listener` serves `grade`."""
-        for stage in tasks:
+    def placement_faults(self, stages: Mapping[str, StageConfig]) -> Iterator[Fault]:
+        """What a heterogeneous job of a consumer and its service cannot have; `grade.listener` serves `grade`."""
+        for stage, own in stages.items():
             consumer, _, name = stage.rpartition(".")
-            options = getattr(self, name, None) if consumer else None
+            options = getattr(self, name, None) if consumer in stages else None
             if not isinstance(options, ServiceConfig) or options.placement == "job" or options.client.url:
                 continue
+            together = f"with services.{name}.placement: hetjob {consumer} and {stage} are one job"
             for part in (consumer, stage):
-                if tasks.get(part, 1) > 1:
-                    what = (
-                        f"{tasks[part]}, but with services.{name}.placement: hetjob {consumer} and {stage} are one job"
-                    )
+                if stages[part].tasks > 1:
+                    what = f"{stages[part].tasks}, but {together}, and Slurm has no arrays of such"
                     yield Fault(("stages", part, "tasks"), what, "1", f"one task, or services.{name}.placement: job")
+            if own.mem_gb is None and stages[consumer].mem_gb is not None:
+                what = (
+                    f"null, but {together}, and sbatch would give it the {stages[consumer].mem_gb:g} GiB of {consumer}"
+                )
+                yield Fault(("stages", stage, "mem_gb"), what, "a number")

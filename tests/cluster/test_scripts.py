@@ -81,7 +81,7 @@ CASES = {
     ),
     "hetjob_of_several_nodes": together(
         request(TRAIN, {"nodes": 2, "gpus_per_node": 4, "cpus_per_task": 6}, SITE),
-        request(LISTENER, {"gpus_per_node": 1}, SITE, companion=True),
+        request(LISTENER, {"gpus_per_node": 1}, companion=True),
     ),
     "site_options": request(SAMPLE, {"tasks": 2, "sbatch": {"exclude": "node14"}, "account": ""}, SITE),
 }
@@ -131,7 +131,9 @@ def test_of_a_heterogeneous_job_each_component_has_its_options_and_only_the_lead
         "1",
         "1",
     )
-    assert leader["signal"] == service["signal"]
+    assert (leader["signal"], service["signal"]) == ("USR2@300", "USR2@120")
+    assert leader["exclude"] == "node13"
+    assert service["exclude"] == "", "sbatch would hand it on"
     commands = re.findall(r"^srun .*--het-group=(\d) .*/(lewis-\S+)\.json$", script, re.MULTILINE)
     assert commands == [("1", "lewis-r02-grade.listener-a1-abc123"), ("0", "lewis-r02-train-a1-abc123")], (
         "the last command's end is the job's"

@@ -1,17 +1,23 @@
-"""The fixture `cluster`: one real Slurm cluster for the whole test session, empty and whole before every test."""
+"""The fixture `cluster`: one real Slurm cluster for the whole test session, empty and whole before every test.
+
+And a small run on it that nobody disturbs, to begin others from and to compare them with.
+"""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.bringup import why_unavailable
 from tests.slurm.cluster import SlurmCluster
+from tests.slurm.runs import ClusterRun
+from tests.slurm.small_lewis import CONFIG, SMALL
 
 HERE = Path(__file__).parent
 
@@ -42,3 +48,29 @@ def _leave_the_cluster_as_found(request: pytest.FixtureRequest) -> Iterator[None
     yield
     if "cluster" in request.fixturenames:
         request.getfixturevalue("cluster").reset()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterRun]:
+    """The small run that nobody disturbs; of all tests."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = ClusterRun(cluster, folder, CONFIG, SMALL)
+    run.launch()
+    run.wait_until_finished(300)
+    yield run
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def run_from(cluster: SlurmCluster, tmp_path: Path, undisturbed: ClusterRun) -> Iterator[Callable[..., ClusterRun]]:
+    """A run in which some stages of the undisturbed one are done already."""
+
+    def make(*stages: str, settings: tuple[str, ...] = (), folder: str = "run") -> ClusterRun:
+        run = ClusterRun(cluster, tmp_path / folder, CONFIG, [*SMALL, *settings])
+        for part in ("rounds/round_00", "datasets", "images", *(f"rounds/round_01/{stage}" for stage in stages)):
+            leases = shutil.ignore_patterns("*.lease.*", "attempts")
+            shutil.copytree(undisturbed.ws.root / part, run.ws.root / part, ignore=leases, dirs_exist_ok=True)
+        return run
+
+    yield make
+    shutil.rmtree(tmp_path, ignore_errors=True)

@@ -6,82 +6,12 @@ disturbed. To save time a case begins where its subject does: the stages before 
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-import pyarrow.parquet as pq
-import pytest
 
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.runs import ClusterRun
-
-CONFIG = "tests/slurm/lewis.yaml"
-SMALL = (
-    "run.rounds=1",
-    "sample.engine=transformers",  # starts faster than vLLM; the first test has the real engine
-    "sample.prompts_per_round=32",
-    "sample.samples_per_prompt=4",
-    "sample.shard_size=4",
-    "data.train_rows=64",
-    "data.eval_rows={new_views: 24, validation: 24}",
-)
-
-Samples = dict[str, tuple[tuple[int, ...], float]]
-
-
-def samples_of(run: ClusterRun, round: int = 1) -> Samples:
-    """sample id → (token ids, reward). Fails when an id occurs twice."""
-    found: Samples = {}
-    for made in run.manifests(round, "grade"):
-        for row in pq.read_table(made.path("graded.parquet")).to_pylist():
-            assert row["sample_id"] not in found, f"{row['sample_id']} was counted twice"
-            assert not row["left_out"], row["sample_id"]
-            found[row["sample_id"]] = (tuple(row["token_ids"]), row["reward"])
-    return found
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterRun]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run = ClusterRun(cluster, folder, CONFIG, SMALL)
-    run.launch()
-    run.wait_until_finished(300)
-    yield run
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture
-def run_from(cluster: SlurmCluster, tmp_path: Path, undisturbed: ClusterRun) -> Iterator[Callable[..., ClusterRun]]:
-    """A run in which some stages of the undisturbed one are done already."""
-
-    def make(*stages: str, settings: tuple[str, ...] = ()) -> ClusterRun:
-        run = ClusterRun(cluster, tmp_path, CONFIG, [*SMALL, *settings])
-        for part in ("rounds/round_00", "datasets", "images", *(f"rounds/round_01/{stage}" for stage in stages)):
-            leases = shutil.ignore_patterns("*.lease.*", "attempts")
-            shutil.copytree(undisturbed.ws.root / part, run.ws.root / part, ignore=leases, dirs_exist_ok=True)
-        return run
-
-    yield make
-    shutil.rmtree(tmp_path, ignore_errors=True)
-
-
-def assert_finishes_with_the_same_samples(run: ClusterRun, undisturbed: ClusterRun) -> None:
-    run.wait_until_finished(240)
-    expected, found = samples_of(undisturbed), samples_of(run)
-    assert len(expected) == 32 * 4
-    assert found == expected
-    assert run.manifests(1, "evaluate")[0].metrics["n_validation"] == 24
-
-
-def holds_a_shard(run: ClusterRun, stage: str) -> Callable[[], bool]:
-    """Whether some task of a stage is in the middle of a shard."""
-    folder = run.ws.stage_dir(1, stage)
-    return lambda: any(
-        not path.with_name(f"{path.name}.released").exists()
-        and not (folder / f"{path.name.partition('.')[0]}.json").exists()
-        for path in folder.glob("shard_*.lease.????")
-    )
+from tests.slurm.small_lewis import CONFIG, SMALL, assert_finishes_with_the_same_samples, holds_a_shard, samples_of
 
 
 def test_three_rounds_over_several_nodes_after_the_launcher_is_gone(cluster: SlurmCluster, tmp_path: Path) -> None:

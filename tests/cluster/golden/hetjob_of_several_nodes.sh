@@ -20,29 +20,21 @@
 #SBATCH --signal=USR2@300
 #SBATCH --time=60
 #SBATCH hetjob
-#SBATCH --account=proj42
 #SBATCH --comment='hpc_rl 2 grade.listener'
-#SBATCH --constraint='a100|h100'
 #SBATCH --cpus-per-task=1
-#SBATCH --exclude=node13
-#SBATCH --exclusive
 #SBATCH --gpus-per-node=1
 #SBATCH --job-name=lewis-r02-grade.listener-a1-abc123
-#SBATCH --mail-type=FAIL
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
 #SBATCH --output=/data/runs/lewis/logs/round_02/grade.listener/%j_0_log.out
-#SBATCH --partition=gpu
-#SBATCH --qos=long
 #SBATCH --requeue
-#SBATCH --signal=USR2@300
+#SBATCH --signal=USR2@120
 #SBATCH --time=60
+#SBATCH --exclude=
 
 # beside it
 (
-module load cuda/12
-source /opt/env/bin/activate
 export PYTHONPATH=/data/runs/lewis/code/c0de${PYTHONPATH:+:$PYTHONPATH}
 
 # command

@@ -1,0 +1,51 @@
+"""A Lewis run of one small round, and what its disturbed copies are compared by: their samples and rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyarrow.parquet as pq
+
+from tests.slurm.runs import ClusterRun
+
+CONFIG = "tests/slurm/lewis.yaml"
+SMALL = (
+    "run.rounds=1",
+    "sample.engine=transformers",  # starts faster than vLLM; the first test has the real engine
+    "sample.prompts_per_round=32",
+    "sample.samples_per_prompt=4",
+    "sample.shard_size=4",
+    "data.train_rows=64",
+    "data.eval_rows={new_views: 24, validation: 24}",
+)
+
+Samples = dict[str, tuple[tuple[int, ...], float]]
+
+
+def samples_of(run: ClusterRun, round: int = 1) -> Samples:
+    """sample id → (token ids, reward). Fails when an id occurs twice."""
+    found: Samples = {}
+    for made in run.manifests(round, "grade"):
+        for row in pq.read_table(made.path("graded.parquet")).to_pylist():
+            assert row["sample_id"] not in found, f"{row['sample_id']} was counted twice"
+            assert not row["left_out"], row["sample_id"]
+            found[row["sample_id"]] = (tuple(row["token_ids"]), row["reward"])
+    return found
+
+
+def assert_finishes_with_the_same_samples(run: ClusterRun, undisturbed: ClusterRun) -> None:
+    run.wait_until_finished(240)
+    expected, found = samples_of(undisturbed), samples_of(run)
+    assert len(expected) == 32 * 4
+    assert found == expected
+    assert run.manifests(1, "evaluate")[0].metrics["n_validation"] == 24
+
+
+def holds_a_shard(run: ClusterRun, stage: str) -> Callable[[], bool]:
+    """Whether some task of a stage is in the middle of a shard."""
+    folder = run.ws.stage_dir(1, stage)
+    return lambda: any(
+        not path.with_name(f"{path.name}.released").exists()
+        and not (folder / f"{path.name.partition('.')[0]}.json").exists()
+        for path in folder.glob("shard_*.lease.????")
+    )

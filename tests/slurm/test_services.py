@@ -1,0 +1,175 @@
+"""Services on a real cluster: moved to other nodes, replicated, in one job with their consumers, beside dead ones.
+
+Every case disturbs a run in the middle of asking its listener and ends with the samples, or the weights, of one that
+nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from hpc_rl.run import atomic
+from hpc_rl.services import handoff
+from hpc_rl.services.handoff import Endpoint
+from tests.slurm.runs import ClusterRun
+from tests.slurm.small_lewis import assert_finishes_with_the_same_samples
+
+RunFrom = Callable[..., ClusterRun]
+
+UNHURRIED = (
+    "services.listener.client.chunk_size=8",
+    "services.listener.client.chunk_delay_s=0.25",
+    "services.listener.client.parallel_calls=1",
+)
+"""Grading takes some seconds, so that its middle can be met."""
+
+
+def published(run: ClusterRun) -> list[Endpoint]:
+    """The listeners that take requests."""
+    return handoff.discover(run.ws.service_dir("listener"))
+
+
+def wait_for_the_middle_of_grading(run: ClusterRun) -> None:
+    run.wait_for(lambda: len(run.manifests(1, "grade")) >= 1, "the first shard to be graded")
+    assert len(run.manifests(1, "grade")) < 8, "too late to disturb anything"
+
+
+def rewards(run: ClusterRun) -> dict[tuple[int, str, str], float]:
+    """What live training logged: (step, game, completion) → reward."""
+    (made,) = run.manifests(1, "train")
+    lines = [json.loads(line) for line in made.path("predictions.jsonl").read_text().splitlines()]
+    return {(line["step"], line["id"], line["completion"]): line["reward"] for line in lines}
+
+
+def lines_of_predictions(run: ClusterRun) -> int:
+    """How many completions of live training have their rewards."""
+    logs = run.ws.stage_dir(1, "train").glob("*.predictions.jsonl")
+    return sum(path.read_text().count("\n") for path in logs)
+
+
+def requeue(run: ClusterRun, *options: str) -> tuple[Endpoint, Endpoint]:
+    """Requeue the job of the only listener; returns what it has published before and what it publishes afterwards."""
+    (before,) = (endpoint for endpoint in published(run) if endpoint.replica != DEAD)
+    run.cluster.run(["scontrol", "requeue", before.job_id])
+    for option in (*options, "StartTime=now"):
+        run.cluster.run(["scontrol", "update", f"JobId={before.job_id}", option])
+    (after,) = run.wait_for(
+        lambda: [e for e in published(run) if e.nonce != before.nonce and e.replica != DEAD], "it to come back"
+    )
+    assert (after.replica, after.job_id) == (before.replica, before.job_id)
+    assert (before.restart, after.restart) == (0, 1)
+    return before, after
+
+
+DEAD = "job-1"
+
+
+@contextmanager
+def somebody_else_on_the_port_of_a_dead_listener(run: ClusterRun) -> Iterator[list[str]]:
+    """A record that a dead job left behind, by a clock minutes ahead; yields what the server at its address is sent."""
+    asked: list[str] = []
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(f"GET {self.path} {self.headers.get('Authorization', '')}".strip())
+            body = json.dumps({"status": "ok", "nonce": "another one's"}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_POST(self) -> None:
+            asked.append(f"POST {self.path}")
+            self.send_error(404)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port, folder = server.server_address[1], run.ws.service_dir("listener")
+        left = handoff.publish(folder, "listener", DEAD, "node2", port, job_id="1", heartbeat_s=3600)
+        record = {**atomic.read_json(left.path), "started": time.time() - 3600, "heartbeat": time.time() + 300}
+        atomic.write_json(left.path, record)
+        yield asked
+        server.shutdown()
+
+
+def test_a_listener_moves_to_another_node_while_grading_and_a_dead_one_has_left_its_record(
+    run_from: RunFrom, undisturbed: ClusterRun
+) -> None:
+    run = run_from("sample", settings=(*UNHURRIED, "stages.grade.listener.sbatch={exclude: node1}"))
+    with somebody_else_on_the_port_of_a_dead_listener(run) as asked:
+        run.launch()
+        wait_for_the_middle_of_grading(run)
+        host = next(endpoint.host for endpoint in published(run) if endpoint.replica != DEAD)
+        before, after = requeue(run, f"ExcNodeList={host}")
+        assert before.host != after.host
+        assert_finishes_with_the_same_samples(run, undisturbed)
+    assert set(asked) <= {"GET /health"}, "it was sent more than the question who it is"
+    assert asked, "nobody looked at the record"
+    assert run.submissions()[1, "grade.listener"] == 1
+
+
+def test_a_listener_moves_to_another_node_while_a_live_trainer_asks_it(run_from: RunFrom) -> None:
+    live = (*UNHURRIED, "train.rollouts=live", "stages.train.listener.sbatch={exclude: node1}")
+    calm, moved = (run_from(folder=name, settings=live) for name in ("calm", "moved"))
+    calm.launch()
+    calm.wait_for(lambda: calm.manifests(1, "train"), "the undisturbed training", 240)
+    calm.tool("hpc_rl.cancel")
+    calm.cluster.wait_for_empty_queue()
+    moved.launch()
+    moved.wait_for(lambda: lines_of_predictions(moved), "the first step", 240)
+    assert not moved.manifests(1, "train"), "too late to disturb anything"
+    (host,) = (endpoint.host for endpoint in published(moved))
+    before, after = requeue(moved, f"ExcNodeList={host}")
+    assert before.host != after.host
+    moved.wait_until_finished(240)
+    assert rewards(moved) == rewards(calm)
+    (trained,), (expected,) = moved.manifests(1, "train"), calm.manifests(1, "train")
+    assert trained.made_from["weights_out"] == expected.made_from["weights_out"]
+
+
+def test_a_listener_in_one_job_with_its_consumer(run_from: RunFrom, undisturbed: ClusterRun) -> None:
+    run = run_from("sample", settings=(*UNHURRIED, "services.listener.placement=hetjob"))
+    run.launch()
+    wait_for_the_middle_of_grading(run)
+    (grade,), (listener,) = run.attempts(1, "grade"), run.attempts(1, "grade.listener")
+    assert grade.job_ids == listener.job_ids
+    jobs = {job.name: job for job in run.cluster.queue("--states=RUNNING")}
+    assert jobs[listener.name].nodes == "node4" != jobs[grade.name].nodes
+    run.kill_body("jobs.serve")  # starts again in place
+    requeue(run)  # both of them, once
+    assert_finishes_with_the_same_samples(run, undisturbed)
+    assert run.submissions()[1, "grade"] == run.submissions()[1, "grade.listener"] == 1
+    assert {made.job_id for made in run.manifests(1, "grade")} == set(grade.job_ids or ())
+
+
+def test_a_replica_that_is_lost_for_good_while_grading(run_from: RunFrom, undisturbed: ClusterRun) -> None:
+    """Each of the two takes all GPUs of a node."""
+    listener = "stages.grade.listener={tasks: 2, gpus_per_node: 2, ranks_per_node: 1, sbatch: {exclude: node1}}"
+    run = run_from("sample", settings=(*UNHURRIED, listener, "stages.grade.sbatch={hold: true}"))
+    run.launch()
+    replicas = run.wait_for(lambda: len(published(run)) == 2 and published(run), "both replicas")
+    run.cluster.run(["scontrol", "release", *(run.attempts(1, "grade")[0].job_ids or ())])
+    assert len({endpoint.host for endpoint in replicas}) == 2
+    wait_for_the_middle_of_grading(run)
+    token = handoff.read_token(run.ws.service_dir("listener"))
+
+    def batches() -> list[int]:
+        asks = [["curl", "-s", "-H", f"Authorization: Bearer {token}", f"{e.url}/health"] for e in replicas]
+        return [json.loads(run.cluster.run(ask).stdout)["counters"]["batches"] for ask in asks]
+
+    run.wait_for(lambda: all(batches()), "both to be asked")
+    (attempt,) = run.attempts(1, "grade.listener")
+    first = f"{(attempt.job_ids or ('',))[0]}_0"
+    assert first in {endpoint.job_id for endpoint in replicas}
+    run.cluster.run(["scancel", first])
+    assert len(run.manifests(1, "grade")) < 8, "too late to disturb anything"
+    assert_finishes_with_the_same_samples(run, undisturbed)
+    assert run.submissions()[1, "grade.listener"] == run.submissions()[1, "grade"] == 1
