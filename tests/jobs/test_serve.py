@@ -1,9 +1,13 @@
-"""What `jobs.serve` writes down besides its answers."""
+"""How `jobs.serve` leaves, and what it writes down besides its answers."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,6 +16,7 @@ from hpc_rl.orchestrate.job import load
 from hpc_rl.run.workspace import Workspace
 from jobs import serve
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 NewRun = Callable[..., Workspace]
 
 
@@ -27,3 +32,34 @@ def test_a_service_shows_its_figures_in_tensorboard_where_the_run_wants_that(new
         shown = EventAccumulator(str(folder))
         shown.Reload()
         assert {"queue/items", "per_second/items", "model/busy"} <= set(shown.Tags()["scalars"])
+
+
+ENDLESS = """
+import sys, time, types
+from jobs import serve
+
+def open_service(*_):
+    print("loading", flush=True)
+    time.sleep(600)
+
+sys.modules["endless"] = types.SimpleNamespace(open_service=open_service)
+serve.SERVICES = {"listener": "endless"}
+sys.exit(serve.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("how", [["--service", "listener"], ["--stage", "evaluate.listener"]])
+def test_a_service_that_is_told_to_leave_while_it_loads_its_model_leaves_at_once(
+    new_run: NewRun, how: list[str]
+) -> None:
+    ws = new_run()
+    command = [sys.executable, "-c", ENDLESS, "--workspace", str(ws.root), "--round", "0", *how]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert "loading\n" in process.stdout
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 143
+        finally:
+            process.kill()
+    assert not list(ws.service_dir("listener").glob("*.json"))
