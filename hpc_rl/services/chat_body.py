@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, JsonValue
 
-from hpc_rl.services.frame import Answer, Body
+from hpc_rl.services.openapi import REFUSALS, Answer, Body, InvalidBody, Refusal
 
 MAX_STOPS = 4
 EXAMPLE: dict[str, JsonValue] = {
@@ -169,6 +169,36 @@ class ModelsAnswer(Answer):
 
     object: Literal["list"] = "list"
     data: list[ModelAnswer]
+
+
+class OpenAIError(Answer):
+    """A refusal as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None
+    """The field that is at fault."""
+    code: None
+
+
+class ChatRefusal(Refusal):
+    """Why there is no answer."""
+
+    error: OpenAIError | None = None
+    """Not there where the server refuses before it reads the body."""
+
+
+class InvalidChat(InvalidBody):
+    """Why the chat cannot be answered."""
+
+    error: OpenAIError | None = None
+
+
+CHAT_REFUSALS: dict[int | str, dict[str, Any]] = {
+    **{status: {**said, "model": InvalidChat if status == 422 else ChatRefusal} for status, said in REFUSALS.items()},
+    404: {"description": "there is no such model here", "model": ChatRefusal},
+}
+"""What the chat route may answer besides its result."""
 
 
 def openai_error(status: int, detail: Any, message: str, param: str | None = None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from hpc_rl.engines import base
 from hpc_rl.engines.base import Engine, Prompt, Sampling
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services.chat_body import (
+    CHAT_REFUSALS,
     ChatAnswer,
     ChatBody,
     Choice,
@@ -38,7 +39,6 @@ from hpc_rl.services.chat_body import (
 )
 from hpc_rl.services.frame import REFUSALS, CannotServe, Desk, Service, TokenCounts, new_app
 from hpc_rl.services.invalid_body import faults_of
-from hpc_rl.services.openapi import Refusal
 
 
 @dataclass(frozen=True)
@@ -195,9 +195,7 @@ def create_app(desk: TeacherDesk, model: ModelAnswer) -> FastAPI:
     app.exception_handlers[HTTPException] = _refuse
     app.exception_handlers[RequestValidationError] = _refuse_body
 
-    unknown: dict[int | str, dict[str, Any]] = {404: {"description": "there is no such model here", "model": Refusal}}
-
-    @app.post("/v1/chat/completions", responses={**REFUSALS, **unknown})
+    @app.post("/v1/chat/completions", responses=CHAT_REFUSALS)
     async def create_chat_completion(request: Request, body: ChatBody) -> ChatAnswer:
         """Go on with a chat."""
         if body.model != model.id:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,15 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from hpc_rl.config.services import ListenerServiceConfig, RewardModelServiceConfig, SpeakerServiceConfig
+from hpc_rl.config.services import (
+    ListenerServiceConfig,
+    RewardModelServiceConfig,
+    SpeakerServiceConfig,
+    TeacherServiceConfig,
+)
 from hpc_rl.engines.base import Completion, Request, Sampling
 from hpc_rl.engines.yes_no import YesNoModel
-from hpc_rl.services import handoff, listener, reward_model, speaker
+from hpc_rl.services import handoff, listener, reward_model, speaker, teacher
 from hpc_rl.services.address import Address
 from hpc_rl.services.frame import Desk, Service
 from hpc_rl.services.hosting import Hosted, host
@@ -65,10 +70,36 @@ def open_reward_model(model: YesNoModel, root: Path, limits: dict[str, Any]) -> 
     return reward_model.service_of("reward_model", Letters(), RewardModelServiceConfig(**limits), "abc", {})
 
 
+class Echo:
+    """A chat model that repeats the last message, letter by letter."""
+
+    max_tokens = 200
+
+    def length(self, messages: Sequence[Mapping[str, str]]) -> int:
+        return sum(len(message["content"]) for message in messages)
+
+    def forget(self) -> None:
+        pass
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        return [self.repeat(request.prompt.messages[-1]["content"], sampling.max_tokens) for request in requests]
+
+    def repeat(self, text: str, longest: int) -> Completion:
+        said = text[:longest]
+        return Completion((0,) * len(text), (0,) * len(said), (), said, "stop" if said == text else "length")
+
+
+def open_teacher(model: YesNoModel, root: Path, limits: dict[str, Any]) -> Service:
+    echo = Echo()
+    options = TeacherServiceConfig(model="/models/judge-8b", **limits)
+    return teacher.service_of(teacher.Writer(echo, echo, 20), options, "abc", {})
+
+
 SERVICES: dict[str, Callable[[YesNoModel, Path, dict[str, Any]], Service]] = {
     "listener": open_listener,
     "speaker": open_speaker,
     "reward_model": open_reward_model,
+    "teacher": open_teacher,
 }
 
 
@@ -102,6 +133,10 @@ class Served:
             "listener": ("/score", {"candidate_paths": ["img1.jpg", "img2.jpg"], "question": "red?"}),
             "speaker": ("/describe", {"image_path": "img2.jpg"}),
             "reward_model": ("/score", {"question": "1 + 1", "solutions": ["2"]}),
+            "teacher": (
+                "/v1/chat/completions",
+                {"model": "judge-8b", "messages": [{"role": "user", "content": "yes"}]},
+            ),
         }[self.name]
 
     def is_well(self) -> bool:
@@ -114,6 +149,7 @@ class Served:
             "listener": lambda: len(said["yes_probabilities"]) == 2,
             "speaker": lambda: said["coarse"] == "blue",
             "reward_model": lambda: said["scores"] == [1.0],
+            "teacher": lambda: said["choices"][0]["message"]["content"] == "yes",
         }[self.name]()
 
 
