@@ -149,10 +149,12 @@ class ServiceConfig(Section):
     """Items in one request; beyond that it gets 413. null = as many as one client may have waiting."""
     max_body_bytes: PositiveInt = 16_777_216
     """Largest request body; beyond that 413."""
+    max_requests_bytes: PositiveInt = 1_073_741_824
+    """Bodies of all requests that are under way together; beyond that requests get 503 and Retry-After."""
     body_timeout_s: PositiveFloat = 30
     """Longest time that a request's head, and its body, may take to arrive; then the client is cut off. Seconds."""
     max_connections: PositiveInt = 1024
-    """Connections that are open at once; more are closed at once."""
+    """Connections that are open at once; for one more, the oldest that never showed the token is closed."""
     idle_timeout_s: PositiveFloat = 1800
     """The server leaves after this long without a request. Seconds."""
     drain_s: NonNegativeFloat = 60
@@ -179,6 +181,7 @@ class ServiceConfig(Section):
         for name, value, above, limit in (
             ("max_client_items", self.client_items, "max_queue_items", self.max_queue_items),
             ("max_request_items", self.request_items, "max_client_items", self.client_items),
+            ("max_body_bytes", self.max_body_bytes, "max_requests_bytes", self.max_requests_bytes),
         ):
             if value > limit:
                 yield Fault((name,), f"{value} is above {above}, so it would never have room", f"at most {limit}")

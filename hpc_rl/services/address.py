@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 import socket
 import struct
 from dataclasses import dataclass
 
 LOOPBACK = "127.0.0.1"
+LOOPBACK_NAMES = ("localhost", LOOPBACK, "::1")
 ALL_ADDRESSES = "0.0.0.0"
 WILDCARDS = (ALL_ADDRESSES, "::")
 _SIOCGIFADDR = 0x8915
+_HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[^\s:/@\[\]]+))(?::\d{0,5})?")
 
 
 class UnroutableHost(RuntimeError):
@@ -102,3 +106,25 @@ def bind(address: str, port: int, port_range: tuple[int, int] | None = None) -> 
     raise OSError(
         reason.errno, f"{which} cannot be bound on {address}: {reason.strerror}; try services.listener.port: 0"
     )
+
+
+def plain_name(name: str) -> str:
+    """A host's name or address as it is compared: small letters, no final dot, no zone, addresses in one form."""
+    name = name.lower().rstrip(".")
+    try:
+        address = ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return name
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+def host_of(header: str) -> str | None:
+    """The name or address in a `Host` header, without the port; None where it is malformed."""
+    parsed = _HOST.fullmatch(header)
+    return plain_name(parsed["address"] or parsed["name"]) if parsed else None
+
+
+def names_of(*known: str) -> frozenset[str]:
+    """What requests may call this host: what it calls itself, `localhost`, and what is `known` besides."""
+    own = (socket.gethostname(), socket.gethostname().partition(".")[0], socket.getfqdn())
+    return frozenset(plain_name(name) for name in (*own, *LOOPBACK_NAMES, *known))

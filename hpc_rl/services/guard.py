@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import json
-import re
-import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -21,19 +18,17 @@ from typing import Any
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from hpc_rl.services.address import host_of, plain_name
 from hpc_rl.services.frame import Service
 
 RETRY_AFTER_S = 1.0
 OWN_ROUTES = ("/health", "/ready", "/metrics")
 METRICS_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 HUNG_UP = 499
 """What nobody reads; for the figures only."""
 
 OnAnswer = Callable[[str, int, float], None]
 """Route, status, seconds."""
-
-_HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[^\s:/@\[\]]+))(?::\d{0,5})?")
 
 
 @dataclass(frozen=True)
@@ -46,10 +41,13 @@ class Limits:
         Larger bodies are refused with 413, before they are read where their length is announced.
     body_timeout_s
         A body that takes longer to arrive is refused with 408.
+    max_bytes
+        Bodies of all requests that are under way together; one more is refused with 503.
     """
 
     max_body_bytes: int
     body_timeout_s: float
+    max_bytes: int
 
 
 class _Refused(Exception):
@@ -107,6 +105,7 @@ class Guard:
         self.draining = False
         self.last_request = time.monotonic()
         self.in_flight = 0
+        self._bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry point."""
@@ -150,20 +149,24 @@ class Guard:
                 raise _Refused.for_now(*problem)
             await send.json(200, {"status": "ready"})
             return
+        size = self._size(scope)
+        if self._bytes + size > self._limits.max_bytes:
+            raise _Refused.for_now("busy: what others have sent fills the memory for requests")
+        self._bytes += size
         self.in_flight += 1
         self.last_request = time.monotonic()
         try:
-            await self._run(scope, await self._read_body(scope, receive), receive, send)
+            await self._run(scope, await self._read_body(receive), receive, send)
         finally:
+            self._bytes -= size
             self.in_flight -= 1
             self.last_request = time.monotonic()
 
     def _check_host(self, scope: Scope) -> None:
         given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
-        parsed = _HOST.fullmatch(given[0]) if len(given) == 1 else None
-        if parsed is None:
+        name = host_of(given[0]) if len(given) == 1 else None
+        if name is None:
             raise _Refused(400, "a request needs one Host header that names this server")
-        name = plain_name(parsed["address"] or parsed["name"])
         if name not in self._names and not (scope["server"] and name == plain_name(scope["server"][0])):
             raise _Refused(421, "the Host header names another server; services.*.allowed_hosts may allow it")
 
@@ -175,11 +178,18 @@ class Guard:
         alive = {"status": "draining" if self.draining else "ok", "nonce": self._nonce}
         return {**alive, **self._service.describe()} if authorized else alive
 
-    async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
-        limit = self._limits.max_body_bytes
-        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    def _size(self, scope: Scope) -> int:
+        """How many bytes of body may come: as many as are announced, or the most where none are (chunks)."""
+        headers, limit = dict(scope["headers"]), self._limits.max_body_bytes
+        if b"transfer-encoding" in headers:
+            return limit
+        announced = headers.get(b"content-length", b"0")
         if not announced.isdigit() or int(announced) > limit:
             raise _too_large(limit)
+        return int(announced)
+
+    async def _read_body(self, receive: Receive) -> bytes:
+        limit = self._limits.max_body_bytes
         try:
             return await asyncio.wait_for(_collect(receive, limit), self._limits.body_timeout_s)
         except TimeoutError:
@@ -271,19 +281,3 @@ def _replay(body: bytes, hung_up: asyncio.Task[None]) -> Callable[[], Awaitable[
         return {"type": "http.disconnect"}
 
     return again
-
-
-def plain_name(name: str) -> str:
-    """A host's name or address as it is compared: small letters, no final dot, no zone, addresses in one form."""
-    name = name.lower().rstrip(".")
-    try:
-        address = ipaddress.ip_address(name.partition("%")[0])
-    except ValueError:
-        return name
-    return str(getattr(address, "ipv4_mapped", None) or address)
-
-
-def names_of(*known: str) -> frozenset[str]:
-    """What requests may call this host: what it calls itself, `localhost`, and what is `known` besides."""
-    own = (socket.gethostname(), socket.gethostname().partition(".")[0], socket.getfqdn())
-    return frozenset(plain_name(name) for name in (*own, *LOOPBACK_NAMES, *known))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from hpc_rl.config.services import ServiceConfig
 from hpc_rl.services import handoff
-from hpc_rl.services.address import Address, bind
+from hpc_rl.services.address import Address, bind, names_of
 from hpc_rl.services.connections import Connections
 from hpc_rl.services.frame import Service
-from hpc_rl.services.guard import Guard, Limits, names_of
+from hpc_rl.services.guard import Guard, Limits
 from hpc_rl.services.handoff import Publication
 from hpc_rl.services.metrics import Board, Metrics
 from hpc_rl.services.server import ServerThread
@@ -95,7 +95,7 @@ def host(
         token=handoff.run_token(folder),
         nonce=nonce,
         names=names_of(address.published, *options.allowed_hosts),
-        limits=Limits(options.max_body_bytes, options.body_timeout_s),
+        limits=Limits(options.max_body_bytes, options.body_timeout_s, options.max_requests_bytes),
         metrics=metrics.text,
         on_answer=metrics.on_answer,
     )

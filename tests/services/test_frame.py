@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -18,9 +20,9 @@ from fastapi.responses import StreamingResponse
 
 from hpc_rl.config.services import ServiceConfig
 from hpc_rl.services import handoff
-from hpc_rl.services.address import Address
+from hpc_rl.services.address import Address, names_of, plain_name
 from hpc_rl.services.frame import REFUSALS, Desk, Service, new_app
-from hpc_rl.services.guard import Guard, Limits, names_of, plain_name
+from hpc_rl.services.guard import Guard, Limits
 from hpc_rl.services.hosting import Hosted, host
 
 
@@ -140,7 +142,7 @@ def everything(sock: socket.socket) -> bytes:
 def test_a_service_without_a_token_is_not_made() -> None:
     service = service_of(Doubler(), ServiceConfig())
     with pytest.raises(ValueError, match="would answer to anyone"):
-        Guard(service, token="", nonce="n", names=frozenset(), limits=Limits(1, 1))
+        Guard(service, token="", nonce="n", names=frozenset(), limits=Limits(1, 1, 1))
 
 
 def test_a_server_has_the_names_of_its_host_and_those_that_are_allowed_besides(place: Place) -> None:
@@ -302,6 +304,24 @@ def test_too_much_is_refused_before_it_is_read_and_the_connection_closed(place: 
     assert place.model.seen == [1]
 
 
+def test_what_all_requests_together_may_hold_is_bounded(place: Place) -> None:
+    hosted = place.serve(max_body_bytes=100, max_requests_bytes=250)
+    place.model.may.clear()
+    holding = []
+    for kind in ("Content-Length: 100", "Transfer-Encoding: chunked"):
+        holding.append(place.connect())
+        holding[-1].sendall(place.head("POST /double", "Host: localhost", kind))
+        until(lambda: hosted.server.guard.in_flight == len(holding))
+    full = place.ask([1] * 30)
+    assert full.status_code == 503 and int(full.headers["retry-after"]) >= 1
+    assert place.get("/metrics", **place.token).status_code == 200
+    holding[0].close()
+    until(lambda: hosted.server.guard.in_flight == 1)
+    place.model.may.set()
+    assert place.ask([1] * 30).status_code == 200
+    holding[1].close()
+
+
 @pytest.mark.parametrize("kind", ["Content-Length: 100", "Transfer-Encoding: chunked"])
 def test_who_sends_a_body_byte_by_byte_is_cut_off(place: Place, kind: str) -> None:
     place.serve(body_timeout_s=0.3)
@@ -382,6 +402,16 @@ def test_strangers_do_not_use_up_the_connections(place: Place) -> None:
         assert len(hosted.server.connections) <= 8
         for sock in strangers:
             sock.close()
+
+
+@pytest.mark.parametrize(("soft", "hard", "limit"), [(600, 600, 88), (600, 5000, 1024), (100, 100, 1)])
+def test_a_server_holds_as_many_connections_as_it_may_open_files(soft: int, hard: int, limit: int) -> None:
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}));"
+        "from hpc_rl.services.connections import Connections;"
+        f"assert Connections(1024, 1.0).limit == {limit}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_only_requests_for_the_service_keep_it_from_being_idle(place: Place) -> None:
