@@ -13,7 +13,7 @@ What the bare engine says about all pairs of images and questions is computed be
     wrong      it is not
     lost       the client gave up
 
-and `retried` counts tries after which the client asked again: the server was gone (lost), refused with a reason (busy:
+and `retried` counts tries after which the client asked again: the server was gone, refused with a reason (busy:
 429, 503), or failed. Ends with status 1 when a request was wrong or lost, or when a replica ended by itself.
 """
 

@@ -78,7 +78,7 @@ class ServiceClient:
     Attributes
     ----------
     troubles
-        How many tries ended otherwise than in an answer so far: `failed`, `lost` (the server was gone), `busy`.
+        How many tries ended otherwise than in an answer so far: `failed`, `gone`, `busy`.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class ServiceClient:
             reply = await self._call(replica, route, body)
         except Broken as error:
             replica.circuit.lost()
-            self._note("lost", f"{replica.url} is gone ({error})")
+            self._note("gone", f"{replica.url} is gone ({error})")
             return None
         except TimeoutError:
             replica.circuit.failed()
@@ -245,7 +245,7 @@ class ServiceClient:
                 return await self._wire.post(f"{replica.url}{route}", body, token, self._options.timeout_s)
             except NewConnection:
                 if not await self._replicas.prove(replica):
-                    self.troubles["lost"] += 1
+                    self.troubles["gone"] += 1
                     return None
         raise Broken("it closes every connection")
 

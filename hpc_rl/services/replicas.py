@@ -74,7 +74,9 @@ class Replicas:
         self._reading: asyncio.Task[None] | None = None
         self._in_trouble = True
         self._told: set[str] = set()
-        self.problem = f"no server is published in {folder}"
+        self._silence = f"{url or f'what is published in {folder}'} has not answered yet"
+        self.problem = self._silence
+        self._none_fits = False
 
     @asynccontextmanager
     async def least_busy(self, avoid: Collection[Replica] = ()) -> AsyncIterator[Replica]:
@@ -92,7 +94,9 @@ class Replicas:
                 break
             pause_s = POLL_S * (1 + JITTER * self._rng.random())
             if under_way:
-                await asyncio.wait(under_way, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait(under_way, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()  # a token that is not to be trusted is an error for those who wait
             else:
                 await asyncio.sleep(pause_s)
         replica = min(closed, key=lambda r: (r in avoid, r.outstanding, self._rng.random()))
@@ -125,7 +129,6 @@ class Replicas:
                 problem = f"{replica.url} serves the weights {weights}, not {self._weights_hash}"
             else:
                 replica.circuit.proved()
-                self.problem = f"{replica.url} said who it is, and no more yet"
                 return True
         replica.circuit.silent()
         self.trouble(problem)
@@ -166,6 +169,9 @@ class Replicas:
         }
         if not fitting:
             self.trouble(self._why_none(records))
+        elif self._none_fits:
+            self.problem = self._silence
+        self._none_fits = not fitting
 
     def _why_none(self, records: list[Endpoint]) -> str:
         if not records:

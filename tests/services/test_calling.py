@@ -140,9 +140,9 @@ BAD: dict[str, tuple[Script, str]] = {
     "no JSON": (lambda handler, _: answer(handler, 200, b"<html>"), "failed"),
     "half an answer": (
         lambda handler, _: cut_off(handler, b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{"),
-        "lost",
+        "gone",
     ),
-    "no HTTP": (lambda handler, _: cut_off(handler, b"SSH-2.0-OpenSSH_9\r\n"), "lost"),
+    "no HTTP": (lambda handler, _: cut_off(handler, b"SSH-2.0-OpenSSH_9\r\n"), "gone"),
     "a failure": (lambda handler, _: answer(handler, 500, {"detail": "no kernel"}), "failed"),
 }
 

@@ -16,6 +16,7 @@ import pytest
 
 from hpc_rl.config.services import ClientConfig
 from hpc_rl.engines.yes_no import YesNoModel
+from hpc_rl.services import client as client_module
 from hpc_rl.services import handoff
 from hpc_rl.services.calling import ServiceClient
 from hpc_rl.services.client import (
@@ -63,6 +64,16 @@ def test_what_was_asked_is_not_asked_again_and_the_order_of_candidates_counts(la
         assert other.predicted_index == 1 - first.predicted_index
         assert listener.score([turned, game]) == [other, first]
         assert hosted.service.batcher.counters.items == 4
+
+
+def test_the_cache_is_bounded_and_keeps_what_was_used_last(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "CACHE_ENTRIES", 4)
+    lab.serve()
+    with client(lab) as listener:
+        asked = games(4)
+        listener.score(asked)
+        listener.score([asked[0], *games(6)[4:]])
+        assert set(listener._cache) == {asked[0], asked[3], *games(6)[4:]}
 
 
 def test_an_item_that_cannot_be_scored_is_an_error_and_the_others_are_not(lab: Lab) -> None:
