@@ -43,7 +43,7 @@ class CallConfig(Section):
     parallel_calls: PositiveInt = 4
     """Calls of one client that are under way at once."""
     deadline_s: PositiveFloat = 900
-    """How long a job waits for a server that is not there at all before it exits as blocked. Seconds."""
+    """Longest time for a call, with all that is waited for and repeated; then its job exits as blocked. Seconds."""
 
     @field_validator("url")
     @classmethod
