@@ -74,11 +74,17 @@ def test_two_ranks_share_one_asker(new_run: NewRun) -> None:
     assert made.made_from["weights"] != made.made_from["weights_out"]
 
 
-def test_without_a_listener_all_ranks_are_blocked(new_run: NewRun) -> None:
-    ws = new_run(*LIVE, "services.listener.client.deadline_s=1", graded=False)
-    with pytest.raises(SystemExit) as left:
-        train.main(["--workspace", str(ws.root), "--round", "1"])
-    assert left.value.code == EXIT_BLOCKED
+def test_without_a_listener_all_ranks_are_blocked_and_nothing_is_scored(new_run: NewRun) -> None:
+    settings = ("stages.train.nodes=2", "train.per_device_batch_size=4", "services.listener.client.deadline_s=1")
+    ws = new_run(*LIVE, *settings, graded=False)
+    ranks = start_ranks(ws, 2)
+    assert ranks.wait() == [EXIT_BLOCKED, EXIT_BLOCKED], ranks.said()
+    for log in ranks.logs:
+        assert "ServiceUnavailable: no answer to /batch_score within 1 s; last problem: no server is published" in (
+            log.read_text()
+        ), "each rank has the exception itself, and not the loss of another rank"
+    assert not manifest.manifest_path(ws, 1, "train", 0).exists()
+    assert not any(path.read_text() for path in ws.stage_dir(1, "train").glob("*predictions.jsonl"))
 
 
 def test_more_completions_per_step_than_the_round_has_is_explained(new_run: NewRun) -> None:
