@@ -71,6 +71,8 @@ class VllmEngine:
             gpu_memory_utilization=gpu_memory_utilization,
             batch_invariant=batch_invariant,
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
+            # Free whitespace costs tokens, and some models never stop it.
+            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             **options,
         )
         from vllm.lora.request import LoRARequest  # only now: vLLM reads its environment when it is imported
@@ -86,9 +88,10 @@ class VllmEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `Engine.generate`."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import StructuredOutputsParams
 
-        schema = sampling.json_schema
+        form = None if sampling.json_schema is None else StructuredOutputsParams(json=sampling.json_schema)
         options = [
             SamplingParams(
                 n=1,  # not G: the seeds of a group would be n apart, and a sample would depend on its place
@@ -100,12 +103,15 @@ class VllmEngine:
                 logprobs=0,
                 logit_bias=self._bias,
                 detokenize=False,
-                structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
+                structured_outputs=form,
             )
             for request in requests
         ]
         prompts = [self._prompt(request.prompt) for request in requests]
-        outputs = self._llm.generate(prompts, options, use_tqdm=False, lora_request=self._adapter)
+        try:
+            outputs = self._llm.generate(prompts, options, use_tqdm=False, lora_request=self._adapter)
+        except VLLMValidationError as error:  # the schema, where there is one
+            raise ValueError(str(error)) from error
         return [self._completion(output) for output in outputs]
 
     def _prompt(self, prompt: Prompt) -> dict[str, Any]:
