@@ -150,7 +150,7 @@ MinJobAge={settings.min_job_age_s}
 BatchStartTimeout=10
 UnkillableStepTimeout=30
 ReturnToService=1
-# --- scheduling: react within a second (the defaults wait up to 60 s between passes)
+# --- scheduling: react within a second (the defaults wait up to 60 s between passes, 30 s for heterogeneous jobs)
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,bf_continue,default_queue_depth=500,bf_max_job_test=2000
 SelectType=select/cons_tres

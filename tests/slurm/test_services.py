@@ -17,7 +17,7 @@ from hpc_rl.run import atomic
 from hpc_rl.services import handoff
 from hpc_rl.services.handoff import Endpoint
 from tests.slurm.runs import ClusterRun
-from tests.slurm.small_lewis import assert_finishes_with_the_same_samples
+from tests.slurm.small_lewis import assert_finishes_with_the_same_samples, samples_of
 
 RunFrom = Callable[..., ClusterRun]
 
@@ -27,6 +27,10 @@ UNHURRIED = (
     "services.listener.client.parallel_calls=1",
 )
 """Grading takes some seconds, so that its middle can be met."""
+
+
+DEAD = "job-1"
+"""The replica whose record is all that is left of it."""
 
 
 def published(run: ClusterRun) -> list[Endpoint]:
@@ -64,9 +68,6 @@ def requeue(run: ClusterRun, *options: str) -> tuple[Endpoint, Endpoint]:
     assert (after.replica, after.job_id) == (before.replica, before.job_id)
     assert (before.restart, after.restart) == (0, 1)
     return before, after
-
-
-DEAD = "job-1"
 
 
 @contextmanager
@@ -129,7 +130,7 @@ def test_a_listener_moves_to_another_node_while_a_live_trainer_asks_it(run_from:
     (host,) = (endpoint.host for endpoint in published(moved))
     before, after = requeue(moved, f"ExcNodeList={host}")
     assert before.host != after.host
-    moved.wait_until_finished(240)
+    moved.wait_for(lambda: moved.manifests(1, "train"), "the training that was disturbed", 240)
     assert rewards(moved) == rewards(calm)
     (trained,), (expected,) = moved.manifests(1, "train"), calm.manifests(1, "train")
     assert trained.made_from["weights_out"] == expected.made_from["weights_out"]
@@ -171,5 +172,6 @@ def test_a_replica_that_is_lost_for_good_while_grading(run_from: RunFrom, undist
     assert first in {endpoint.job_id for endpoint in replicas}
     run.cluster.run(["scancel", first])
     assert len(run.manifests(1, "grade")) < 8, "too late to disturb anything"
-    assert_finishes_with_the_same_samples(run, undisturbed)
+    run.wait_for(lambda: len(run.manifests(1, "grade")) == 8, "grading to end")
+    assert samples_of(run) == samples_of(undisturbed)
     assert run.submissions()[1, "grade.listener"] == run.submissions()[1, "grade"] == 1
