@@ -14,15 +14,19 @@ from typing import Any
 
 import pytest
 import yaml
-from fastapi.routing import APIRoute
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
+from hpc_rl.config.environment import NAMES
 from hpc_rl.config.services import ClientConfig, ServiceConfig
 from hpc_rl.engines.yes_no import YesNoModel
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services.address import Address
 from hpc_rl.services.calling import ServiceClient
+from hpc_rl.services.guard import OWN_ROUTES
 from hpc_rl.services.hosting import Hosted, host
+from hpc_rl.services.metrics import Metrics
+from hpc_rl.services.openapi import REFUSALS
 
 from .conftest import Lab
 from .every_service import SERVICES
@@ -103,16 +107,13 @@ def test_the_curl_commands_work_to_the_letter_and_say_what_is_shown(servers: dic
         assert done.returncode == 0, (command, done.stderr)
         if shown:
             assert agrees(json.loads(done.stdout), json.loads(shown)), (command, done.stdout)
-            asked.add((name, re.findall(r"<port>(/\w+)", command)[0]))
+            asked.add((name, re.findall(r"<port>(/[\w/]+)", command)[0]))
     assert (root / "listener.header").stat().st_mode & 0o777 == 0o600
-    routes = {(name, route.path) for name, hosted in servers.items() for route in api_routes(hosted)}
-    assert asked == routes | {("listener", "/health"), ("listener", "/ready")}
-
-
-def api_routes(hosted: Hosted) -> list[APIRoute]:
-    """The service's own."""
-    routes = [route for route in hosted.service.app.routes if isinstance(route, APIRoute)]
-    return [route for route in routes if "POST" in route.methods]
+    routes = {(name, path) for name, hosted in servers.items() for path in hosted.service.app.openapi()["paths"]}
+    assert asked == {route for route in routes if route[1] not in OWN_ROUTES} | {
+        ("listener", "/health"),
+        ("listener", "/ready"),
+    }
 
 
 @pytest.fixture
@@ -146,3 +147,28 @@ def test_the_scrape_config_is_yaml_with_the_token_of_a_service() -> None:
     (job,) = yaml.safe_load(block)["scrape_configs"]
     assert job["authorization"] == {"credentials_file": "W/services/listener/token"}
     assert job["static_configs"] == [{"targets": ["<host>:<port>"]}]
+
+
+def test_the_page_names_every_variable_with_its_field_and_default() -> None:
+    rows = dict(re.findall(r"^\| `(LISTENER_\w+)` \| `(\w+)`", PAGE.read_text(), flags=re.M))
+    fields = {name: field.rpartition(".")[2] for name, field in NAMES.items() if ".listener.client." in field}
+    assert rows == fields
+    defaults = dict(re.findall(r"^\| `LISTENER_\w+` \| `(\w+)`.*\| ([\d.]+) \|$", PAGE.read_text(), flags=re.M))
+    assert {name: float(value) for name, value in defaults.items()} == {
+        name: getattr(ClientConfig(), name) for name in set(fields.values()) - {"url"}
+    }
+    of_services = [name for name, field in NAMES.items() if field.startswith("services.")]
+    assert [name for name in of_services if f"`{name}`" not in PAGE.read_text()] == []
+
+
+def test_the_page_names_every_refusal_and_every_figure(servers: dict[str, Hosted]) -> None:
+    rows = re.findall(r"^\| (\d{3}) \|", PAGE.read_text(), flags=re.M)
+    assert rows == [str(status) for status in REFUSALS]
+    metrics = Metrics(servers["listener"].service)
+    metrics.watch(servers["listener"].server)
+    (table,) = re.findall(r"^\| `hpc_rl_service_…`(?:.*\n)+?\n", PAGE.read_text(), flags=re.M)
+    families = text_string_to_metric_families(metrics.text().decode())
+    there = {family.name + "_total" * (family.type == "counter") for family in families}
+    names = re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in table.split("\n") if row))
+    shown = {f"hpc_rl_service_{name}" for name in names}
+    assert shown == {name for name in there if name.startswith("hpc_rl_service_") and not name.endswith("_created")}
