@@ -206,7 +206,7 @@ class ServiceClient:
             self._note("gone", f"{replica.url} is gone ({error})")
             return None
         except TimeoutError:
-            replica.circuit.failed()
+            replica.circuit.lost()
             return _Failure(self._note("failed", f"{replica.url} took longer than {self._options.timeout_s:g} s"))
         if reply is None:
             return None

@@ -5,8 +5,9 @@
         └────────────────────────── the rest is over ───────────────────────────────┘
 
 A replica that was just found is half-open: it takes no call before it has said who it is. So is one whose connection
-broke, since its port may belong to somebody else by now. Each rest is twice as long as the one before, until a call
-succeeds, and a little longer by chance, so that many clients do not come back at once.
+broke, since its port may belong to somebody else by now, and one that did not answer in time: it may be frozen. Each
+rest is twice as long as the one before, until a call succeeds, and a little longer by chance, so that many clients do
+not come back at once.
 """
 
 from __future__ import annotations
@@ -56,13 +57,13 @@ class Circuit:
         self.failures = 0
 
     def failed(self) -> None:
-        """A call was answered with a failure, or not in time."""
+        """A call was answered with a failure."""
         self.failures += 1
         if self.failures >= FAILURES_TO_OPEN:
             self._open()
 
     def lost(self) -> None:
-        """A connection broke in the middle of a call."""
+        """A call was not answered: its connection broke, or its time was over."""
         self._proven = False
         self.failed()
 
