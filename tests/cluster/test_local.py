@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,21 +28,26 @@ class Machine:
     def __init__(self, tmp_path: Path, limit: int, gpus: tuple[str, ...] = ()) -> None:
         self.tmp_path, self.executor, self.ids = tmp_path, LocalExecutor(limit, gpus), dict[str, str]()
 
-    def submit(
+    def request(
         self,
         name: str,
         body: str,
         kind: Kind = Kind.SINGLE,
         after_end: tuple[str, ...] = (),
         after_start: tuple[str, ...] = (),
+        beside: tuple[JobRequest, ...] = (),
         **resources: int,
-    ) -> None:
+    ) -> JobRequest:
         spec = Spec(name, str(self.tmp_path / "run"), 1, name, 0, "local", (sys.executable, "-u", "-c", body), {})
         spec.save()
         ended, started = (tuple(self.ids[n] for n in names) for names in (after_end, after_start))
         wanted = Resources(**resources)  # type: ignore[arg-type]
-        request = JobRequest(spec, kind, wanted, source_root(), ended, started)
-        self.executor.submit(request, lambda job_id: self.ids.__setitem__(name, job_id))
+        return JobRequest(spec, kind, wanted, source_root(), ended, started, beside)
+
+    def submit(self, name: str, body: str, kind: Kind = Kind.SINGLE, **options: Any) -> None:
+        self.executor.submit(
+            self.request(name, body, kind, **options), lambda job_id: self.ids.__setitem__(name, job_id)
+        )
 
     def states(self, name: str) -> list[str]:
         self.executor.poll()
@@ -118,6 +124,32 @@ def test_services_do_not_count_and_their_users_wait_for_their_start(machine: Cal
     here.wait("consumer", "another")
     assert here.states("service") == ["RUNNING"]
     assert here.outcomes("consumer") == ["done"]
+
+
+def test_replicas_start_all_and_a_consumer_waits_for_the_first(machine: Callable[..., Machine]) -> None:
+    here = machine(limit=1)
+    here.submit("service", SLEEP.format(60), Kind.SERVICE, tasks=3)
+    here.ids["first replica"] = f"{here.ids['service']}_0"
+    here.submit("consumer", "pass", after_start=("first replica",))
+    here.wait("consumer")
+    assert here.states("service") == ["RUNNING"] * 3
+    assert {job.job_id for job in here.executor.queue(["service"])} == {f"{here.ids['service']}_{n}" for n in range(3)}
+
+
+def test_a_service_beside_a_job_waits_for_what_the_job_waits_for_and_is_cancelled_by_its_own_name(
+    machine: Callable[..., Machine],
+) -> None:
+    here = machine(limit=1)
+    here.submit("gate", SLEEP.format(0.5))
+    service = here.request("service", SLEEP.format(60), Kind.SERVICE)
+    here.submit("consumer", "pass", after_end=("gate",), beside=(service,))
+    assert here.states("service") == ["PENDING"]
+    here.wait("gate")
+    here.wait_until_running("service")
+    here.wait("consumer")
+    here.executor.cancel(["service"])
+    here.wait("service")
+    assert (here.outcomes("consumer"), here.outcomes("service")) == (["done"], ["left"])
 
 
 def test_the_ranks_of_a_job_start_together_and_know_each_other(machine: Callable[..., Machine]) -> None:

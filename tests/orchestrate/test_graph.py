@@ -34,6 +34,15 @@ def test_a_service_that_is_used_must_be_declared_too() -> None:
         Graph((grade,), 1)
 
 
+def test_a_service_that_runs_beside_its_consumer_must_be_declared_too_and_has_no_job_of_its_own() -> None:
+    listener = StageId(1, "grade.listener")
+    grade = Stage(StageId(1, "grade"), "jobs.grade", Kind.SINGLE, beside=(listener,))
+    with pytest.raises(ValueError, match=r"round 1 grade follows round 1 grade\.listener"):
+        Graph((grade,), 1)
+    service = Stage(listener, "jobs.serve", Kind.SERVICE, shards=0, serves=(grade.id,))
+    assert Graph((service, grade), 1).companions == {listener}
+
+
 def test_a_stage_is_declared_once() -> None:
     with pytest.raises(ValueError, match="declares round 1 a twice"):
         Graph((single(1, "a"), single(1, "a")), 1)

@@ -6,6 +6,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from hpc_rl.run.lease import acquire
 from hpc_rl.run.ledger import Ledger
 from hpc_rl.run.manifest import Manifest
 from tests.orchestrate.conftest import MakeRun
-from tests.orchestrate.simulation import Killed, Scheduler
+from tests.orchestrate.simulation import Killed, Scheduler, lewis_like
 
 
 class Cluster:
@@ -49,6 +50,9 @@ class Cluster:
         job_id = self.scheduler.submit(
             request.spec.name, stage, request.resources.tasks, request.after_end, request.after_start
         )
+        for part in request.beside:
+            id = StageId(part.spec.round, part.spec.stage)
+            self.scheduler.add_component(job_id, part.spec.name, self.run.graph[id])
         if mishap == "killed after":
             raise Killed
         on_accepted(job_id)
@@ -150,6 +154,46 @@ def test_an_adopted_job_is_what_the_others_wait_for(make_run: MakeRun) -> None:
     bring(run, cluster)
     jobs = {str(job.stage.id): job for job in cluster.scheduler.jobs.values()}
     assert jobs["round 1 grade"].after_end == {jobs["round 1 sample"].id}
+
+
+def test_consumers_wait_for_the_first_replica_of_their_service_and_not_for_one_that_runs(make_run: MakeRun) -> None:
+    run = replace(make_run("stages.grade.listener.tasks=3"), graph=lewis_like(1, 2))
+    cluster = Cluster(run)
+    bring(run, cluster)
+    jobs = {str(job.stage.id): job for job in cluster.scheduler.jobs.values()}
+    service, consumer = jobs["round 1 grade.listener"], jobs["round 1 grade"]
+    assert service.elements == ["PENDING"] * 3
+    assert consumer.after_start == {f"{service.id}_0"}
+    assert jobs["round 1 evaluate"].after_start == {jobs["round 1 evaluate.listener"].id}
+    service.elements[1:] = ["RUNNING", "RUNNING"]  # the first one was requeued
+    consumer.elements = ["ENDED"]
+    bring(run, cluster)
+    (again,) = (job for job in cluster.scheduler.jobs.values() if job.stage == consumer.stage and not job.ended)
+    assert again.after_start == set()
+
+
+@pytest.mark.parametrize("mishap", ["", "killed before", "killed after"])
+def test_a_service_in_the_job_of_its_consumer_is_written_down_and_adopted_with_it(
+    make_run: MakeRun, mishap: str
+) -> None:
+    run = replace(make_run(), graph=lewis_like(1, 2, hetjob=True))
+    cluster = Cluster(run)
+    if mishap:
+        cluster.mishaps[3] = mishap
+        with pytest.raises(Killed):
+            bring(run, cluster)
+        assert [part.spec.stage for part in cluster.requests[3].beside] == ["grade.listener"]
+    bring(run, cluster)
+    history = Ledger(run.ws).history()
+    pair = [a for stage in ("grade", "grade.listener") for a in history.of(1, stage)]
+    assert [a.written_off for a in pair] == ([True, False] * 2 if mishap == "killed before" else [False] * 2)
+    consumer, service = (a for a in pair if not a.written_off)
+    assert consumer.job_ids == service.job_ids is not None
+    assert set(cluster.live().values()) == {1}
+    assert bring(run, cluster).submitted == {}
+    shown = {s["stage"]: s for s in json.loads(run.ws.state_path.read_text())["rounds"][1]["stages"]}
+    assert shown["grade.listener"]["job_ids"] == shown["grade"]["job_ids"]
+    assert shown["grade.listener"]["state"] == "waiting"
 
 
 def test_a_job_that_was_accepted_after_all_is_seen_and_its_double_cancelled(make_run: MakeRun) -> None:

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from hpc_rl.run import atomic
 from hpc_rl.services import handoff
-from hpc_rl.services.handoff import Endpoint
+from hpc_rl.services.records import Endpoint
 from tests.slurm.runs import ClusterRun
 from tests.slurm.small_lewis import assert_finishes_with_the_same_samples, samples_of
 
@@ -29,13 +29,16 @@ UNHURRIED = (
 """Grading takes some seconds, so that its middle can be met."""
 
 
-DEAD = "job-1"
-"""The replica whose record is all that is left of it."""
-
-
 def published(run: ClusterRun) -> list[Endpoint]:
-    """The listeners that take requests."""
-    return handoff.discover(run.ws.service_dir("listener"))
+    """The listeners that take requests, those first that started last."""
+    return sorted(handoff.discover(run.ws.service_dir("listener")), key=lambda endpoint: -endpoint.started)
+
+
+def wait_for_another(run: ClusterRun, before: Endpoint) -> Endpoint:
+    """The listener that comes up after `before`."""
+    found = run.wait_for(lambda: [e for e in published(run) if e.started > before.started], "another listener")
+    assert isinstance(found[0], Endpoint)
+    return found[0]
 
 
 def wait_for_the_middle_of_grading(run: ClusterRun) -> None:
@@ -57,16 +60,15 @@ def lines_of_predictions(run: ClusterRun) -> int:
 
 
 def requeue(run: ClusterRun, *options: str) -> tuple[Endpoint, Endpoint]:
-    """Requeue the job of the only listener; returns what it has published before and what it publishes afterwards."""
-    (before,) = (endpoint for endpoint in published(run) if endpoint.replica != DEAD)
+    """Requeue the listener's job; returns what it has published before and what it publishes afterwards."""
+    before = published(run)[0]
     run.cluster.run(["scontrol", "requeue", before.job_id])
     for option in (*options, "StartTime=now"):
         run.cluster.run(["scontrol", "update", f"JobId={before.job_id}", option])
-    (after,) = run.wait_for(
-        lambda: [e for e in published(run) if e.nonce != before.nonce and e.replica != DEAD], "it to come back"
-    )
+    after = wait_for_another(run, before)
     assert (after.replica, after.job_id) == (before.replica, before.job_id)
     assert (before.restart, after.restart) == (0, 1)
+    assert after.nonce != before.nonce
     return before, after
 
 
@@ -94,7 +96,7 @@ def somebody_else_on_the_port_of_a_dead_listener(run: ClusterRun) -> Iterator[li
     with ThreadingHTTPServer(("", 0), Other) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         port, folder = server.server_address[1], run.ws.service_dir("listener")
-        left = handoff.publish(folder, "listener", DEAD, "node2", port, job_id="1", heartbeat_s=3600)
+        left = handoff.publish(folder, "listener", "job-1", "node2", port, job_id="1", heartbeat_s=3600)
         record = {**atomic.read_json(left.path), "started": time.time() - 3600, "heartbeat": time.time() + 300}
         atomic.write_json(left.path, record)
         yield asked
@@ -108,8 +110,7 @@ def test_a_listener_moves_to_another_node_while_grading_and_a_dead_one_has_left_
     with somebody_else_on_the_port_of_a_dead_listener(run) as asked:
         run.launch()
         wait_for_the_middle_of_grading(run)
-        host = next(endpoint.host for endpoint in published(run) if endpoint.replica != DEAD)
-        before, after = requeue(run, f"ExcNodeList={host}")
+        before, after = requeue(run, f"ExcNodeList={published(run)[0].host}")
         assert before.host != after.host
         assert_finishes_with_the_same_samples(run, undisturbed)
     assert set(asked) <= {"GET /health"}, "it was sent more than the question who it is"
@@ -127,8 +128,7 @@ def test_a_listener_moves_to_another_node_while_a_live_trainer_asks_it(run_from:
     moved.launch()
     moved.wait_for(lambda: lines_of_predictions(moved), "the first step", 240)
     assert not moved.manifests(1, "train"), "too late to disturb anything"
-    (host,) = (endpoint.host for endpoint in published(moved))
-    before, after = requeue(moved, f"ExcNodeList={host}")
+    before, after = requeue(moved, f"ExcNodeList={published(moved)[0].host}")
     assert before.host != after.host
     moved.wait_for(lambda: moved.manifests(1, "train"), "the training that was disturbed", 240)
     assert rewards(moved) == rewards(calm)
@@ -144,7 +144,10 @@ def test_a_listener_in_one_job_with_its_consumer(run_from: RunFrom, undisturbed:
     assert grade.job_ids == listener.job_ids
     jobs = {job.name: job for job in run.cluster.queue("--states=RUNNING")}
     assert jobs[listener.name].nodes == "node4" != jobs[grade.name].nodes
-    run.kill_body("jobs.serve")  # starts again in place
+    first = published(run)[0]
+    run.kill_body("jobs.serve")
+    again = wait_for_another(run, first)
+    assert (again.host, again.restart) == (first.host, 0), "it starts again in place"
     requeue(run)  # both of them, once
     assert_finishes_with_the_same_samples(run, undisturbed)
     assert run.submissions()[1, "grade"] == run.submissions()[1, "grade.listener"] == 1
