@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import time
 from collections.abc import Iterable
@@ -36,4 +37,4 @@ def head(method: str, target: str, port: int, *lines: str, host: str | None = No
 
 def statuses(said: bytes) -> list[int]:
     """The status of each answer in what a server said."""
-    return [int(line.split()[1]) for line in said.split(b"\r\n") if line.startswith(b"HTTP/1.")]
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", said)]
