@@ -128,7 +128,7 @@ class Guard:
         return path if path in self._routes else "other"
 
     async def _http(self, scope: Scope, receive: Receive, send: _Answering) -> None:
-        self._check_host(scope)
+        self._check_head(scope)
         authorized = self._is_authorized(scope)
         if authorized:
             scope["state"]["connection"].trust()
@@ -162,13 +162,15 @@ class Guard:
             self.in_flight -= 1
             self.last_request = time.monotonic()
 
-    def _check_host(self, scope: Scope) -> None:
+    def _check_head(self, scope: Scope) -> None:
         given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
         name = host_of(given[0]) if len(given) == 1 else None
         if name is None:
             raise _Refused(400, "a request needs one Host header that names this server")
         if name not in self._names and not (scope["server"] and name == plain_name(scope["server"][0])):
             raise _Refused(421, "the Host header names another server; services.*.allowed_hosts may allow it")
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+            raise _Refused(400, "Content-Length and Transfer-Encoding exclude each other")  # RFC 9112, 6.3
 
     def _is_authorized(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
