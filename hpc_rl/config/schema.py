@@ -115,7 +115,7 @@ class StageConfig(Section):
     ranks_per_node: PositiveInt | None = None
     """Processes on each node. null = one per GPU, or one."""
     tasks: PositiveInt = 1
-    """Array elements that share the stage's shards."""
+    """Array elements that share the stage's shards; of a service, its replicas."""
     gpus_per_node: NonNegativeInt = 0
     """GPUs on each node."""
     cpus_per_task: PositiveInt = 1
