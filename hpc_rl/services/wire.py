@@ -96,6 +96,8 @@ class Wire:
             When it says nothing of the kind in time.
         """
         reply = await self._send("GET", f"{url}/health", None, token, timeout_s, MAX_HEALTH_BYTES, {})
+        if reply.status == 421:
+            raise Broken(f"it answers 421: {reply.detail}")
         try:
             said = reply.json() if reply.status == 200 else None
         except (ValueError, RecursionError):
