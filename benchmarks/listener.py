@@ -37,7 +37,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.listener_sides import REPOSITORY, Ask, Games, K, bare, naive, new_run, pairs_of, process, service
+from benchmarks.listener_sides import (
+    REPOSITORY,
+    Ask,
+    Games,
+    K,
+    bare,
+    config_of,
+    naive,
+    new_run,
+    pairs_of,
+    process,
+    service,
+)
 from hpc_rl.grading.lewis import decide
 from hpc_rl.orchestrate.job import Job
 from hpc_rl.services.client import ListenerClient, ScoreResult
@@ -106,7 +118,7 @@ def compare(job: Job, games: Games, ask_bare: Ask, ask_naive: Ask, repeat: int) 
         asked = games.new(PAIRS // K)
         pairs = pairs_of(asked)
         bare_s, expected = ask_bare(pairs)
-        with ListenerClient(job.ws, job.config) as client:
+        with ListenerClient(job.ws, config_of(job)) as client:
             client.score(games.new(1))  # it has found the server, and has a connection
             began = time.perf_counter()
             said = client.score(asked)
@@ -134,7 +146,7 @@ def under_load(job: Job, games: Games, ask_bare: Ask, clients: int) -> Load:
 
     def one_client(number: int) -> list[tuple[int, float, Any]]:
         answers = []
-        with ListenerClient(job.ws, job.config) as client:
+        with ListenerClient(job.ws, config_of(job)) as client:
             client.score([warm[number]])
             ready.wait()
             for place in range(number, LOAD_GAMES, clients):

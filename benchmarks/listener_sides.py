@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.data import scenes
 from hpc_rl.grading.lewis import Description, question
 from hpc_rl.orchestrate.job import Job, load
@@ -59,7 +60,7 @@ class Games:
             chosen = [concepts[(self._views + step) % len(concepts)] for step in range(QUESTIONS)]
             paths = tuple(self._render(category, concept) for concept in chosen[:K])
             told = (Description(*scenes.caption(category, concept)) for concept in chosen)
-            made += [ScoreRequest(question(self._job.config.listener.question, one), paths) for one in told]
+            made += [ScoreRequest(question(config_of(self._job).listener.question, one), paths) for one in told]
         return made[:count]
 
     def _render(self, category: str, concept: str) -> str:
@@ -81,6 +82,12 @@ def new_run(folder: Path, engine: str) -> Job:
     command = [sys.executable, "-m", "hpc_rl.launch", CONFIG, "--workspace", str(folder), "--init", *settings]
     subprocess.run(command, check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
     return load(folder, 0, "evaluate")
+
+
+def config_of(job: Job) -> LewisConfig:
+    """The run's config."""
+    assert isinstance(job.config, LewisConfig)
+    return job.config
 
 
 @contextmanager
@@ -135,14 +142,17 @@ def bare(job: Job) -> Answerer:
     from hpc_rl.data.images import load_image
     from hpc_rl.services.listener import open_judge
 
-    options = job.config.services.listener.model_copy(update={"max_pass_tokens": 1 << 30})
-    judge = open_judge(job.config.listener, options)
+    config = config_of(job)
+    options = config.services.listener.model_copy(update={"max_pass_tokens": 1 << 30})
+    judge = open_judge(config.listener, options)
 
     def answer(pairs: Pairs) -> list[float]:
         paths = list(dict.fromkeys(path for path, _ in pairs))
         images = judge.encode([judge.prepare(load_image(job.ws.images_dir / path)) for path in paths])
         by_path = dict(zip(paths, images, strict=True))
-        return list(judge.yes_probabilities([(by_path[path], asked) for path, asked in pairs]))
+        answers = judge.yes_probabilities([(by_path[path], asked) for path, asked in pairs])
+        assert all(isinstance(p, float) for p in answers), answers
+        return [p for p in answers if isinstance(p, float)]
 
     return answer
 
@@ -155,7 +165,7 @@ def naive(job: Job) -> Answerer:
     from hpc_rl.engines.loading import load_model, load_processor, pick_device
     from hpc_rl.engines.yes_no_prompts import surface_forms
 
-    options = job.config.listener
+    options = config_of(job).listener
     processor = load_processor(options.path, options.min_pixels, options.max_pixels)
     model: Any = load_model(options.path, options.dtype, options.attn_implementation, pick_device())
     yes, no = (list(surface_forms(processor.tokenizer, word)) for word in ("yes", "no"))

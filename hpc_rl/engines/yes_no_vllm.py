@@ -119,8 +119,11 @@ class YesNoVllm:
             for (image, _), row in zip(pairs, rows, strict=True)
             if not isinstance(row, Unscorable)
         ]
-        outputs = iter(self._llm.generate(prompts, self._sampling, use_tqdm=False) if prompts else [])
-        return [row if isinstance(row, Unscorable) else self._read(next(outputs)) for row in rows]
+        outputs = self._llm.generate(prompts, self._sampling, use_tqdm=False) if prompts else []
+        if len(outputs) != len(prompts):  # a batch that failed left some of its questions in the engine
+            raise RuntimeError(f"vLLM gave {len(outputs)} answers to {len(prompts)} questions")
+        rest = iter(outputs)
+        return [row if isinstance(row, Unscorable) else self._read(next(rest)) for row in rows]
 
     def _read(self, output: Any) -> float:
         (sampled,) = output.outputs
