@@ -165,7 +165,7 @@ class Cache:
     def _read(self, number: int) -> None:
         """Index the whole lines that a segment has got since it was last read."""
         segment = self._segments[number]
-        if os.stat(segment.path).st_size <= segment.read_to:
+        if not segment.path.exists() or segment.path.stat().st_size <= segment.read_to:
             return
         with open_own(segment.path) as file:
             file.seek(segment.read_to)

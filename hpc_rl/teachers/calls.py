@@ -57,8 +57,8 @@ def read_models(said: Any) -> list[str]:
         raise ValueError(f"what is no list of models: {str(said)[:SAID_CHARACTERS]}") from error
 
 
-def problem_of(error: Exception, base_url: str, timeout_s: float) -> Problem:
-    """What it means that a call of the openai package raised this.
+def problem_of(error: Exception, base_url: str, timeout_s: float, key: str) -> Problem:
+    """What it means that a call of the openai package raised this; some endpoints repeat the key, which is left out.
 
     Raises
     ------
@@ -66,19 +66,19 @@ def problem_of(error: Exception, base_url: str, timeout_s: float) -> Problem:
         When no call to this endpoint can succeed: a wrong key, a wrong URL or model, no money left.
     """
     if isinstance(error, openai.APIStatusError):
-        return _of_status(error, base_url)
+        return _of_status(error, base_url, key)
     cause = error.__cause__ or error
     if isinstance(error, openai.APITimeoutError | TimeoutError) and type(cause).__name__ != "ConnectTimeout":
         return Problem("failed", f"{base_url} took longer than {timeout_s:g} s")
     if isinstance(error, openai.APIConnectionError):
         return Problem("gone", f"{base_url} does not answer ({type(cause).__name__}: {cause})")
     assert isinstance(error, ValueError), error
-    return Problem("failed", f"{base_url} answered {error}")
+    return Problem("failed", f"{base_url} answered {_without(key, str(error))}")
 
 
-def _of_status(error: openai.APIStatusError, base_url: str) -> Problem:
+def _of_status(error: openai.APIStatusError, base_url: str, key: str) -> Problem:
     status, headers = error.status_code, error.response.headers
-    problem = f"{base_url} answered {status}: {_message(error)}"
+    problem = f"{base_url} answered {status}: {_without(key, _message(error))[:SAID_CHARACTERS]}"
     if status in (400, 413, 422):
         return Problem("refused", problem)
     if status == 429 and error.code == "insufficient_quota":
@@ -99,7 +99,11 @@ def _of_status(error: openai.APIStatusError, base_url: str) -> Problem:
 def _message(error: openai.APIStatusError) -> str:
     body = error.body
     said = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
-    return str(said or error.message)[:SAID_CHARACTERS]
+    return str(said or error.message)
+
+
+def _without(key: str, text: str) -> str:
+    return text.replace(key, "***") if key else text
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:

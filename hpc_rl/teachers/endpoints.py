@@ -63,8 +63,9 @@ class Named:
     def __init__(self, options: TeacherClientConfig, environ: Mapping[str, str]) -> None:
         assert options.url is not None
         self._url, self._timeout_s = options.url, options.timeout_s
+        self._key = _key(options, environ)
         self._openai = openai.AsyncOpenAI(
-            api_key=_key(options, environ) or NO_KEY,
+            api_key=self._key or NO_KEY,
             base_url=options.url,
             max_retries=0,  # ours are the only ones
             timeout=openai.Timeout(options.timeout_s, connect=CONNECT_S),
@@ -99,7 +100,7 @@ class Named:
             async with asyncio.timeout(self._timeout_s):  # of the whole answer; httpx limits each of its parts
                 return await call()
         except (openai.APIError, TimeoutError, ValueError) as error:
-            return problem_of(error, self._url, self._timeout_s)
+            return problem_of(error, self._url, self._timeout_s, self._key)
 
     async def close(self) -> None:
         """See `Endpoint`."""

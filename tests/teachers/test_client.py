@@ -193,6 +193,9 @@ def test_the_key_comes_from_the_environment_or_a_private_file_and_shows_up_nowhe
     assert teacher.keys == {f"Bearer {KEY}", "Bearer sk-of-the-file"}
     with pytest.raises(ServiceRefused, match=r"api_key_file: .* does not exist"):
         client(api_key_file=tmp_path / "none")
+    teacher.behave = lambda call, body: Misbehave(401, body=b'{"error": {"message": "wrong key: %s"}}' % KEY.encode())
+    with pytest.raises(ServiceRefused, match=r"wrong key: \*\*\*\."):
+        asking.ask_all([question(3)])
     written = "".join(path.read_text() for path in (tmp_path / "cache").iterdir())
     for text in (caplog.text, written, repr(vars(asking)), repr(asking.totals)):
         assert KEY not in text and "sk-of-the-file" not in text
