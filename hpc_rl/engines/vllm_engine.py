@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hpc_rl.engines.base import BAN_BIAS, Completion, Prompt, Request, Sampling, banned_ids, decode, render
 from hpc_rl.engines.loading import load_processor, tokenizer_of
 from hpc_rl.engines.vllm_start import start_vllm
@@ -71,6 +73,8 @@ class VllmEngine:
             gpu_memory_utilization=gpu_memory_utilization,
             batch_invariant=batch_invariant,
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
+            # On CPUs a prompt that is read in two steps stops the engine if it has a seed ("does not use offset").
+            enable_chunked_prefill=torch.cuda.is_available(),
             # Free whitespace costs tokens, and some models never stop it.
             structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             **options,

@@ -19,6 +19,7 @@ def main(speaker: str, adapter: str, out: str) -> None:
     found["cool"] = engine.generate(requests(), Sampling(0.6, 12))
     found["greedy"] = engine.generate(requests(), Sampling(0.0, 12))
     found["hot"] = engine.generate(requests(samples=16), Sampling(2.0, 40))
+    found["many"] = engine.generate(requests(samples=100), Sampling(1.0, 2))  # prompts beyond what one step reads
     engine.forget()
     found["after others"] = engine.generate(requests(), Sampling(1.0, 12))
     engine.forget()

@@ -50,6 +50,11 @@ def test_both_engines_draw_the_same_samples(sampled: Any, speaker_folder: Path, 
     assert_same_samples(sampled[run], other.generate(requests(), Sampling(temperature, 12)))
 
 
+def test_more_prompts_than_one_step_reads_are_all_answered(sampled: Any) -> None:
+    assert len(sampled["many"]) == 400 and sum(len(c.prompt_token_ids) for c in sampled["many"]) > 4096
+    assert [c.token_ids for c in sampled["many"][:4]] == [c.token_ids[:2] for c in sampled["plain"][:4]]
+
+
 def test_a_lora_request_is_what_peft_computes(sampled: Any, speaker_folder: Path, adapter_folder: Path) -> None:
     other = TransformersEngine(str(speaker_folder), adapter_folder, **PIXELS)
     assert_same_samples(sampled["adapter"], other.generate(requests(), Sampling(1.0, 12)))
