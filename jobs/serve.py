@@ -114,9 +114,12 @@ def address_of(config: Config, options: ServiceConfig, environ: Mapping[str, str
 def stay(hosted: Hosted, options: ServiceConfig, told_to_leave: threading.Event, done: Callable[[], bool]) -> int:
     """Wait until it is time to leave; the exit code, or RuntimeError when the service is of no use any more."""
     while not told_to_leave.wait(POLL_S):
-        if done():
-            log.info("all that this service serves is done")
-            return 0
+        try:
+            if done():
+                log.info("all that this service serves is done")
+                return 0
+        except OSError as error:  # those it serves need it all the same
+            log.warning("cannot see whether it is needed any more: %s", error)
         if hosted.server.idle_s > options.idle_timeout_s:
             log.info("nobody has asked for %g s", options.idle_timeout_s)
             return 0

@@ -91,10 +91,12 @@ class ServerThread:
         return not self.guard.in_flight
 
     def stop(self) -> None:
-        """Close all connections and end the thread."""
+        """Close all connections and end the thread, unless that hangs."""
         self._server.should_exit = True
         self._thread.join(STOP_TIMEOUT_S)
         if self._thread.is_alive():
             self._server.force_exit = True
-            self._thread.join()
+            self._thread.join(STOP_TIMEOUT_S)
+        if self._thread.is_alive():
+            log.warning("the HTTP server does not end; it is left behind")
         self._sock.close()
