@@ -120,11 +120,15 @@ def test_a_listener_moves_to_another_node_while_grading_and_a_dead_one_has_left_
 
 def test_a_listener_moves_to_another_node_while_a_live_trainer_asks_it(run_from: RunFrom) -> None:
     live = (*UNHURRIED, "train.rollouts=live", "stages.train.listener.sbatch={exclude: node1}")
-    calm, moved = (run_from(folder=name, settings=live) for name in ("calm", "moved"))
+    together = (
+        "services.listener.placement=hetjob"  # nothing to do with moving: a job of two nodes and one is tried too
+    )
+    calm = run_from(folder="calm", settings=(*live, together))
     calm.launch()
     calm.wait_for(lambda: calm.manifests(1, "train"), "the undisturbed training", 240)
     calm.tool("hpc_rl.cancel")
     calm.cluster.wait_for_empty_queue()
+    moved = run_from(folder="moved", settings=live)
     moved.launch()
     moved.wait_for(lambda: lines_of_predictions(moved), "the first step", 240)
     assert not moved.manifests(1, "train"), "too late to disturb anything"
@@ -133,6 +137,8 @@ def test_a_listener_moves_to_another_node_while_a_live_trainer_asks_it(run_from:
     moved.wait_for(lambda: moved.manifests(1, "train"), "the training that was disturbed", 240)
     assert rewards(moved) == rewards(calm)
     (trained,), (expected,) = moved.manifests(1, "train"), calm.manifests(1, "train")
+    assert trained.metrics["ranks"] == expected.metrics["ranks"] == 2
+    assert calm.attempts(1, "train")[0].job_ids == calm.attempts(1, "train.listener")[0].job_ids
     assert trained.made_from["weights_out"] == expected.made_from["weights_out"]
 
 
