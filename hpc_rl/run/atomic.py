@@ -19,9 +19,9 @@ class CorruptFile(ValueError):
     """A file of the workspace that cannot be read as what it should be; the message names it."""
 
 
-def _write_temporary(path: Path, data: bytes, private: bool) -> Path:
+def _write_temporary(path: Path, data: bytes, mode: int) -> Path:
     temporary = path.parent / f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
         file.flush()
@@ -40,8 +40,12 @@ def fsync_folder(folder: Path) -> None:
 
 def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
     """Replace `path` by `data` in one step: readers see the old content or the new, never a part."""
+    _replace(path, data, 0o600 if private else 0o666)
+
+
+def _replace(path: Path, data: bytes, mode: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _write_temporary(path, data, private)
+    temporary = _write_temporary(path, data, mode)
     try:
         temporary.replace(path)
     except BaseException:
@@ -60,9 +64,9 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def write_json(path: Path, value: Any, *, private: bool = False) -> None:
-    """`write_text` of `to_json(value)`."""
-    write_text(path, to_json(value), private=private)
+def write_json(path: Path, value: Any, *, private: bool = False, closed: bool = False) -> None:
+    """`write_text` of `to_json(value)`; with `closed` nobody else may write to the file, whatever the umask."""
+    _replace(path, to_json(value).encode(), 0o600 if private else 0o644 if closed else 0o666)
 
 
 def create_exclusive(path: Path, data: bytes | str, *, private: bool = False) -> bool:
@@ -71,7 +75,7 @@ def create_exclusive(path: Path, data: bytes | str, *, private: bool = False) ->
     The name appears with its whole content (link of a finished file), so a reader never sees it empty.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _write_temporary(path, data.encode() if isinstance(data, str) else data, private)
+    temporary = _write_temporary(path, data.encode() if isinstance(data, str) else data, 0o600 if private else 0o666)
     try:
         os.link(temporary, path)
     except FileExistsError:

@@ -98,7 +98,7 @@ class Publication:
 
     def _write(self, endpoint: Endpoint) -> None:
         self.endpoint = replace(endpoint, heartbeat=time.time())
-        atomic.write_json(self.path, asdict(self.endpoint))
+        atomic.write_json(self.path, asdict(self.endpoint), closed=True)
 
     def _beat(self) -> None:
         while not self._stop.wait(self.endpoint.heartbeat_s):

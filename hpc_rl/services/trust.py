@@ -30,7 +30,7 @@ def read_own(path: Path, *, private: bool = False) -> bytes:
 
 @contextmanager
 def open_own(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
-    """A regular file that belongs to this user, for reading; with `private`, that has mode 0600.
+    """A regular file that belongs to this user, and no one else writes to, for reading; with `private`, of mode 0600.
 
     Judged by the descriptor that is read, so that nothing can be exchanged in between; links are not followed, and a
     named pipe does not hold us up.
@@ -58,4 +58,6 @@ def open_own(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
             raise Untrusted(f"{path} belongs to user {found.st_uid}, not to {os.getuid()}; {way_out}")
         if private and mode != 0o600:
             raise Untrusted(f"{path} has mode {mode:04o} instead of 0600, so others may know it; {way_out}")
+        if mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise Untrusted(f"{path} has mode {mode:04o}, so others may have written to it; {way_out}")
         yield file
