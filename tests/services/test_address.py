@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 
 import pytest
@@ -32,3 +33,21 @@ def test_the_first_free_port_of_a_range_is_taken() -> None:
             assert port < second.getsockname()[1] <= port + 20
         with pytest.raises(OSError, match=f"ports {port} to {port} cannot be bound"):
             bind("127.0.0.1", 0, (port, port))
+
+
+def test_what_is_accepted_sends_at_once() -> None:
+    """Without TCP_NODELAY the end of an answer waits for the client's ACK of its beginning, some 40 ms."""
+
+    async def nodelay() -> int:
+        accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        sock = bind("127.0.0.1", 0)
+        async with await asyncio.start_server(answer, sock=sock):
+            with socket.create_connection(sock.getsockname()):
+                return await accepted
+
+    assert asyncio.run(nodelay()) == 1
