@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from hpc_rl.orchestrate.graph import StageId
+from hpc_rl.orchestrate.reconcile import end_records
 from hpc_rl.run import atomic
 from hpc_rl.services import handoff
 from hpc_rl.services.records import Endpoint
@@ -154,10 +156,16 @@ def test_a_listener_in_one_job_with_its_consumer(run_from: RunFrom, undisturbed:
     run.kill_body("jobs.serve")
     again = wait_for_another(run, first)
     assert (again.host, again.restart) == (first.host, 0), "it starts again in place"
-    requeue(run)  # both of them, once
+    # what comes before the time limit: both are told to leave, and the consumer has their job run again
+    run.cluster.run(["scancel", "--signal=USR2", again.job_id])
+    after = wait_for_another(run, again)
+    assert (after.job_id, after.restart) == (again.job_id, 1)
     assert_finishes_with_the_same_samples(run, undisturbed)
     assert run.submissions()[1, "grade"] == run.submissions()[1, "grade.listener"] == 1
     assert {made.job_id for made in run.manifests(1, "grade")} == set(grade.job_ids or ())
+    ends = {s: end_records(run.ws, StageId(1, s)) for s in ("grade", "grade.listener")}
+    assert [end.outcome for end in ends["grade"]] == ["left", "done"]
+    assert (ends["grade.listener"][0].outcome, ends["grade.listener"][0].restart) == ("killed", 0)
 
 
 def test_a_replica_that_is_lost_for_good_while_grading(run_from: RunFrom, undisturbed: ClusterRun) -> None:
