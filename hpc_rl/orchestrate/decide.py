@@ -199,6 +199,7 @@ def decide(view: View, policy: Policy, me: str = "") -> Decision:
 def _hopeless(view: View, plan: _Planner, unfinished: Sequence[Stage], policy: Policy) -> str:
     """Why the run must stop: one program error twice at a stage, or too many attempts at it. '' when it may go on."""
     services = [stage for stage in view.graph.stages if stage.kind is Kind.SERVICE and not view.is_done(stage.id)]
+    companions = view.graph.companions
     for stage in (*unfinished, *services):
         attempts = [
             a
@@ -214,7 +215,8 @@ def _hopeless(view: View, plan: _Planner, unfinished: Sequence[Stage], policy: P
         if repeated:
             times = counts[fingerprint(repeated.error)]
             return f"{stage.id} failed {times} times with the same error: {repeated.error} (log: {repeated.log})"
-        tries = [a for a in attempts if not a.cancelled]
+        # who runs beside another one ends with it, maybe before it has begun: that is counted there
+        tries = [a for a in attempts if not a.cancelled and (stage.id not in companions or a.name in view.ends)]
         # neither is the stage's fault: its inputs were not there, or it was told to leave (time limit, preemption)
         blocked = [a for a in tries if _only(view, a, Outcome.BLOCKED, Outcome.LEFT)]
         if (

@@ -350,6 +350,14 @@ def test_being_blocked_counts_for_less_than_failing() -> None:
     assert decide(view(history=History(attempts), ends=failed), Policy(max_attempts=5)).status == "stopped"
 
 
+def test_a_service_that_ended_with_its_consumer_before_it_had_begun_has_not_failed() -> None:
+    pairs = [(replace(attempt(s, n), round=1) for s in ("grade", "grade.listener")) for n in range(1, 6)]
+    history = History(tuple(one for pair in pairs for one in pair))
+    ends = {f"grade-a{n}": [end(f"grade-a{n}", "blocked")] for n in range(1, 6)}
+    graph, done = lewis_like(1, 2, hetjob=True), {StageId(0, "train"): 2, StageId(1, "sample"): 2}
+    assert decide(View(graph, done, history, (), ends), Policy(max_attempts=5)).status == "running"
+
+
 def test_the_advance_that_asks_is_about_to_end_and_does_not_count() -> None:
     graph = lewis_like(2, 2)
     me = attempt(ADVANCE)
