@@ -57,6 +57,16 @@ def test_a_template_logs_into_the_workspace(cluster: SlurmCluster, repository: P
         assert f"round 7, task {task}, rank 0 of 1, 2 CPUs" in log
 
 
+def test_a_listener_submitted_as_an_array_is_as_many_replicas(
+    cluster: SlurmCluster, repository: Path, workspace: Path
+) -> None:
+    job = cluster.sbatch(*SMALL, "--array=0-1", "slurm_templates/listener.sbatch", str(workspace), "1", cwd=repository)
+    cluster.wait_for_empty_queue()
+    for task in (0, 1):
+        log = (workspace / f"logs/round_01/grade.listener/{job}_{task}-0.out").read_text()
+        assert f"round 1, task {task}, rank 0 of 1" in log
+
+
 def test_train_starts_a_rank_per_gpu_on_every_node(cluster: SlurmCluster, repository: Path, workspace: Path) -> None:
     options = (*SMALL, "--ntasks-per-node=2", "--gpus-per-node=2")
     job = cluster.sbatch(*options, "slurm_templates/train.sbatch", str(workspace), "1", cwd=repository)
