@@ -1,7 +1,8 @@
 # Two commands: `make demo` and `make test`. `make help` lists the rest.
 VENV ?= .venv
 export VENV
-PYTEST_ARGS ?=
+# two workers: one waits for the cluster most of the time
+PYTEST_ARGS ?= -n 2 --dist loadgroup --durations=25
 
 .PHONY: help install demo test lint
 help:

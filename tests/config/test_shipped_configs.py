@@ -84,7 +84,9 @@ def test_the_reference_page_is_current() -> None:
     assert config_reference.PAGE.read_text() == config_reference.page(), "run: python -m tools.config_reference"
 
 
-@pytest.mark.parametrize("cls", {cls for _, cls in config_reference.sections(LewisConfig)}, ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "cls", dict.fromkeys(cls for _, cls in config_reference.sections(LewisConfig)), ids=lambda c: c.__name__
+)
 def test_every_field_has_a_text(cls: type) -> None:
     docs = config_reference.field_docs(cls)
     assert set(docs) >= set(cls.model_fields)  # type: ignore[attr-defined]
