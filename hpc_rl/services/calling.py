@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hpc_rl.config.services import ClientConfig
+from hpc_rl.config.clients import ClientConfig
 from hpc_rl.run.atomic import CorruptFile
 from hpc_rl.services import handoff
 from hpc_rl.services.circuit import JITTER

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hpc_rl.config.clients import ClientConfig
 from hpc_rl.config.lewis import LewisConfig
-from hpc_rl.config.services import ClientConfig
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services.calling import ServiceClient, ServiceRefused, ServiceUnavailable
 

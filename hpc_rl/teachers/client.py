@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hpc_rl.config.clients import TeacherClientConfig
 from hpc_rl.config.schema import Config
-from hpc_rl.config.services import TeacherClientConfig
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services.calling import ServiceRefused, ServiceUnavailable
 from hpc_rl.services.loop_thread import LoopThread, each

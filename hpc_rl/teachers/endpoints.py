@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import openai
 
-from hpc_rl.config.services import CallConfig, ClientConfig, TeacherClientConfig
+from hpc_rl.config.clients import CallConfig, ClientConfig, TeacherClientConfig
 from hpc_rl.services.calling import CallFailed, ServiceClient, ServiceRefused
 from hpc_rl.services.trust import Untrusted, read_own
 from hpc_rl.teachers.cache import Answer

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from hpc_rl.config.services import TeacherClientConfig
+from hpc_rl.config.clients import TeacherClientConfig
 from hpc_rl.services.calling import ServiceUnavailable
 from hpc_rl.services.circuit import JITTER
 from hpc_rl.teachers.calls import Problem

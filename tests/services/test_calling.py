@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from hpc_rl.config.services import ClientConfig
+from hpc_rl.config.clients import ClientConfig
 from hpc_rl.services import handoff
 from hpc_rl.services.calling import CallFailed, ServiceClient, ServiceUnavailable
 

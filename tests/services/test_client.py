@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hpc_rl.config.services import ClientConfig
+from hpc_rl.config.clients import ClientConfig
 from hpc_rl.engines.yes_no import YesNoModel
 from hpc_rl.services import client as client_module
 from hpc_rl.services import handoff

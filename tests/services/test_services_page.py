@@ -17,8 +17,9 @@ import yaml
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from hpc_rl.config.clients import ClientConfig
 from hpc_rl.config.environment import NAMES
-from hpc_rl.config.services import ClientConfig, ServiceConfig
+from hpc_rl.config.services import ServiceConfig
 from hpc_rl.engines.yes_no import YesNoModel
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services.address import Address

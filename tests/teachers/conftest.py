@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from hpc_rl.config.services import TeacherClientConfig
+from hpc_rl.config.clients import TeacherClientConfig
 from hpc_rl.teachers.client import Question, TeacherClient
 from hpc_rl.teachers.endpoints import Named
 

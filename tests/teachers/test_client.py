@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hpc_rl.config.services import TeacherClientConfig
+from hpc_rl.config.clients import TeacherClientConfig
 from hpc_rl.services.trust import Untrusted
 from hpc_rl.teachers.cache import Answer, Cache, key_of
 from hpc_rl.teachers.client import Reply, ServiceRefused, TeacherClient
@@ -106,7 +106,7 @@ def test_what_is_sent(teacher: Teacher, client: Ask) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from hpc_rl.config.services import TeacherClientConfig
+from hpc_rl.config.clients import TeacherClientConfig
 from hpc_rl.teachers.client import TeacherClient
 from hpc_rl.teachers.endpoints import Named
 from teachers.conftest import FAST, question

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from hpc_rl.config.services import TeacherClientConfig
+from hpc_rl.config.clients import TeacherClientConfig
 from hpc_rl.teachers.client import Question, Reply, ServiceRefused, TeacherClient, TeacherError
 from hpc_rl.teachers.endpoints import Named
 from tools.tiny_chat_model import write
