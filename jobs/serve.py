@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -81,6 +82,8 @@ def serve(job: Job, name: str, done: Callable[[], bool]) -> int:
 
     environ = {**os.environ, **rank_environment(os.environ)}
     options = job.config.services.of(name)
+    # beside its consumer, in one job, it would free nothing
+    idle_timeout_s = math.inf if job.stage.id in job.graph.companions else options.idle_timeout_s
     address = address_of(job.config, options, environ)  # before minutes go into loading a model
     _on_sigterm(lambda: sys.exit(TOLD_TO_LEAVE))  # while nobody is served yet
     service = importlib.import_module(SERVICES[name]).open_service(job.ws, job.config, job.round, options)
@@ -92,10 +95,11 @@ def serve(job: Job, name: str, done: Callable[[], bool]) -> int:
         address=address,
         options=options,
         environ=environ,
+        lag_s=job.config.cluster.file_system_lag_s,
         tensorboard=job.ws.tb_dir / "services" / name if job.config.logging.tensorboard else None,
     )
     try:
-        return stay(hosted, options, told_to_leave, done)
+        return stay(hosted, idle_timeout_s, told_to_leave, done)
     finally:
         hosted.leave(options.drain_s)
 
@@ -111,7 +115,7 @@ def address_of(config: Config, options: ServiceConfig, environ: Mapping[str, str
     )
 
 
-def stay(hosted: Hosted, options: ServiceConfig, told_to_leave: threading.Event, done: Callable[[], bool]) -> int:
+def stay(hosted: Hosted, idle_timeout_s: float, told_to_leave: threading.Event, done: Callable[[], bool]) -> int:
     """Wait until it is time to leave; the exit code, or RuntimeError when the service is of no use any more."""
     while not told_to_leave.wait(POLL_S):
         try:
@@ -120,8 +124,8 @@ def stay(hosted: Hosted, options: ServiceConfig, told_to_leave: threading.Event,
                 return 0
         except OSError as error:  # those it serves need it all the same
             log.warning("cannot see whether it is needed any more: %s", error)
-        if hosted.server.idle_s > options.idle_timeout_s:
-            log.info("nobody has asked for %g s", options.idle_timeout_s)
+        if hosted.server.idle_s > idle_timeout_s:
+            log.info("nobody has asked for %g s", idle_timeout_s)
             return 0
         if not hosted.server.alive:
             raise RuntimeError("the HTTP server ended by itself; its reason is in the log above")

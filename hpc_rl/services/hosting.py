@@ -68,6 +68,7 @@ def host(
     address: Address,
     options: ServiceConfig,
     environ: Mapping[str, str] = os.environ,
+    lag_s: float = handoff.LAG_S,
     tensorboard: Path | None = None,
 ) -> Hosted:
     """Bind, serve, and publish, in this order: a published address answers.
@@ -84,6 +85,8 @@ def host(
         Port, limits, heartbeat.
     environ
         `HPC_RL_JOB_ID` and `HPC_RL_RESTART` go into the record.
+    lag_s
+        How late the records of others may be seen (`cluster.file_system_lag_s`). Seconds.
     tensorboard
         Folder of the event files of all replicas; None = none.
     """
@@ -113,6 +116,7 @@ def host(
         weights_hash=service.weights_hash,
         nonce=nonce,
         heartbeat_s=options.heartbeat_s,
+        lag_s=lag_s,
     )
     log.info("%s answers at %s", service.name, publication.endpoint.url)
     board = Board(metrics, tensorboard / replica, options.metrics_s) if tensorboard else None

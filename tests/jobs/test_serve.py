@@ -63,3 +63,21 @@ def test_a_service_that_is_told_to_leave_while_it_loads_its_model_leaves_at_once
         finally:
             process.kill()
     assert not list(ws.service_dir("listener").glob("*.json"))
+
+
+@pytest.mark.parametrize("placement", ["job", "hetjob"])
+def test_a_service_that_nobody_asks_leaves_unless_that_would_free_nothing(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, placement: str
+) -> None:
+    ws = new_run(f"services.listener.placement={placement}", "services.listener.idle_timeout_s=0.1")
+    monkeypatch.setattr(serve, "POLL_S", 0.2)
+    looks = []
+
+    def done() -> bool:
+        looks.append(1)
+        return len(looks) > 3
+
+    with ThreadPoolExecutor(1) as thread:
+        job = load(ws.root, 0, "evaluate.listener")
+        assert thread.submit(serve.serve, job, "listener", done).result() == 0
+    assert (len(looks) > 3) == (placement == "hetjob")
