@@ -217,6 +217,8 @@ def _hopeless(view: View, plan: _Planner, unfinished: Sequence[Stage], policy: P
             return f"{stage.id} failed {times} times with the same error: {repeated.error} (log: {repeated.log})"
         # who runs beside another one ends with it, maybe before it has begun: that is counted there
         tries = [a for a in attempts if not a.cancelled and (stage.id not in companions or a.name in view.ends)]
+        if stage.kind is Kind.SERVICE:  # one that nobody asked for long has left by itself
+            tries = [a for a in tries if not any(e.outcome == Outcome.DONE.value for e in view.ends.get(a.name, ()))]
         # neither is the stage's fault: its inputs were not there, or it was told to leave (time limit, preemption)
         blocked = [a for a in tries if _only(view, a, Outcome.BLOCKED, Outcome.LEFT)]
         if (

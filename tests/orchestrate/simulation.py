@@ -145,6 +145,7 @@ class Chaos:
     """
 
     job_failures: int = 0
+    idle_leaves: int = 0  # services that leave while their consumers still wait
     advance_kills: int = 0
     kill_exactly: tuple[int, int] | None = None
 
@@ -349,8 +350,10 @@ class Simulation:
         elif self.chaos.strikes(self.chance, "job_failures", 0.2):
             self._fail(job, at)
         elif stage.kind is Kind.SERVICE:
-            idle = not any(j.stage.id in stage.serves and not j.ended for j in self.scheduler.jobs.values())
-            if idle or self.view().is_done(stage.id):
+            consumers = [j for j in self.scheduler.jobs.values() if j.stage.id in stage.serves]
+            needed = any(not j.ended for j in consumers) and not self.view().is_done(stage.id)
+            served = any("RUNNING" in j.elements for j in consumers)
+            if not needed or (not served and self.chaos.strikes(self.chance, "idle_leaves", 0.9)):
                 self._end(job, at, Outcome.DONE)
         elif (stage.uses or stage.beside) and not self._is_served(stage):
             if self.chance.random() < 0.2:  # its patience with the service ends

@@ -62,10 +62,20 @@ def test_a_run_whose_jobs_fail_in_all_ways_finishes_without_anybody_looking(
     seed: int, rounds: int, shards: int, tasks: int, lookahead: int, failures: int, hetjob: bool, replicas: int
 ) -> None:
     graph = lewis_like(rounds, shards, hetjob)
-    run = world(graph, Policy(lookahead, PATIENT), Chaos(failures), seed, tasks, replicas)
+    run = world(graph, Policy(lookahead, PATIENT), Chaos(failures, failures), seed, tasks, replicas)
     assert run.play() == "finished"
     assert run.launches == 1, "the user had to launch again"
     assert all(run.view().is_done(stage.id) for stage in run.graph.work)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=seeds, lookahead=st.integers(0, 2), leaves=st.integers(0, 12), replicas=replicas)
+def test_services_that_leave_idle_while_their_consumers_wait_do_not_use_up_attempts(
+    seed: int, lookahead: int, leaves: int, replicas: int
+) -> None:
+    run = world(lewis_like(2, 2), Policy(lookahead), Chaos(idle_leaves=leaves), seed, replicas=replicas)
+    assert run.play() == "finished"
+    assert run.launches == 1
 
 
 @pytest.mark.parametrize("hetjob", [False, True])
@@ -105,7 +115,13 @@ def test_one_advance_killed_among_other_failures_is_made_good_by_the_next(
 def test_whatever_is_killed_launching_again_finishes_the_run(
     seed: int, lookahead: int, failures: int, kills: int, hetjob: bool, replicas: int
 ) -> None:
-    run = world(lewis_like(2, 3, hetjob), Policy(lookahead, PATIENT), Chaos(failures, kills), seed, replicas=replicas)
+    run = world(
+        lewis_like(2, 3, hetjob),
+        Policy(lookahead, PATIENT),
+        Chaos(failures, advance_kills=kills),
+        seed,
+        replicas=replicas,
+    )
     assert run.play() == "finished"
     assert run.launches <= 1 + kills
 
@@ -113,7 +129,9 @@ def test_whatever_is_killed_launching_again_finishes_the_run(
 @settings(deadline=None, max_examples=60)
 @given(seed=seeds, failures=st.integers(0, 10), kills=st.integers(0, 3), hetjob=hetjobs)
 def test_a_launcher_that_stays_needs_no_advance_jobs(seed: int, failures: int, kills: int, hetjob: bool) -> None:
-    run = Simulation(lewis_like(2, 3, hetjob), Policy(1, PATIENT, control=False), Chaos(failures, kills), seed)
+    run = Simulation(
+        lewis_like(2, 3, hetjob), Policy(1, PATIENT, control=False), Chaos(failures, advance_kills=kills), seed
+    )
     assert run.play() == "finished"
     assert not any(attempt.stage == ADVANCE for attempt in run.attempts.values())
 
@@ -348,6 +366,14 @@ def test_being_blocked_counts_for_less_than_failing() -> None:
     failed = {a.name: [end(a.name, "killed")] for a in attempts}
     assert decide(view(history=History(attempts), ends=blocked), Policy(max_attempts=5)).status == "running"
     assert decide(view(history=History(attempts), ends=failed), Policy(max_attempts=5)).status == "stopped"
+
+
+@pytest.mark.parametrize(("stage", "status"), [("grade.listener", "running"), ("grade", "stopped")])
+def test_only_a_service_may_end_well_before_its_work_is_done(stage: str, status: str) -> None:
+    history = History(tuple(replace(attempt(stage, n), round=1) for n in range(1, 6)))
+    ends = {a.name: [end(a.name, "done")] for a in history.attempts}
+    done = {StageId(0, "train"): 2, StageId(1, "sample"): 2}
+    assert decide(View(lewis_like(1, 2), done, history, (), ends), Policy(max_attempts=5)).status == status
 
 
 def test_a_service_that_ended_with_its_consumer_before_it_had_begun_has_not_failed() -> None:
