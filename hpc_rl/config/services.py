@@ -44,7 +44,8 @@ class ServiceConfig(Section):
     inference_concurrency: PositiveInt = 1
     """Model batches that run at once. INFERENCE_CONCURRENCY sets the listener's."""
     acquire_timeout_s: PositiveFloat = 300
-    """Longest wait of a request for its turn, then 503. Seconds. INFERENCE_ACQUIRE_TIMEOUT sets the listener's."""
+    """Longest wait of a request for its turn, then 503; half of its client's time limit where that is less. Seconds.
+    INFERENCE_ACQUIRE_TIMEOUT sets the listener's."""
     batch_size: PositiveInt = 64
     """Items in one model batch, merged over all clients (L4). LISTENER_BATCH_SIZE sets the listener's."""
     batch_wait_ms: NonNegativeFloat = 5

@@ -32,7 +32,7 @@ from hpc_rl.services.circuit import JITTER
 from hpc_rl.services.loop_thread import LoopThread, each
 from hpc_rl.services.replicas import Replica, Replicas
 from hpc_rl.services.trust import Untrusted
-from hpc_rl.services.wire import CLIENT_HEADER, Broken, NewConnection, Reply, Wire
+from hpc_rl.services.wire import CLIENT_HEADER, TIMEOUT_HEADER, Broken, NewConnection, Reply, Wire
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class ServiceClient:
         self._rng = rng or random.Random()
         self.troubles: Counter[str] = Counter()
         self._next_call = 0.0
-        self._wire = Wire({CLIENT_HEADER: secrets.token_hex(8)})
+        self._wire = Wire({CLIENT_HEADER: secrets.token_hex(8), TIMEOUT_HEADER: f"{options.timeout_s:g}"})
         self._replicas = Replicas(folder, options.url, self._wire, self._rng, weights_hash, self._token)
         self._loop = LoopThread("service-client")
 

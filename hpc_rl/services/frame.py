@@ -19,15 +19,18 @@ from hpc_rl.services.batching import Batcher, ClientOverloaded, ModelFailed, Ove
 from hpc_rl.services.openapi import REFUSALS as REFUSALS
 from hpc_rl.services.openapi import Answer as Answer
 from hpc_rl.services.openapi import Body as Body
+from hpc_rl.services.openapi import Listed as Listed
 from hpc_rl.services.openapi import new_app as new_app
 from hpc_rl.services.queue import MOST_RETRY_S
-from hpc_rl.services.wire import CLIENT_HEADER
+from hpc_rl.services.wire import CLIENT_HEADER, TIMEOUT_HEADER
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_CLIENT_CHARACTERS = 64
 UNREADY_FAILURES = 2
+SHARE_TO_WAIT = 0.5
+"""Of a client's time limit: how much of it may pass before the model begins; the rest is for the answer."""
 
 
 class CannotServe(ValueError):
@@ -126,13 +129,15 @@ class Desk(Generic[Item, Result]):
         ------
         HTTPException
             413 for more items than one request may have, 429 when too many of this client wait already, 503 when they
-            have no room or no turn in time, 500 when the model failed.
+            have no room or no turn in time, 500 when the model failed. In time is before the client would hang up:
+            a refusal costs it no repeat, and tells it when to come back.
         """
         limit = self._options.request_items
         if len(items) > limit:
             raise HTTPException(413, f"{len(items)} items in one request; at most {limit}")
+        turn_s = min(self._options.acquire_timeout_s, SHARE_TO_WAIT * patience_of(request))
         try:
-            return await self.batcher.submit(items, self._options.acquire_timeout_s, client_of(request))
+            return await self.batcher.submit(items, turn_s, client_of(request))
         except Overloaded as error:
             status = 429 if isinstance(error, ClientOverloaded) else 503
             retry = {"Retry-After": str(math.ceil(error.retry_after_s))}
@@ -145,3 +150,12 @@ def client_of(request: Request) -> str:
     """Who asks, for fairness: what the client calls itself, else the address that it asks from."""
     named = request.headers.get(CLIENT_HEADER, "")[:MAX_CLIENT_CHARACTERS]
     return named or (request.client.host if request.client else "")
+
+
+def patience_of(request: Request) -> float:
+    """How long the client waits before it hangs up, as far as it says so. Seconds; infinite where it does not."""
+    try:
+        said = float(request.headers.get(TIMEOUT_HEADER, ""))
+    except ValueError:
+        return math.inf
+    return said if said > 0 else math.inf

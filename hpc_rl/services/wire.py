@@ -19,6 +19,8 @@ import httpx
 
 CLIENT_HEADER = "x-client-id"
 """Who asks, so that clients take turns: a name that a client draws for itself."""
+TIMEOUT_HEADER = "x-timeout-s"
+"""How long a client waits for an answer before it hangs up. Seconds."""
 MAX_HEALTH_BYTES = 1 << 20
 MAX_ANSWER_BYTES = 1 << 30
 KEEP_ALIVE_S = 15.0  # servers keep theirs longer, so that it is the client who lets go

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +19,11 @@ import pytest
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
+from hpc_rl.config.clients import ClientConfig
 from hpc_rl.config.services import ServiceConfig
 from hpc_rl.services import handoff
 from hpc_rl.services.address import Address, names_of, plain_name
+from hpc_rl.services.calling import ServiceClient
 from hpc_rl.services.frame import REFUSALS, Desk, Service, new_app
 from hpc_rl.services.guard import Guard, Limits
 from hpc_rl.services.hosting import Hosted, host
@@ -470,3 +473,43 @@ def test_a_model_that_hangs_on_what_nobody_waits_for_does_not_keep_the_server(pl
     until(lambda: hosted.server.guard.in_flight == 0)
     hosted.leave(0.1)
     assert not hosted.server.alive
+
+
+def test_an_overloaded_server_refuses_before_its_clients_lose_patience_and_nothing_is_lost(place: Place) -> None:
+    """Sixteen clients wait 1.2 s, a tenth of a second each is what the model needs: without refusals some hang up."""
+
+    class Slow(Doubler):
+        def __call__(self, numbers: Sequence[int]) -> list[int]:
+            time.sleep(0.1 * len(numbers))
+            return super().__call__(numbers)
+
+    place.model = Slow()
+    hosted = place.serve(batch_size=1)
+    options = ClientConfig(url=place.url, timeout_s=1.2, max_retries=0, deadline_s=60)
+    clients = [ServiceClient(place.folder, options) for _ in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        answers = pool.map(lambda number: clients[number].post("/double", [number]), range(16))
+        assert list(answers) == [[2 * number] for number in range(16)]
+    for client in clients:
+        client.close()
+    assert hosted.service.batcher.counters.refused > 0
+    assert sum((client.troubles for client in clients), Counter()).keys() == {"busy"}
+
+
+@pytest.mark.parametrize("limit", ["nan", "-1", "0", "soon", "", "inf"])
+def test_a_time_limit_that_is_none_is_ignored(place: Place, limit: str) -> None:
+    place.serve()
+    assert place.ask([1], x_timeout_s=limit).json() == [2]
+
+
+def test_a_request_has_its_turn_within_half_of_what_its_client_waits_or_is_told_so(place: Place) -> None:
+    place.serve(batch_size=1, acquire_timeout_s=300)
+    place.model.may.clear()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(place.ask, [1])
+        until(lambda: place.model.seen)
+        refused = place.ask([2], x_timeout_s="0.4")
+        place.model.may.set()
+        assert first.result(20).json() == [2]
+    assert refused.status_code == 503 and refused.json() == {"detail": "busy: no turn within 0.2 s"}
+    assert int(refused.headers["Retry-After"]) >= 1
