@@ -1,7 +1,7 @@
 """Job body of a service: load its model, serve it while a consumer needs it, then leave.
 
-As a stage (`--stage grade.listener`) it serves other stages of the run and leaves when they are done. By hand
-(`--service speaker`) nobody in the run waits for it: it leaves when nobody has asked for long.
+As a stage (`--stage grade.listener`) it serves other stages of the run and leaves when they are done, or when none of
+them has come for long. By hand (`--service speaker`) no stage waits for it: it leaves when nobody has asked for long.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if consumers_done(job):
         log.info("nobody needs this service any more")
         return 0
-    return serve(job, job.stage.name.rpartition(".")[2], done=lambda: consumers_done(job))
+    name = job.stage.name.rpartition(".")[2]
+    return serve(job, name, done=lambda: consumers_done(job), at_work=lambda: consumers_at_work(job))
 
 
 def serve_by_hand(argv: Sequence[str]) -> int:
@@ -71,13 +73,18 @@ def serve_by_hand(argv: Sequence[str]) -> int:
     from hpc_rl.services.frame import CannotServe
 
     try:
-        return serve(load(arguments.workspace, arguments.round, "evaluate"), arguments.service, done=lambda: False)
+        return serve(load(arguments.workspace, arguments.round, "evaluate"), arguments.service)
     except CannotServe as error:
         sys.exit(str(error))
 
 
-def serve(job: Job, name: str, done: Callable[[], bool]) -> int:
-    """Open the service `name`, host it, and stay until `done()`, until it is idle too long, or until told to leave."""
+def never() -> bool:
+    """What a service that no stage waits for sees of its consumers."""
+    return False
+
+
+def serve(job: Job, name: str, done: Callable[[], bool] = never, at_work: Callable[[], bool] = never) -> int:
+    """Open the service `name`, host it, and stay until it is time to leave; see `stay`."""
     from hpc_rl.services.hosting import host
 
     environ = {**os.environ, **rank_environment(os.environ)}
@@ -99,7 +106,7 @@ def serve(job: Job, name: str, done: Callable[[], bool]) -> int:
         tensorboard=job.ws.tb_dir / "services" / name if job.config.logging.tensorboard else None,
     )
     try:
-        return stay(hosted, idle_timeout_s, told_to_leave, done)
+        return stay(hosted, idle_timeout_s, told_to_leave, done, at_work)
     finally:
         hosted.leave(options.drain_s)
 
@@ -115,18 +122,31 @@ def address_of(config: Config, options: ServiceConfig, environ: Mapping[str, str
     )
 
 
-def stay(hosted: Hosted, idle_timeout_s: float, told_to_leave: threading.Event, done: Callable[[], bool]) -> int:
-    """Wait until it is time to leave; the exit code, or RuntimeError when the service is of no use any more."""
+def stay(
+    hosted: Hosted,
+    idle_timeout_s: float,
+    told_to_leave: threading.Event,
+    done: Callable[[], bool],
+    at_work: Callable[[], bool],
+) -> int:
+    """Wait until it is time to leave; the exit code, or RuntimeError when the service is of no use any more.
+
+    It leaves when it is told to, when those it serves are `done()`, and when nobody has asked for `idle_timeout_s`
+    while none of them was `at_work()`: a trainer between two rollouts asks nothing and needs it all the same.
+    """
+    last_at_work = -math.inf
     while not told_to_leave.wait(POLL_S):
         try:
             if done():
                 log.info("all that this service serves is done")
                 return 0
+            if min(hosted.server.idle_s, time.monotonic() - last_at_work) > idle_timeout_s:
+                if not at_work():
+                    log.info("nobody has asked for %g s", idle_timeout_s)
+                    return 0
+                last_at_work = time.monotonic()
         except OSError as error:  # those it serves need it all the same
             log.warning("cannot see whether it is needed any more: %s", error)
-        if hosted.server.idle_s > idle_timeout_s:
-            log.info("nobody has asked for %g s", idle_timeout_s)
-            return 0
         if not hosted.server.alive:
             raise RuntimeError("the HTTP server ended by itself; its reason is in the log above")
         if hosted.service.batcher.counters.failed_in_a_row >= HOPELESS_FAILURES:
@@ -138,6 +158,12 @@ def stay(hosted: Hosted, idle_timeout_s: float, told_to_leave: threading.Event, 
 def consumers_done(job: Job) -> bool:
     """True when every stage that this service serves is complete."""
     return all(gate.is_complete(job.ws, job.graph[stage]) for stage in job.stage.serves)
+
+
+def consumers_at_work(job: Job) -> bool:
+    """True while somebody works on a stage that this service serves; False while it waits in the queue."""
+    ttl_s = job.config.run.lease_ttl_s
+    return any(gate.is_at_work(job.ws, job.graph[stage], ttl_s) for stage in job.stage.serves)
 
 
 def _on_sigterm(then: Callable[[], None]) -> None:

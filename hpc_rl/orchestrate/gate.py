@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 from hpc_rl.orchestrate.graph import Stage, StageId
 from hpc_rl.run import atomic, manifest
+from hpc_rl.run.lease import look
 from hpc_rl.run.workspace import Workspace
 
 POLL_S = 0.5
@@ -17,6 +18,12 @@ BRIEFLY_S = 2.0
 def is_complete(ws: Workspace, stage: Stage) -> bool:
     """True when every shard of a stage has its manifest."""
     return len(manifest.done_shards(ws, stage.round, stage.name)) >= stage.shards
+
+
+def is_at_work(ws: Workspace, stage: Stage, ttl_s: float) -> bool:
+    """True while somebody holds one of a stage's shards."""
+    folder = ws.stage_dir(stage.round, stage.name)
+    return any(look(folder, f"shard_{shard:04d}").is_held(ttl_s) for shard in range(stage.shards))
 
 
 def missing(ws: Workspace, stages: Iterable[Stage]) -> list[StageId]:

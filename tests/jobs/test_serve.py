@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hpc_rl.orchestrate.job import load
+from hpc_rl.orchestrate.job import Job, load
+from hpc_rl.run.lease import acquire
 from hpc_rl.run.workspace import Workspace
 from jobs import serve
 
@@ -81,3 +82,25 @@ def test_a_service_that_nobody_asks_leaves_unless_that_would_free_nothing(
         job = load(ws.root, 0, "evaluate.listener")
         assert thread.submit(serve.serve, job, "listener", done).result() == 0
     assert (len(looks) > 3) == (placement == "hetjob")
+
+
+def test_a_service_that_nobody_asks_stays_while_its_consumer_is_at_work(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ws = new_run("services.listener.idle_timeout_s=0.1", "run.lease_ttl_s=60")
+    monkeypatch.setattr(serve, "POLL_S", 0.2)
+    lease = acquire(ws.stage_dir(0, "evaluate"), "shard_0000", 60)
+    assert lease is not None
+    seen, really_at_work = [], serve.consumers_at_work
+
+    def at_work(job: Job) -> bool:
+        seen.append(really_at_work(job))
+        if len(seen) == 3:
+            lease.release()
+        return seen[-1]
+
+    monkeypatch.setattr(serve, "consumers_at_work", at_work)
+    with ThreadPoolExecutor(1) as thread:
+        arguments = ["--workspace", str(ws.root), "--round", "0", "--stage", "evaluate.listener"]
+        assert thread.submit(serve.main, arguments).result() == 0
+    assert seen == [True, True, True, False]
