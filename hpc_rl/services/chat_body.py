@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, JsonValue
 
-from hpc_rl.services.openapi import REFUSALS, Answer, Body, InvalidBody, Refusal
+from hpc_rl.services.openapi import REFUSALS, Answer, Body, InvalidBody, Listed, Refusal
 
 MAX_STOPS = 4
 EXAMPLE: dict[str, JsonValue] = {
@@ -40,7 +40,7 @@ class MessageBody(Body):
     """One message of the chat."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Listed[TextPart]
     """Text; parts are put one behind the other. Images are not read."""
 
     @property
@@ -84,7 +84,7 @@ class ChatBody(Body):
 
     model: str
     """The name that `/v1/models` gives."""
-    messages: Annotated[list[MessageBody], Field(min_length=1)]
+    messages: Annotated[Listed[MessageBody], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Longest answer, in tokens. null = `services.teacher.max_tokens`, or less where the context ends before."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None

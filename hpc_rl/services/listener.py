@@ -28,7 +28,7 @@ from hpc_rl.data.lewis import image_root
 from hpc_rl.engines.yes_no_prompts import Unscorable
 from hpc_rl.grading.lewis import decide
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.services.frame import REFUSALS, Answer, Body, Desk, Service, new_app
+from hpc_rl.services.frame import REFUSALS, Answer, Body, Desk, Listed, Service, new_app
 from hpc_rl.services.images import MAX_PATH_CHARACTERS, ImageSource, InlineImage
 from hpc_rl.services.pair_scorer import Judge, Pair, PairScorer
 
@@ -82,7 +82,7 @@ class BatchBody(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"batch": [GAME]}]})
 
-    batch: list[ScoreBody]
+    batch: Listed[ScoreBody]
 
 
 class ScoreAnswer(Answer):

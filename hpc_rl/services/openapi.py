@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hpc_rl.services.invalid_body import refuse_invalid_body
 
@@ -17,10 +17,25 @@ again."""
 TOKEN = {"type": "http", "scheme": "bearer", "description": "What the file `services/<service>/token` holds."}
 
 
+MAX_LISTED = 16_384
+MAX_FIELDS = 64
+
+Item = TypeVar("Item")
+Listed = Annotated[list[Item], Field(max_length=MAX_LISTED, fail_fast=True)]
+"""A list in a body, read as far as its first fault: a fault for each of a million items would hold up everybody."""
+
+
 class Body(BaseModel):
     """What a client sends. A field that is not documented is refused."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, sent: Any) -> Any:
+        if isinstance(sent, dict) and len(sent) > MAX_FIELDS:  # each that is not documented would be a fault
+            raise ValueError(f"more than {MAX_FIELDS} fields")
+        return sent
 
 
 class Answer(BaseModel):

@@ -25,7 +25,7 @@ from pydantic import ConfigDict, Field, JsonValue
 from hpc_rl.config.schema import Config
 from hpc_rl.config.services import RewardModelServiceConfig
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.services.frame import REFUSALS, Answer, Body, CannotServe, Desk, Service, TokenCounts, new_app
+from hpc_rl.services.frame import REFUSALS, Answer, Body, CannotServe, Desk, Listed, Service, TokenCounts, new_app
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ScoreBody(Body):
 
     question: Annotated[str, Field(min_length=1)]
     """What the user asks."""
-    solutions: Annotated[list[str], Field(min_length=1)]
+    solutions: Annotated[Listed[str], Field(min_length=1)]
     """What the assistant may have answered; each is scored by itself."""
 
 
@@ -97,7 +97,7 @@ class BatchBody(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"batch": [QUESTION]}]})
 
-    batch: list[ScoreBody]
+    batch: Listed[ScoreBody]
 
 
 class ScoreAnswer(Answer):

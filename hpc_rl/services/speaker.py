@@ -29,7 +29,7 @@ from hpc_rl.engines.base import Engine, Prompt, Request, Sampling
 from hpc_rl.grading.lewis import parse, thinking
 from hpc_rl.run.seeds import derive
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.services.frame import REFUSALS, Answer, Body, CannotServe, Desk, Service, new_app
+from hpc_rl.services.frame import REFUSALS, Answer, Body, CannotServe, Desk, Listed, Service, new_app
 from hpc_rl.services.images import MAX_PATH_CHARACTERS, ImageRefused, ImageRoots, ImageSource, InlineImage, name_of
 
 
@@ -133,7 +133,7 @@ class BatchBody(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"batch": [IMAGE]}]})
 
-    batch: list[DescribeBody]
+    batch: Listed[DescribeBody]
 
 
 class DescribeAnswer(Answer):

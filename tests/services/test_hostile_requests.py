@@ -24,6 +24,12 @@ MIB = 1 << 20
 LIMITS: dict[str, Any] = {"max_body_bytes": MIB, "body_timeout_s": 0.5, "max_request_items": 100, "batch_wait_ms": 0}
 MANY = {"listener": "/batch_score", "speaker": "/batch_describe", "reward_model": "/batch_score"}
 """Routes that take many items; the teacher has none."""
+SMALL: dict[str, Any] = {
+    "listener": {"candidate_paths": ["x"], "question": "?"},
+    "speaker": {"image_path": "x"},
+    "reward_model": {"question": "?", "solutions": ["x"]},
+}
+"""An item of theirs that is quickly read."""
 
 
 @pytest.fixture(scope="module", params=SERVICES)
@@ -135,18 +141,34 @@ def test_ten_thousand_items_are_refused_and_a_hundred_are_not(served: Served) ->
     path, (_, item), per_item = MANY[served.name], served.good, {"listener": 2}.get(served.name, 1)
     answer = served.ask("POST", path, json={"batch": [item] * (100 // per_item)})
     assert (answer.status_code, len(answer.json()["results"])) == (200, 100 // per_item)
-    small = {"listener": {"candidate_paths": ["x"], "question": "?"}, "speaker": {"image_path": "x"}}
-    each = small.get(served.name, {"question": "?", "solutions": ["x"]})
     for count in (101, 10_000):
-        answer = served.ask("POST", path, json={"batch": [each] * count})
+        answer = served.ask("POST", path, json={"batch": [SMALL[served.name]] * count})
         assert answer.status_code == 413 and len(answer.text) < 1000
     assert served.ask("POST", path, json={"batch": []}).status_code in (200, 422)
 
 
-def test_ten_thousand_faults_make_no_ten_thousand_lines(served: Served) -> None:
-    items = [{"a" * 10_000: 1}, *[{}] * 10_000]
-    answer = served.ask("POST", MANY.get(served.name, served.good[0]), json={"batch": items, "messages": items})
-    assert answer.status_code == 422 and len(answer.content) < 10_000
+def filled(field: str, item: Any) -> bytes:
+    """A body, as large as may be, with a list of such items."""
+    text = json.dumps(item).encode()
+    return b'{"%s": [%s]}' % (field.encode(), b",".join([text] * ((MIB - 100) // (len(text) + 1))))
+
+
+@pytest.mark.parametrize("kind", ["faulty", "good", "keys"])
+def test_a_list_as_long_as_may_be_is_read_to_its_first_fault_and_no_further(served: Served, kind: str) -> None:
+    """A fault for each item, or each field, would hold up everybody for seconds."""
+    field = "batch" if served.name in MANY else "messages"
+    item = {"batch": SMALL.get(served.name), "messages": {"role": "user", "content": ""}}[field]
+    content = {
+        "faulty": filled(field, {}),
+        "good": filled(field, item),
+        "keys": json.dumps({field: [{str(number): number for number in range(50_000)}]}).encode(),
+    }[kind]
+    path, headers = MANY.get(served.name, served.good[0]), {**served.known, "Content-Type": "application/json"}
+    answer = served.ask("POST", path, content=content, headers=headers)
+    assert answer.status_code == 422
+    faults = [fault for fault in answer.json()["detail"] if field in fault["loc"]]
+    missing = {"listener": 1, "reward_model": 2, "teacher": 2}.get(served.name, 1) if kind == "faulty" else 1
+    assert len(faults) == missing and all(fault["loc"][2:3] in ([0], []) for fault in faults), faults
 
 
 NUMBERS = ["NaN", "Infinity", "-Infinity", "1e400", "-0", "1e-400", "9" * 400, "9" * 5000, "0x10", "1" + "0" * 20]
