@@ -44,8 +44,9 @@ class Spec:
         Command line of the job body.
     environment
         Variables that the body gets on top of the job's own.
-    requeue_on_leave
-        Ask Slurm to run the job again when it was told to leave before its work was done.
+    companion
+        It runs beside another one, in whose job it is: it needs no early warning, since it is asked until that one
+        ends, and Slurm then ends it (SIGTERM). That one asks for the requeue, which is the whole job's.
     service
         Start the body again in place when it dies; a service's consumers wait for it.
     grace_s
@@ -62,7 +63,7 @@ class Spec:
     executor: str
     body: tuple[str, ...]
     environment: dict[str, str]
-    requeue_on_leave: bool = True
+    companion: bool = False
     service: bool = False
     grace_s: float = 30.0
     gpus: float = 0.0
@@ -148,8 +149,9 @@ class Runner:
 
     def run(self) -> int:
         """Run the body to its end and record it; returns its exit code."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN if self.spec.companion else self.on_signal)
         signal.signal(signal.SIGALRM, self.on_grace_over)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **self.spec.environment, **self.ranks, "HPC_RL_ATTEMPT": self.spec.name}
@@ -248,7 +250,7 @@ def run_spec(path: Path) -> int:
         done = spec.shards > 0 and len(manifest.done_shards(spec.ws, spec.round, spec.stage)) >= spec.shards
         if done and "SLURM_ARRAY_JOB_ID" in os.environ:
             _cancel_waiting_siblings(spec)
-        if runner.requeue and spec.requeue_on_leave and not done:
+        if runner.requeue and not done:
             _requeue(runner.ranks["HPC_RL_JOB_ID"])
     return code if code >= 0 else 128 - code
 

@@ -48,7 +48,7 @@ def build_request(
     after_end, after_start
         Ids of jobs to wait for.
     companion
-        It runs beside another one, in whose job it is; only that one asks Slurm to run the job again.
+        It runs beside another one, in whose job it is.
     """
     wanted = config.stage(stage.name)
     delay_s = wanted.signal_delay_s or config.cluster.signal_delay_s
@@ -76,7 +76,7 @@ def build_request(
         executor=executor,
         body=tuple(body),
         environment=environment,
-        requeue_on_leave=not companion,
+        companion=companion,
         service=stage.kind is Kind.SERVICE,
         grace_s=grace_s,
         gpus=wanted.gpus_per_node / wanted.ranks,

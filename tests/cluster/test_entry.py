@@ -275,6 +275,23 @@ def test_a_job_that_is_warned_before_its_work_is_done_goes_back_into_the_queue_b
     assert asked(tmp_path) == ["scontrol requeue 12_3"]
 
 
+def test_a_companion_stays_until_its_leader_has_ended_whatever_warning_its_job_gets(
+    tmp_path: Path, slurm: dict[str, str], start: Start
+) -> None:
+    body = "signal.signal(signal.SIGTERM, lambda *_: (print('left', flush=True), sys.exit(143)))\n"
+    body = body.join(["import os, signal, sys, time\n", "print('ready')\ntime.sleep(60)"])
+    made = spec(tmp_path, body, executor="slurm", service=True, shards=0, companion=True)
+    process = start(made, **slurm)
+    process.send_signal(signal.SIGUSR2)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    assert "left" not in log_of(made, "12_3-0").read_text()
+    process.terminate()
+    assert process.wait(20) == 143
+    assert [end.outcome for end in ends(made)] == ["left"]
+    assert asked(tmp_path) == []
+
+
 @pytest.mark.parametrize("reason", ["it was cancelled", "its work is done"])
 def test_a_job_does_not_go_back_into_the_queue_when(
     tmp_path: Path, slurm: dict[str, str], start: Start, reason: str

@@ -139,7 +139,7 @@ def test_of_a_heterogeneous_job_each_component_has_its_options_and_only_the_lead
         "the last command's end is the job's"
     )
     case = CASES["hetjob_of_several_nodes"]
-    assert [part.spec.requeue_on_leave for part in (case, *case.beside)] == [True, False]
+    assert [part.spec.companion for part in (case, *case.beside)] == [False, True]
 
 
 def test_an_array_is_split_into_pieces_that_slurm_takes_and_no_element_is_lost() -> None:

@@ -156,7 +156,7 @@ def test_a_listener_in_one_job_with_its_consumer(run_from: RunFrom, undisturbed:
     run.kill_body("jobs.serve")
     again = wait_for_another(run, first)
     assert (again.host, again.restart) == (first.host, 0), "it starts again in place"
-    # what comes before the time limit: both are told to leave, and the consumer has their job run again
+    # what comes before the time limit: the consumer leaves, is served until then, and has their job run again
     run.cluster.run(["scancel", "--signal=USR2", again.job_id])
     after = wait_for_another(run, again)
     assert (after.job_id, after.restart) == (again.job_id, 1)
