@@ -20,7 +20,7 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -122,6 +122,16 @@ class ServiceClient:
         """
         return self._loop.run(self._post(route, payload))
 
+    def settle(self) -> str:
+        """The weights that the service's servers in the folder serve; those of others are not asked from now on.
+
+        Raises
+        ------
+        ServiceUnavailable
+            When no server answered until `deadline_s`.
+        """
+        return self._loop.run(self._until_deadline(self._replicas.settle(), "who are you"))
+
     def ask(
         self,
         route: str,
@@ -174,12 +184,14 @@ class ServiceClient:
             await asyncio.sleep(wait_s)
 
     async def _post(self, route: str, payload: Any) -> Any:
-        body = json.dumps(payload).encode()
+        return await self._until_deadline(self._repeat(route, json.dumps(payload).encode()), route)
+
+    async def _until_deadline(self, work: Coroutine[Any, Any, Answer], what: str) -> Answer:
         try:
             async with asyncio.timeout(self._options.deadline_s):
-                return await self._repeat(route, body)
+                return await work
         except TimeoutError:
-            waited = f"no answer to {route} within {self._options.deadline_s:g} s"
+            waited = f"no answer to {what} within {self._options.deadline_s:g} s"
             raise ServiceUnavailable(f"{waited}; last problem: {self._replicas.problem}") from None
 
     async def _repeat(self, route: str, body: bytes) -> Any:

@@ -35,6 +35,7 @@ class Replica:
     url: str
     nonce: str
     circuit: Circuit
+    weights_hash: str = ""
     outstanding: int = 0
     proof: asyncio.Task[bool] | None = None
 
@@ -106,6 +107,13 @@ class Replicas:
         finally:
             replica.outstanding -= 1
 
+    async def settle(self) -> str:
+        """The weights that a server which answers serves; servers of others are left out from now on."""
+        async with self.least_busy() as replica:
+            self._weights_hash = self._weights_hash or replica.weights_hash
+            self._known = {n: one for n, one in self._known.items() if one.weights_hash == self._weights_hash}
+            return self._weights_hash
+
     def trouble(self, problem: str) -> None:
         """A call did not go well: the folder is read again soon."""
         self.problem, self._in_trouble = problem, True
@@ -165,7 +173,8 @@ class Replicas:
         self._told |= set(refused)
         fitting = [record for record in records if self._weights_hash in ("", record.weights_hash)]
         self._known = {
-            r.nonce: self._known.get(r.nonce) or Replica(r.url, r.nonce, Circuit(self._rng)) for r in fitting
+            r.nonce: self._known.get(r.nonce) or Replica(r.url, r.nonce, Circuit(self._rng), r.weights_hash)
+            for r in fitting
         }
         if not fitting:
             self.trouble(self._why_none(records))

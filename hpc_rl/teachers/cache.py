@@ -48,9 +48,13 @@ class Answer:
     completion_tokens: int
 
 
-def key_of(body: Mapping[str, Any]) -> str:
-    """SHA-256 of what is sent: model, messages, sampling, schema. Neither the endpoint nor its key counts."""
-    canonical = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+def key_of(body: Mapping[str, Any], weights_hash: str = "") -> str:
+    """SHA-256 of what is sent: model, messages, sampling, schema; and of the model's weights where they are known.
+
+    Neither the endpoint nor its key counts.
+    """
+    asked = {**body, "weights_hash": weights_hash} if weights_hash else body
+    canonical = json.dumps(asked, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode(errors="surrogatepass")).hexdigest()
 
 

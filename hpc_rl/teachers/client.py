@@ -58,6 +58,7 @@ class TeacherClient:
         for name in ("openai", "httpx", "httpx2"):
             logging.getLogger(name).setLevel(logging.WARNING)  # else every call is a line in the job's log
         self._options, self._endpoint, self._model, self._totals = options, endpoint, model, Totals()
+        self._weights: str | None = None
         self._cache = Cache(cache)
         self._pace = Pace(options.parallel_calls, options.requests_per_min, options.tokens_per_min)
         self._patience = Patience(options, self._pace, random.Random())
@@ -127,6 +128,8 @@ class TeacherClient:
     async def _ask_all(self, questions: Sequence[Question], progress: Progress | None) -> list[Reply | TeacherError]:
         self._cache.refresh()
         self._model = self._model or await self._only_model()
+        if self._weights is None:
+            self._weights = await self._endpoint.weights()
         done = 0
 
         async def ask(question: Question) -> Reply | TeacherError:
@@ -189,7 +192,7 @@ class TeacherClient:
 
     async def _answer(self, body: dict[str, Any]) -> tuple[Answer, bool] | Problem:
         """The answer to `body`, and whether it was known."""
-        key = key_of(body)
+        key = key_of(body, self._weights or "")
         if (known := self._cache.get(key)) is not None:
             self._totals.cache_hits += 1
             return known, True

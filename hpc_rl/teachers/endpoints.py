@@ -40,6 +40,15 @@ class Endpoint(Protocol):
     async def models(self) -> list[str] | Problem:
         """Names of the models that it has."""
 
+    async def weights(self) -> str:
+        """Hash of the weights that answer, all the time from now on; "" where it does not say.
+
+        Raises
+        ------
+        ServiceUnavailable
+            When it has waited for a server until the deadline.
+        """
+
     async def close(self) -> None:
         """Close the connections."""
 
@@ -94,6 +103,10 @@ class Named:
             return read_models(json.loads(raw.http_response.content))
 
         return await self._attempt(call)
+
+    async def weights(self) -> str:
+        """See `Endpoint`. The name of its model has to do."""
+        return ""
 
     async def _attempt(self, call: Callable[[], Awaitable[T]]) -> T | Problem:
         try:
@@ -154,6 +167,10 @@ class OfTheRun:
     async def models(self) -> list[str] | Problem:
         """See `Endpoint`."""
         raise AssertionError("the run's teacher is called by the name of its folder")
+
+    async def weights(self) -> str:
+        """See `Endpoint`."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._service.settle)
 
     async def close(self) -> None:
         """See `Endpoint`."""
