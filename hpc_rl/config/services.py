@@ -224,3 +224,7 @@ class ServicesConfig(Section):
                     f"null, but {together}, and sbatch would give it the {stages[consumer].mem_gb:g} GiB of {consumer}"
                 )
                 yield Fault(("stages", stage, "mem_gb"), what, "a number")
+            longest_min = stages[consumer].time_min
+            if own.time_min < longest_min:
+                what = f"{own.time_min}, but {together}, and {consumer} would be left without it after that"
+                yield Fault(("stages", stage, "time_min"), what, f"at least {longest_min}, as long as {consumer}")
