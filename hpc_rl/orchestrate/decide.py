@@ -7,7 +7,7 @@ time, by anyone: on a view that its own actions have led to, it asks for nothing
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from hpc_rl.cluster.base import Queued
@@ -118,11 +118,15 @@ class _Planner:
 
     def cancel_waiting(self, attempts: Iterable[Attempt], why: str) -> None:
         """Cancel what of these attempts is still waiting."""
-        self.actions += [
-            Cancel(a.name, why, waiting_only=True)
-            for a in attempts
-            if self.is_live(a) and self.states[a.name]["waiting"]
-        ]
+        waiting = [a for a in attempts if self.is_live(a) and self.states[a.name]["waiting"]]
+        stay = self.states.keys() - {a.name for a in waiting}
+        self.actions += [Cancel(a.name, why, waiting_only=True) for a in waiting if not self._held_by_leader(a, stay)]
+
+    def _held_by_leader(self, attempt: Attempt, stay: Set[str]) -> bool:
+        """True for a companion whose leader stays: while it waits Slurm refuses to cancel it alone."""
+        return StageId(attempt.round, attempt.stage) in self.view.graph.companions and any(
+            other.name in stay and other.job_ids == attempt.job_ids for other in self.view.history.attempts
+        )
 
     def place(self, stage: Stage) -> None:
         """Keep, replace or submit the stage's job; remember what those that follow must wait for."""

@@ -265,6 +265,23 @@ def test_of_a_waiting_job_of_two_the_consumer_is_cancelled_first() -> None:
     assert [a.name for a in actions if isinstance(a, Cancel)] == ["grade-a1", "grade.listener-a1"]
 
 
+@pytest.mark.parametrize("status", ["running", "stopped", "finished"])
+def test_of_a_job_of_two_that_was_requeued_the_service_is_not_cancelled_while_the_consumer_is_not_yet_gone(
+    status: str,
+) -> None:
+    """Its node is still cleaned up; the other component waits already."""
+    graph = lewis_like(1, 2, hetjob=True)
+    history = History(
+        tuple(replace(attempt(s, job_id="5"), round=1) for s in ("grade", "grade.listener")),
+        stopped="a reason" if status == "stopped" else "",
+    )
+    done = {stage.id: stage.shards for stage in graph.work if status == "finished" or stage.name in ("sample", "grade")}
+    queue = (Queued("grade-a1", "5", "COMPLETING"), Queued("grade.listener-a1", "5", "PENDING"))
+    found = decide(View(graph, {StageId(0, "train"): 2, **done}, history, queue, {}), Policy())
+    assert found.status == status
+    assert not [action for action in found.actions if isinstance(action, Cancel)]
+
+
 def test_a_paused_run_is_left_alone() -> None:
     decision = decide(view(history=History(paused="cancelled by the user")), Policy())
     assert (decision.actions, decision.status, decision.reason) == ((), "paused", "cancelled by the user")
