@@ -89,8 +89,8 @@ def serve(job: Job, name: str, done: Callable[[], bool] = never, at_work: Callab
 
     environ = {**os.environ, **rank_environment(os.environ)}
     options = job.config.services.of(name)
-    # beside its consumer, in one job, it would free nothing
-    idle_timeout_s = math.inf if job.stage.id in job.graph.companions else options.idle_timeout_s
+    # in one job with its consumer it would free nothing
+    idle_timeout_s = math.inf if is_companion(job, environ) else options.idle_timeout_s
     address = address_of(job.config, options, environ)  # before minutes go into loading a model
     _on_sigterm(lambda: sys.exit(TOLD_TO_LEAVE))  # while nobody is served yet
     service = importlib.import_module(SERVICES[name]).open_service(job.ws, job.config, job.round, options)
@@ -109,6 +109,11 @@ def serve(job: Job, name: str, done: Callable[[], bool] = never, at_work: Callab
         return stay(hosted, idle_timeout_s, told_to_leave, done, at_work)
     finally:
         hosted.leave(options.drain_s)
+
+
+def is_companion(job: Job, environ: Mapping[str, str]) -> bool:
+    """True in one job with its consumer: on Slurm the job knows (sbatch(1), SLURM_HET_SIZE), elsewhere the config."""
+    return "SLURM_HET_SIZE" in environ if "SLURM_JOB_ID" in environ else job.stage.id in job.graph.companions
 
 
 def address_of(config: Config, options: ServiceConfig, environ: Mapping[str, str]) -> Address:

@@ -65,7 +65,8 @@ class ServiceConfig(Section):
     max_connections: PositiveInt = 1024
     """Connections that are open at once; for one more, the oldest that never showed the token is closed."""
     idle_timeout_s: PositiveFloat = 1800
-    """The server leaves after this long without a request, unless it is in one job with its consumer. Seconds."""
+    """The server leaves after this long without a request, while no consumer is at work; never in one job with its
+    consumer. Seconds."""
     drain_s: NonNegativeFloat = 60
     """Before its time limit the server finishes what it has and sends new requests elsewhere for this long. Seconds."""
     heartbeat_s: PositiveFloat = 10

@@ -66,12 +66,22 @@ def test_a_service_that_is_told_to_leave_while_it_loads_its_model_leaves_at_once
     assert not list(ws.service_dir("listener").glob("*.json"))
 
 
-@pytest.mark.parametrize("placement", ["job", "hetjob"])
+@pytest.mark.parametrize(
+    ("placement", "environment", "stays"),
+    [
+        ("job", {}, False),
+        ("hetjob", {}, True),
+        ("hetjob", {"SLURM_JOB_ID": "7"}, False),
+        ("job", {"SLURM_JOB_ID": "7", "SLURM_HET_SIZE": "2"}, True),
+    ],
+)
 def test_a_service_that_nobody_asks_leaves_unless_that_would_free_nothing(
-    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, placement: str
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, placement: str, environment: dict[str, str], stays: bool
 ) -> None:
     ws = new_run(f"services.listener.placement={placement}", "services.listener.idle_timeout_s=0.1")
     monkeypatch.setattr(serve, "POLL_S", 0.2)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
     looks = []
 
     def done() -> bool:
@@ -81,7 +91,7 @@ def test_a_service_that_nobody_asks_leaves_unless_that_would_free_nothing(
     with ThreadPoolExecutor(1) as thread:
         job = load(ws.root, 0, "evaluate.listener")
         assert thread.submit(serve.serve, job, "listener", done).result() == 0
-    assert (len(looks) > 3) == (placement == "hetjob")
+    assert (len(looks) > 3) == stays
 
 
 def test_a_service_that_nobody_asks_stays_while_its_consumer_is_at_work(
