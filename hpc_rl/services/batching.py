@@ -8,15 +8,14 @@ item is done, its items in its own order.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from hpc_rl.services.queue import LEAST_RETRY_S, FairQueue, Pace, Piece, Waiting
+from hpc_rl.services.queue import LEAST_RETRY_S, FairQueue, Pace
+from hpc_rl.services.request import Batch, Counters, Request
 
 log = logging.getLogger(__name__)
 
@@ -46,45 +45,11 @@ class ClientOverloaded(Overloaded):
 
 
 class ModelFailed(RuntimeError):
-    """The model raised an error for a batch; the message is for the log and the client."""
+    """The model raised an error for a request; the message is for the log and the client."""
 
 
-@dataclass(eq=False, kw_only=True)
-class _Request(Waiting[Item], Generic[Item, Result]):
-    """`unanswered` items have no result yet."""
-
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[list[Result]]
-    results: list[Any]
-    unanswered: int
-
-    def finish(self, error: Exception | None = None) -> None:
-        """Answer, from any thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the server was stopped and nobody waits
-            self.loop.call_soon_threadsafe(self._settle, error)
-
-    def _settle(self, error: Exception | None) -> None:
-        if self.future.done():
-            return
-        if error is not None:
-            self.future.set_exception(error)
-        else:
-            self.future.set_result(self.results)
-
-
-@dataclass
-class Counters:
-    """What a batcher has done so far; read for `/health`."""
-
-    requests: int = 0
-    items: int = 0
-    batches: int = 0
-    refused: int = 0
-    abandoned: int = 0
-    failed_batches: int = 0
-    failed_in_a_row: int = 0
-    largest_batch: int = 0
-    seconds_in_model: float = 0.0
+Outcome = tuple[Batch[Item, Result], Sequence[Result] | ModelFailed]
+"""A part of a batch, and what the model made of it."""
 
 
 class Batcher(Generic[Item, Result]):
@@ -105,7 +70,7 @@ class Batcher(Generic[Item, Result]):
     workers
         Batches that run at once (INFERENCE_CONCURRENCY).
     on_batch
-        Told after each batch: its items, the seconds it took, and whether it failed. Called from worker threads.
+        Told after each batch: its items, the seconds it took, and whether the model failed. Called from worker threads.
     """
 
     def __init__(
@@ -121,7 +86,7 @@ class Batcher(Generic[Item, Result]):
     ) -> None:
         self._run, self._batch_size, self._batch_wait_s = run, batch_size, batch_wait_s
         self.on_batch = on_batch
-        self._queue: FairQueue[_Request[Item, Result]] = FairQueue(max_waiting, max_client_waiting or max_waiting)
+        self._queue: FairQueue[Request[Item, Result]] = FairQueue(max_waiting, max_client_waiting or max_waiting)
         self._pace = Pace()
         self._changed = threading.Condition()
         self._closed = False
@@ -170,12 +135,12 @@ class Batcher(Generic[Item, Result]):
         ClientOverloaded
             When the client has too many waiting.
         ModelFailed
-            When the model raised an error for a batch with one of them.
+            When the model raised an error for some of them.
         """
         if not items:
             return []
         loop = asyncio.get_running_loop()
-        request: _Request[Item, Result] = _Request(
+        request: Request[Item, Result] = Request(
             client=client,
             items=items,
             loop=loop,
@@ -205,7 +170,7 @@ class Batcher(Generic[Item, Result]):
             thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _enqueue(self, request: _Request[Item, Result]) -> None:
+    def _enqueue(self, request: Request[Item, Result]) -> None:
         with self._changed:
             if (refusal := self._refusal(request.client, request.left)) is not None:
                 self.counters.refused += 1
@@ -225,7 +190,7 @@ class Batcher(Generic[Item, Result]):
             return ClientOverloaded(f"{queue.of(client)} items of this client wait already", self.seconds_for(turns))
         return None
 
-    def _give_up(self, request: _Request[Item, Result], waited_s: float) -> None:
+    def _give_up(self, request: Request[Item, Result], waited_s: float) -> None:
         with self._changed:
             if request.taken:
                 return
@@ -236,23 +201,47 @@ class Batcher(Generic[Item, Result]):
 
     def _work(self) -> None:
         while batch := self._take():
+            items = sum(piece.stop - piece.start for piece in batch)
             started = time.monotonic()
-            error: Exception | None = None
-            results: Sequence[Result] = ()
-            items = [item for piece in batch for item in piece.request.items[piece.start : piece.stop]]
+            failures, found = self._run_in_parts(batch)
+            took_s = time.monotonic() - started
+            in_vain = failures > 0 and all(isinstance(results, ModelFailed) for _, results in found)
+            self._count(items, took_s, failures > 0, in_vain)
+            for part, results in found:
+                self._fail(part, results) if isinstance(results, ModelFailed) else self._deliver(part, results)
+            self.on_batch(items, took_s, failures > 0)
+
+    def _run_in_parts(self, batch: Batch[Item, Result]) -> tuple[int, list[Outcome[Item, Result]]]:
+        """Run the model: how often it failed, and its results, or its failure, for each part of the batch.
+
+        A batch that fails is run again in halves: one bad request fails alone, and two do. More are not looked for, so
+        that a model that always fails does so some 3 log₂ n times, not 2 n times.
+        """
+        failures, parts = 0, [batch]
+        found: list[Outcome[Item, Result]] = []
+        while parts:
+            part = [piece for piece in parts.pop() if not piece.request.failed]
+            if not part:
+                continue
+            items = [item for piece in part for item in piece.request.items[piece.start : piece.stop]]
             try:
                 results = self._run(items)
                 if len(results) != len(items):
-                    error = ModelFailed(f"{len(results)} results for {len(items)} items")
+                    raise ModelFailed(f"{len(results)} results for {len(items)} items")
             except Exception as caught:  # whatever the model raises is the answer to these requests
-                log.exception("a batch of %d items failed", len(items))
-                error = ModelFailed(f"{type(caught).__name__}: {caught}")
-            took_s = time.monotonic() - started
-            self._count(len(items), took_s, error is not None)
-            self._deliver(batch, results) if error is None else self._fail(batch, error)
-            self.on_batch(len(items), took_s, error is not None)
+                failures += 1
+                log.warning("the model failed at %d items: %s", len(items), caught, exc_info=failures == 1)
+                if len(part) > 1 and failures < 2 * len(batch).bit_length():
+                    parts += [part[len(part) // 2 :], part[: len(part) // 2]]
+                else:
+                    found.append((part, ModelFailed(f"{type(caught).__name__}: {caught}")))
+                    for piece in part:
+                        piece.request.failed = True
+            else:
+                found.append((part, results))
+        return failures, found
 
-    def _take(self) -> list[Piece[_Request[Item, Result]]]:
+    def _take(self) -> Batch[Item, Result]:
         """The next batch; empty when the batcher is closed and the queue is empty."""
         with self._changed:
             while True:
@@ -269,7 +258,7 @@ class Batcher(Generic[Item, Result]):
                 if batch:  # else another worker, or a client that gave up, emptied the queue
                     return batch
 
-    def _count(self, items: int, took_s: float, failed: bool) -> None:
+    def _count(self, items: int, took_s: float, failed: bool, in_vain: bool) -> None:
         with self._changed:
             self._pace.took(items, took_s)
             self.counters.batches += 1
@@ -277,9 +266,9 @@ class Batcher(Generic[Item, Result]):
             self.counters.largest_batch = max(self.counters.largest_batch, items)
             self.counters.seconds_in_model += took_s
             self.counters.failed_batches += failed
-            self.counters.failed_in_a_row = self.counters.failed_in_a_row + 1 if failed else 0
+            self.counters.failed_in_a_row = self.counters.failed_in_a_row + 1 if in_vain else 0
 
-    def _deliver(self, batch: Sequence[Piece[_Request[Item, Result]]], results: Sequence[Result]) -> None:
+    def _deliver(self, batch: Batch[Item, Result], results: Sequence[Result]) -> None:
         begin = 0
         for piece in batch:
             count = piece.stop - piece.start
@@ -290,7 +279,7 @@ class Batcher(Generic[Item, Result]):
             if not piece.request.unanswered:
                 piece.request.finish()
 
-    def _fail(self, batch: Sequence[Piece[_Request[Item, Result]]], error: Exception) -> None:
+    def _fail(self, batch: Batch[Item, Result], error: Exception) -> None:
         for request in {id(piece.request): piece.request for piece in batch}.values():
             with self._changed:
                 self._queue.drop(request)

@@ -248,6 +248,84 @@ def test_a_batch_that_fails_fails_its_requests_only_and_is_told_of() -> None:
     assert told == [(4, True, True), (2, True, False)]
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.booleans()), min_size=1, max_size=24),
+    st.integers(2, 32),
+    st.integers(1, 2),
+)
+def test_a_request_that_the_model_fails_at_fails_and_the_model_is_not_asked_for_ever(
+    requests: list[tuple[int, bool]], batch_size: int, workers: int
+) -> None:
+    """Of requests that it does not fail at, those succeed that do not share a batch with several that it fails at."""
+    model, told = Model(), []
+    work = batcher(
+        model,
+        batch_size=batch_size,
+        workers=workers,
+        batch_wait_s=0.05,
+        on_batch=lambda items, seconds, failed: told.append(failed),
+    )
+
+    async def run() -> list[Any]:
+        asked = [[-1 if bad and item == 0 else item for item in range(count)] for count, bad in requests]
+        return await asyncio.gather(*(work.submit(items, 20) for items in asked), return_exceptions=True)
+
+    answers = asyncio.run(run())
+    assert work.close(20) and work.waiting == 0
+    for (count, bad), answer in zip(requests, answers, strict=True):
+        assert isinstance(answer, ModelFailed) if bad else isinstance(answer, ModelFailed | list)
+        if isinstance(answer, list):
+            assert answer == [2 * item for item in range(count)]
+    if sum(bad for _, bad in requests) <= 2:
+        assert [isinstance(answer, ModelFailed) for answer in answers] == [bad for _, bad in requests]
+    assert len(told) == work.counters.batches and sum(told) == work.counters.failed_batches
+    assert work.counters.items <= sum(count for count, _ in requests)
+    assert len(model.batches) <= work.counters.batches * 3 * (batch_size.bit_length() + 1)
+
+
+def test_one_bad_request_fails_alone_and_the_model_is_well() -> None:
+    model = Model(open_at_once=False)
+    work = batcher(model, batch_size=64)
+
+    async def run() -> None:
+        first = asyncio.create_task(work.submit([1], 20))
+        await until(lambda: model.batches)
+        tasks = [
+            asyncio.create_task(work.submit([number, -1 if number == 5 else number], 20, str(number)))
+            for number in range(16)
+        ]
+        await until(lambda: work.waiting == 32)
+        model.gate.release(1000)
+        assert await first == [2]
+        for number, answer in enumerate(await asyncio.gather(*tasks, return_exceptions=True)):
+            if number == 5:
+                assert isinstance(answer, ModelFailed) and str(answer) == "ValueError: negative"
+            else:
+                assert answer == [2 * number, 2 * number]
+
+    asyncio.run(run())
+    assert work.counters.failed_batches == 1 and work.counters.failed_in_a_row == 0 and work.counters.batches == 2
+    assert len(model.batches) == 2 + 2 * 4
+    work.close()
+
+
+def test_a_model_that_always_fails_is_not_asked_about_each_request() -> None:
+    model = Model(open_at_once=False)
+    work = batcher(model, batch_size=64)
+
+    async def run() -> None:
+        tasks = [asyncio.create_task(work.submit([-1], 20, str(number))) for number in range(65)]
+        await until(lambda: work.waiting)
+        model.gate.release(1000)
+        assert all(isinstance(answer, ModelFailed) for answer in await asyncio.gather(*tasks, return_exceptions=True))
+
+    asyncio.run(run())
+    assert work.counters.failed_in_a_row == work.counters.failed_batches == work.counters.batches
+    assert len(model.batches) <= work.counters.batches + 3 * 7
+    work.close()
+
+
 def test_closing_finishes_what_waits_and_refuses_what_is_new() -> None:
     model = Model(open_at_once=False)
     work = batcher(model)
