@@ -25,7 +25,8 @@ from hpc_rl.data.images import load_image
 from hpc_rl.data.lewis import GameRow
 from hpc_rl.grading.game import judge, weights_of
 from hpc_rl.grading.predictions import prediction
-from hpc_rl.services.client import ListenerClient, ServiceRefused, ServiceUnavailable
+from hpc_rl.services.calling import ServiceRefused, ServiceUnavailable
+from hpc_rl.services.client import ListenerClient
 from hpc_rl.training import settings
 from hpc_rl.training.distributed import World, all_gather_objects, broadcast_object
 from hpc_rl.training.grpo import Grpo, named
@@ -44,6 +45,21 @@ class Asked:
 
     text: str
     row: int
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """Rank 0's error, in words: not every exception can be sent."""
+
+    kind: str
+    message: str
+
+    def error(self) -> Exception:
+        """The same for another rank."""
+        for known in (ServiceUnavailable, ServiceRefused):
+            if self.kind == known.__name__:
+                return known(self.message)
+        return RuntimeError(f"rank 0 failed: {self.kind}: {self.message}")
 
 
 class LiveRewards:
@@ -81,19 +97,22 @@ class LiveRewards:
 
         Raises
         ------
-        ServiceUnavailable
-            On all ranks, when no listener answered until the deadline.
+        ServiceUnavailable, ServiceRefused
+            On all ranks: see `ListenerClient.score`.
+        RuntimeError
+            On the other ranks, for whatever else rank 0 raises: they do not wait for it.
         """
         everyone = all_gather_objects(list(ours))
-        verdicts: list[Parts] | str = []
+        verdicts: list[Parts] | _Failed = []
         if self._world.is_main:
             try:
                 verdicts = self._judge([asked for rank in everyone for asked in rank], step)
-            except (ServiceUnavailable, ServiceRefused) as error:
-                verdicts = str(error)
+            except Exception as error:
+                broadcast_object(_Failed(type(error).__name__, str(error)))
+                raise
         verdicts = broadcast_object(verdicts)
-        if isinstance(verdicts, str):
-            raise ServiceUnavailable(verdicts)
+        if isinstance(verdicts, _Failed):
+            raise verdicts.error()
         self.samples += len(verdicts)
         self.left_out += sum(verdict is None for verdict in verdicts)
         before = sum(len(rank) for rank in everyone[: self._world.rank])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -34,6 +35,54 @@ def hang(folder: Path) -> int:
     return 0
 
 
+def reward_live(folder: Path) -> int:
+    """Ask a listener that refuses rank 0, and then have rank 0 write to a disk that is full."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    from hpc_rl.config.lewis import LewisConfig
+    from hpc_rl.data.lewis import GameRow
+    from hpc_rl.run.workspace import Workspace
+    from hpc_rl.services.client import ListenerClient
+    from hpc_rl.training.distributed import process_group
+    from hpc_rl.training.live import Asked, LiveRewards
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.answer(200, b'{"status": "ok", "nonce": "x"}')
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.answer(401, b"{}")
+
+        def answer(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    rows = [GameRow("g", "a.png", ("b.png", "c.png"), ("A", "B"), "Describe.", "A", 0, "dogs", "dog")]
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server, process_group(folder, patience_s=40) as world:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = {"url": f"http://127.0.0.1:{server.server_port}", "deadline_s": 20}
+        sections = {"run": {"name": "t", "workspace": folder}, "speaker": {"path": "x"}, "listener": {"path": "x"}}
+        services = {"listener": {"client": client}}
+        config = LewisConfig.model_validate({**sections, "data": {"image_root": folder}, "services": services})
+        with ListenerClient(Workspace(folder), config, token="of another run") as listener:
+            rewards = LiveRewards(world, config, rows, listener, Path("/dev/full"), None)
+            for text in ("a dog", ""):  # of no description nobody is asked
+                try:
+                    print("REWARDS", rewards([Asked(text, 0)], 0), flush=True)
+                except (OSError, RuntimeError) as error:
+                    print("RAISED", type(error).__name__, error, flush=True)
+        server.shutdown()
+    return 0
+
+
 def killed_while_saving(argv: list[str]) -> int:
     """Train, but die as by `kill -9` when the second checkpoint is about to be declared whole."""
     from hpc_rl.training.checkpoints import Checkpoints
@@ -56,4 +105,4 @@ if __name__ == "__main__":
     name, rest = sys.argv[1], sys.argv[2:]
     if name == "killed_while_saving":
         sys.exit(killed_while_saving(rest))
-    sys.exit({"meet": meet, "hang": hang}[name](parse_arguments("train", rest).workspace))
+    sys.exit({"meet": meet, "hang": hang, "reward_live": reward_live}[name](parse_arguments("train", rest).workspace))

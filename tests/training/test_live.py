@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import httpx
 import pytest
@@ -85,6 +86,16 @@ def test_without_a_listener_all_ranks_are_blocked_and_nothing_is_scored(new_run:
         ), "each rank has the exception itself, and not the loss of another rank"
     assert not manifest.manifest_path(ws, 1, "train", 0).exists()
     assert not any(path.read_text() for path in ws.stage_dir(1, "train").glob("*predictions.jsonl"))
+
+
+def test_what_goes_wrong_on_rank_0_is_known_to_all_ranks_at_once_and_keeps_its_meaning(tmp_path: Path) -> None:
+    ranks = start_ranks(Workspace(tmp_path), 2, "1", ("-m", "tests.training.ranks", "reward_live"))
+    assert ranks.wait(120) == [0, 0], ranks.said()
+    first, second = ([line for line in log.read_text().splitlines() if "RAISED" in line] for log in ranks.logs)
+    assert len(first) == len(second) == 2, ranks.said()
+    assert first[0] == second[0] and first[0].startswith("RAISED ServiceRefused"), ranks.said()
+    assert first[1].startswith("RAISED OSError") and "No space left" in first[1], ranks.said()
+    assert second[1].startswith("RAISED RuntimeError rank 0 failed: OSError: [Errno 28] No space left"), ranks.said()
 
 
 def test_more_completions_per_step_than_the_round_has_is_explained(new_run: NewRun) -> None:
