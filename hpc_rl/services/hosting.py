@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 LEAST_CLOSE_S = 1.0
 """For the threads of a model that does nothing any more to end in."""
+FILE_PATIENCE_S = 5.0
+"""For each thing that is done to files on leaving: a file server that is away keeps nobody here."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,23 @@ class Hosted:
         else:
             log.warning("leaving while the model is still at a batch that nobody waits for any more")
         if self.board is not None:
-            self.board.close()
+            _try("close its event files", self.board.close)
 
 
 def _try(what: str, action: Callable[[], None]) -> None:
     """Leave whatever the file system is up to: who reads the record still gets the nonce of nobody."""
-    try:
-        action()
-    except OSError as error:
-        log.warning("cannot %s: %s", what, error)
+
+    def attempt() -> None:
+        try:
+            action()
+        except OSError as error:
+            log.warning("cannot %s: %s", what, error)
+
+    thread = threading.Thread(target=attempt, name="leave", daemon=True)
+    thread.start()
+    thread.join(FILE_PATIENCE_S)
+    if thread.is_alive():
+        log.warning("cannot %s: the file system does not answer", what)
 
 
 def host(

@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 
 from hpc_rl.run import atomic
-from hpc_rl.services import handoff
+from hpc_rl.services import handoff, hosting
 from hpc_rl.services.records import MISSED_BEATS, Watch
 from hpc_rl.services.trust import Untrusted
+
+from .conftest import Lab
 
 
 def publish(folder: Path, replica: str = "job-7", port: int = 4711, **more: object) -> handoff.Publication:
@@ -55,6 +57,32 @@ def test_the_heartbeat_renews_the_record_and_brings_it_back_when_it_is_lost(tmp_
     publication.unpublish()
     time.sleep(0.1)
     assert handoff.discover(tmp_path) == []
+
+
+def test_a_server_leaves_though_the_file_system_hangs(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hosted = lab.serve(heartbeat_s=0.02)
+    hangs, goes_on, write = threading.Event(), threading.Event(), atomic.write_json
+
+    def write_late(*given: object, **more: object) -> None:
+        hangs.set()
+        goes_on.wait(60)
+        write(*given, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(hosting, "FILE_PATIENCE_S", 0.1)
+    monkeypatch.setattr(atomic, "write_json", write_late)
+    assert hangs.wait(20)
+    leaving = threading.Thread(target=hosted.leave, args=[0.0], daemon=True)
+    leaving.start()
+    leaving.join(30)
+    assert not leaving.is_alive() and not hosted.server.alive
+    assert "cannot take its record away: the file system does not answer" in caplog.text
+    goes_on.set()  # what was begun is finished, in the right order
+    deadline = time.monotonic() + 20
+    while hosted.publication.path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_requeued_job_takes_the_record_of_its_former_start_away(tmp_path: Path) -> None:
