@@ -70,12 +70,7 @@ def serve_by_hand(argv: Sequence[str]) -> int:
     parser.add_argument("--service", required=True, choices=list(SERVICES), help="what to serve")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
-    from hpc_rl.services.frame import CannotServe
-
-    try:
-        return serve(load(arguments.workspace, arguments.round, "evaluate"), arguments.service)
-    except CannotServe as error:
-        sys.exit(str(error))
+    return serve(load(arguments.workspace, arguments.round, "evaluate"), arguments.service)
 
 
 def never() -> bool:
@@ -85,6 +80,7 @@ def never() -> bool:
 
 def serve(job: Job, name: str, done: Callable[[], bool] = never, at_work: Callable[[], bool] = never) -> int:
     """Open the service `name`, host it, and stay until it is time to leave; see `stay`."""
+    from hpc_rl.services.frame import CannotServe
     from hpc_rl.services.hosting import host
 
     environ = {**os.environ, **rank_environment(os.environ)}
@@ -93,7 +89,10 @@ def serve(job: Job, name: str, done: Callable[[], bool] = never, at_work: Callab
     idle_timeout_s = math.inf if is_companion(job, environ) else options.idle_timeout_s
     address = address_of(job.config, options, environ)  # before minutes go into loading a model
     _on_sigterm(lambda: sys.exit(TOLD_TO_LEAVE))  # while nobody is served yet
-    service = importlib.import_module(SERVICES[name]).open_service(job.ws, job.config, job.round, options)
+    try:
+        service = importlib.import_module(SERVICES[name]).open_service(job.ws, job.config, job.round, options)
+    except CannotServe as error:
+        sys.exit(str(error))
     told_to_leave = threading.Event()
     _on_sigterm(told_to_leave.set)
     hosted = host(

@@ -28,7 +28,7 @@ from hpc_rl.data.lewis import image_root
 from hpc_rl.engines.yes_no_prompts import Unscorable
 from hpc_rl.grading.lewis import decide
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.services.frame import REFUSALS, Answer, Body, Desk, Listed, Service, new_app
+from hpc_rl.services.frame import REFUSALS, Answer, Body, CannotServe, Desk, Listed, Service, new_app
 from hpc_rl.services.images import MAX_PATH_CHARACTERS, ImageSource, InlineImage
 from hpc_rl.services.pair_scorer import Judge, Pair, PairScorer
 
@@ -125,11 +125,20 @@ ListenerDesk = Desk[Pair, "float | Unscorable"]
 
 
 def open_service(ws: Workspace, config: Config, round: int, options: ListenerServiceConfig) -> Service:
-    """The run's listener; the same in every round."""
+    """The run's listener; the same in every round.
+
+    Raises
+    ------
+    CannotServe
+        When the run has none.
+    """
     from hpc_rl.engines.weights import weights_hash
     from hpc_rl.services.images import ImageRoots
 
-    assert isinstance(config, LewisConfig)
+    if not isinstance(config, LewisConfig):
+        raise CannotServe(
+            f"a run of the recipe {config.recipe} has no listener, so there is nothing to serve: `lewis` has one"
+        )
     scorer = PairScorer(
         open_judge(config.listener, options),
         ImageRoots([image_root(ws, config.data.image_root)], options),

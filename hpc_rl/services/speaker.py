@@ -173,12 +173,15 @@ def open_service(ws: Workspace, config: Config, round: int, options: SpeakerServ
     Raises
     ------
     CannotServe
-        When that round's training is not done.
+        When the run has none, or that round's training is not done.
     """
     from hpc_rl.engines.opening import open_engine
     from hpc_rl.engines.weights import speaker_weights
 
-    assert isinstance(config, LewisConfig)
+    if not isinstance(config, LewisConfig):
+        raise CannotServe(
+            f"a run of the recipe {config.recipe} has no speaker, so there is nothing to serve: `lewis` has one"
+        )
     try:
         weights = speaker_weights(ws, config, round)
     except FileNotFoundError:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hpc_rl import config as configs
 from hpc_rl.orchestrate.job import Job, load
+from hpc_rl.orchestrate.start import open_run
 from hpc_rl.run.lease import acquire
 from hpc_rl.run.workspace import Workspace
 from jobs import serve
@@ -64,6 +66,35 @@ def test_a_service_that_is_told_to_leave_while_it_loads_its_model_leaves_at_once
         finally:
             process.kill()
     assert not list(ws.service_dir("listener").glob("*.json"))
+
+
+REFUSED = """
+import sys, types
+from hpc_rl.services.frame import CannotServe
+from jobs import serve
+
+def open_service(*_):
+    raise CannotServe("there is nothing to serve")
+
+sys.modules["refused"] = types.SimpleNamespace(open_service=open_service)
+serve.SERVICES = {"listener": "refused"}
+sys.exit(serve.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("how", [["--service", "listener"], ["--stage", "evaluate.listener"]])
+def test_what_cannot_be_served_is_said_in_a_sentence(new_run: NewRun, how: list[str]) -> None:
+    command = [sys.executable, "-c", REFUSED, "--workspace", str(new_run().root), "--round", "0", *how]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (1, "there is nothing to serve\n")
+
+
+@pytest.mark.parametrize("service", ["listener", "speaker"])
+def test_a_run_of_another_recipe_has_nothing_of_the_game_to_serve(tmp_path: Path, service: str) -> None:
+    noop = REPOSITORY / "benchmarks/noop.yaml"
+    open_run(configs.load(noop, [], {}, tmp_path, cwd=REPOSITORY), noop)
+    with ThreadPoolExecutor(1) as thread, pytest.raises(SystemExit, match=f"noop_recipe has no {service}"):
+        thread.submit(serve.serve, load(tmp_path, 1, "evaluate"), service).result()
 
 
 @pytest.mark.parametrize(
