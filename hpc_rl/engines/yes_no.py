@@ -62,7 +62,7 @@ class YesNoModel:
     max_model_len
         Longest prompt, in tokens; None = the model's own limit.
     max_pass_tokens
-        Most tokens, padding included, in one forward pass.
+        Most tokens, padding included, in one forward pass; and most image tokens in one of the vision tower.
     cache_features
         None = where the family allows it.
     """
@@ -109,16 +109,20 @@ class YesNoModel:
 
     @torch.inference_mode()
     def encode(self, pixels: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[EncodedImage]:
-        """Encode images, all in one pass of the vision tower."""
+        """Encode images, in passes of the vision tower that are bounded as those of the language model are."""
         if not pixels:
             return []
         sizes = [int(grid.prod()) // self._merge for _, grid in pixels]
         if not self._by_features:
             return [EncodedImage(p, grid, n) for (p, grid), n in zip(pixels, sizes, strict=True)]
-        values = torch.cat([p for p, _ in pixels]).to(self.device)
-        grids = torch.stack([grid for _, grid in pixels]).to(self.device)
-        features = self._model.get_image_features(values, grids).pooler_output
-        return [EncodedImage(f.clone(), grid, n) for f, (_, grid), n in zip(features, pixels, sizes, strict=True)]
+        encoded: dict[int, EncodedImage] = {}
+        for chosen in passes(sizes, self._max_pass_tokens):
+            values = torch.cat([pixels[index][0] for index in chosen]).to(self.device)
+            grids = torch.stack([pixels[index][1] for index in chosen]).to(self.device)
+            features = self._model.get_image_features(values, grids).pooler_output
+            for index, found in zip(chosen, features, strict=True):
+                encoded[index] = EncodedImage(found.clone(), pixels[index][1], sizes[index])
+        return [encoded[index] for index in range(len(pixels))]
 
     @torch.inference_mode()
     def yes_probabilities(self, pairs: Sequence[tuple[EncodedImage, str]]) -> list[float | Unscorable]:
@@ -176,7 +180,10 @@ class YesNoModel:
 
 
 def passes(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Which prompts go through the model together, as indices: similar lengths, at most `max_tokens` with padding."""
+    """Which prompts go through the model together, as indices: similar lengths, at most `max_tokens` with padding.
+
+    One that is longer by itself goes alone.
+    """
     found: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         length = lengths[index]

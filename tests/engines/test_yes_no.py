@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,24 @@ def test_small_and_long_and_large_images_share_a_batch_with_short_and_long_quest
     assert together == pytest.approx([plain(model, pictures()[place], asked) for place, asked in pairs], abs=1e-5)
     assert len({round(p, 7) for p in together if isinstance(p, float)}) == len(pairs)  # they see image and question
     assert max(image.tokens for image in images) <= PIXELS["max_pixels"] // 28**2 < 3000 * 2000 // 28**2
+
+
+def test_images_are_encoded_in_bounded_passes_as_in_one(
+    folder: Path, images: list[EncodedImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = YesNoModel(str(folder), max_pass_tokens=20, **PIXELS)
+    passed, encode = [], small._model.get_image_features
+
+    def count(values: torch.Tensor, grids: torch.Tensor) -> Any:
+        passed.append([int(grid.prod()) // 4 for grid in grids])
+        return encode(values, grids)
+
+    monkeypatch.setattr(small._model, "get_image_features", count)
+    alone = small.encode([small.prepare(picture) for picture in pictures()])
+    assert len(passed) > 1 and all(sum(tokens) <= 20 or len(tokens) == 1 for tokens in passed)
+    for one, together in zip(alone, images, strict=True):
+        assert one.tokens == together.tokens and one.grid.equal(together.grid)
+        assert torch.allclose(one.data, together.data, atol=1e-5)
 
 
 def test_many_small_passes_answer_what_one_large_pass_does(
