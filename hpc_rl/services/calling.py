@@ -70,6 +70,8 @@ class ServiceClient:
         Time limits and retries.
     token
         To use instead of the folder's.
+    token_from
+        Where that token comes from, for messages.
     weights_hash
         Only servers of these weights are asked; "" = any.
     rng
@@ -87,10 +89,12 @@ class ServiceClient:
         options: ClientConfig,
         *,
         token: str | None = None,
+        token_from: str = "by the caller",
         weights_hash: str = "",
         rng: random.Random | None = None,
     ) -> None:
         self._folder, self._options, self._given_token = folder, options, token
+        self._token_from = token_from
         self._rng = rng or random.Random()
         self.troubles: Counter[str] = Counter()
         self._next_call = 0.0
@@ -116,7 +120,7 @@ class ServiceClient:
         ServiceUnavailable
             When no server answered until `deadline_s` after the call began.
         ServiceRefused
-            When the token is wrong or missing.
+            When the token is wrong or missing, or what answers is another service.
         CallFailed
             When a server answered with failures and the retries ended, or finds the call too large or malformed.
         """
@@ -236,10 +240,12 @@ class ServiceClient:
             self._note("busy", problem)
             return None
         if reply.status in (401, 403):
-            whose = (
-                "is that in" if self._given_token is None else "was given (LISTENER_TOKEN) and may differ from that in"
-            )
+            given = f"was given {self._token_from}, and may differ from that in"
+            whose = "is that in" if self._given_token is None else given
             raise ServiceRefused(f"{problem}. The token {whose} {self._folder / handoff.TOKEN_FILE}")
+        if reply.status in (404, 405) or 300 <= reply.status < 400:
+            setting = f"services.{self._folder.name}.client.url"
+            raise ServiceRefused(f"{problem}. That is no such service: check {setting}")
         if reply.status == 408 or reply.status >= 500:
             replica.circuit.failed()
             return _Failure(self._note("failed", problem))

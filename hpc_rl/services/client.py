@@ -71,8 +71,9 @@ class ListenerClient:
         options = config.services.listener.client
         if url := os.environ.get("LISTENER_URL"):
             options = ClientConfig.model_validate({**options.model_dump(), "url": url})
+        token_from = "by the caller" if token else "in LISTENER_TOKEN"
         token = token or os.environ.get("LISTENER_TOKEN")
-        self._service = ServiceClient(ws.service_dir("listener"), options, token=token, rng=rng)
+        self._service = ServiceClient(ws.service_dir("listener"), options, token=token, token_from=token_from, rng=rng)
         self._cache: OrderedDict[ScoreRequest, ScoreResult] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -335,7 +335,10 @@ def test_a_stale_record_of_a_host_that_swallows_packets_does_not_slow_the_others
 def test_a_wrong_token_is_an_error_that_names_the_token_file(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     lab.serve()
     monkeypatch.setenv("LISTENER_TOKEN", "of another run")
-    with client(lab) as listener, pytest.raises(ServiceRefused, match=r"401.*services/listener/token"):
+    with (
+        client(lab) as listener,
+        pytest.raises(ServiceRefused, match=r"401.*in LISTENER_TOKEN, .*services/listener/token"),
+    ):
         listener.score(games(1))
 
 
