@@ -91,7 +91,7 @@ def _stage(view: View, stage: Stage) -> StageOverview:
     ends = [end for attempt in attempts for end in view.ends.get(attempt.name, ()) if end.outcome != Outcome.DONE.value]
     last = max(ends, key=lambda end: end.ended, default=None)
     done = view.is_done(stage.id) if stage.kind is not Kind.CONTROL else bool(attempts) and not jobs
-    lost = "" if done else _lost(view, attempts, jobs)
+    lost = "" if done else _lost(view, stage, attempts, jobs)
     if done and not counts["running"]:
         state = "done"
     elif counts["running"]:
@@ -120,10 +120,13 @@ def _stage(view: View, stage: Stage) -> StageOverview:
     )
 
 
-def _lost(view: View, attempts: Sequence[Attempt], jobs: Sequence[Queued]) -> str:
+def _lost(view: View, stage: Stage, attempts: Sequence[Attempt], jobs: Sequence[Queued]) -> str:
     """What to say of a last attempt that ended without a word: its node died, or it could not even start."""
     if not attempts or jobs or attempts[-1].name in view.ends or attempts[-1].cancelled or not attempts[-1].job_ids:
         return ""
+    of_its_job = (a.name for a in view.history.attempts if a.job_ids == attempts[-1].job_ids)
+    if stage.id in view.graph.companions and any(name in view.ends for name in of_its_job):
+        return ""  # its leader ended the job: Slurm kills a companion that has not left by then
     job_id = attempts[-1].job_ids[-1]
     hint = f" (a node failure? `sacct -j {job_id}` may tell)" if attempts[-1].executor == "slurm" else ""
     return f"{Outcome.LOST.value}: job {job_id} left no end record{hint}"
