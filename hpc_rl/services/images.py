@@ -9,6 +9,7 @@ that shrinks kills the process. No message repeats a path. A hard link or a moun
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import io
 import os
@@ -30,6 +31,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 """What is decoded. Pillow knows more, some of it by running other programs (EPS)."""
 
 BLOCK_BYTES = 4096
+REFUSALS = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO, errno.ENODEV}
+    | {errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ}
+)
+"""Errors that say something of the path: no such file, a link, not ours to read, a socket. All others may pass."""
 
 
 class ImageRefused(ValueError):
@@ -139,7 +145,7 @@ class OpenImage:
                 self._check_size(opened)
                 opened.decodermaxblock = BLOCK_BYTES
                 return as_seen(opened)
-        except ImageRefused:
+        except (ImageRefused, MemoryError):
             raise
         except UnidentifiedImageError as error:
             raise ImageRefused("the file is no image of a kind that is accepted") from error
@@ -188,6 +194,8 @@ class ImageRoots:
         ImageRefused
             When the path leads out of the roots, over a link, to something that is not a regular file, or to nothing;
             when the file is too large; when an inline image is no base64.
+        OSError
+            When the file system fails, or no more files can be open: it says nothing of the image.
         """
         if isinstance(source, InlineImage):
             data = self._decode_base64(source.base64)
@@ -225,7 +233,8 @@ class ImageRoots:
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
-                # ELOOP: a link; ENXIO: a socket; EACCES: not ours to read; ENAMETOOLONG
+                if error.errno not in REFUSALS:
+                    raise
                 reason = ImageRefused(f"cannot be opened: {os.strerror(error.errno or 0)}")
         raise reason
 
@@ -275,12 +284,9 @@ def _open_without_links(parts: Sequence[str]) -> int:
 
 def _read_whole(descriptor: int, identity: Identity, size: int) -> bytes:
     """The file's content; never more than the `size` that was checked."""
-    try:
-        with open(descriptor, "rb", closefd=False) as file:
-            file.seek(0)
-            data = file.read(size + 1)
-    except OSError as error:
-        raise ImageRefused(f"cannot be read: {os.strerror(error.errno or 0)}") from error
+    with open(descriptor, "rb", closefd=False) as file:
+        file.seek(0)
+        data = file.read(size + 1)
     if len(data) != size or Identity.of_file(os.fstat(descriptor)) != identity:
         raise ImageRefused("the file changed while it was read")
     return data

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,6 +128,19 @@ def test_a_root_or_its_parent_swapped_for_a_link_leads_nowhere(root: Path) -> No
     parent.symlink_to(parent.with_name("gone"))
     with pytest.raises(ImageRefused), images.open("sub/a.png"):
         pass
+
+
+def test_that_no_more_files_can_be_open_is_not_the_fault_of_a_picture(root: Path) -> None:
+    """It passes: who is told so asks again, and a refusal would be final."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with (root / "sub" / "a.png").open("rb") as last:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno() + 1, hard))
+        try:
+            with pytest.raises(OSError) as failed, roots(root).open("sub/a.png"):
+                pass
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert failed.value.errno == errno.EMFILE
 
 
 def test_a_folder_swapped_for_a_link_while_we_look_leads_nowhere(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
