@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -25,6 +26,7 @@ MAX_HEALTH_BYTES = 1 << 20
 MAX_ANSWER_BYTES = 1 << 30
 KEEP_ALIVE_S = 15.0  # servers keep theirs longer, so that it is the client who lets go
 LONGEST_RETRY_AFTER_S = 30.0
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?")
 
 
 class NewConnection(Exception):
@@ -45,7 +47,7 @@ class Reply:
 
     def json(self) -> Any:
         """Its content; ValueError when that is no JSON."""
-        return json.loads(self.body)
+        return read_json(self.body)
 
     @property
     def detail(self) -> str:
@@ -58,15 +60,39 @@ class Reply:
 
     @property
     def retry_after_s(self) -> float:
-        """How long its server wants to be left alone (RFC 9110, 10.2.3), a date by the server's own clock. Seconds."""
-        value = self.headers.get("retry-after", "")
-        if value.isascii() and value.isdecimal():
-            return min(float(value), LONGEST_RETRY_AFTER_S)
-        try:
-            wait = parsedate_to_datetime(value) - parsedate_to_datetime(self.headers.get("date", ""))
-        except (ValueError, TypeError):
-            return 1.0
-        return min(max(wait.total_seconds(), 0.0), LONGEST_RETRY_AFTER_S)
+        """How long its server wants to be left alone, a second where it does not say. Seconds."""
+        wait_s = retry_after_s(self.headers)
+        return 1.0 if wait_s is None else min(wait_s, LONGEST_RETRY_AFTER_S)
+
+
+def read_json(text: bytes) -> Any:
+    """What an answer holds; ValueError when it is no JSON, or nested so deep that it cannot be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deep") from None
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """How long a server wants to be left alone (RFC 9110, 10.2.3). Seconds; None when it does not say.
+
+    In seconds, in milliseconds as OpenAI does, or as a date by the server's own clock (`Date`).
+
+    Parameters
+    ----------
+    headers
+        Of its answer; names in small letters, or whatever the mapping takes for them.
+    """
+    value, milliseconds = headers.get("retry-after", ""), headers.get("retry-after-ms", "")
+    if _NUMBER.fullmatch(milliseconds):
+        return float(milliseconds) / 1000
+    if _NUMBER.fullmatch(value):
+        return float(value)
+    try:
+        wait = parsedate_to_datetime(value) - parsedate_to_datetime(headers.get("date", ""))
+    except (ValueError, TypeError):
+        return None
+    return max(0.0, wait.total_seconds())
 
 
 class Wire:
@@ -102,7 +128,7 @@ class Wire:
             raise Broken(f"it answers 421: {reply.detail}")
         try:
             said = reply.json() if reply.status == 200 else None
-        except (ValueError, RecursionError):
+        except ValueError:
             said = None
         if not isinstance(said, dict):
             raise Broken(f"it answers {reply.status}, and nothing that a service would say")

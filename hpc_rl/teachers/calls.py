@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
 import openai
 
 from hpc_rl.services.calling import ServiceRefused
+from hpc_rl.services.wire import retry_after_s
 from hpc_rl.teachers.cache import Answer
 
 SAID_CHARACTERS = 300
@@ -104,16 +102,3 @@ def _message(error: openai.APIStatusError) -> str:
 
 def _without(key: str, text: str) -> str:
     return text.replace(key, "***") if key else text
-
-
-def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Seconds until an endpoint wants to be asked again: milliseconds, seconds or a date (RFC 9110, 10.2.3)."""
-    value = headers.get("retry-after", "")
-    try:
-        if "retry-after-ms" in headers:
-            return max(0.0, float(headers["retry-after-ms"]) / 1000)
-        if value.replace(".", "", 1).isdigit():
-            return float(value)
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ import openai
 from hpc_rl.config.clients import CallConfig, ClientConfig, TeacherClientConfig
 from hpc_rl.services.calling import CallFailed, ServiceClient, ServiceRefused
 from hpc_rl.services.trust import Untrusted, read_own
+from hpc_rl.services.wire import read_json
 from hpc_rl.teachers.cache import Answer
 from hpc_rl.teachers.calls import Problem, problem_of, read_chat, read_models
 
@@ -91,7 +91,7 @@ class Named:
             raw = await self._openai.chat.completions.with_raw_response.create(
                 model=body["model"], messages=body["messages"], extra_body=rest
             )
-            return read_chat(json.loads(raw.http_response.content))
+            return read_chat(read_json(raw.http_response.content))
 
         return await self._attempt(call)
 
@@ -100,7 +100,7 @@ class Named:
 
         async def call() -> list[str]:
             raw = await self._openai.models.with_raw_response.list()
-            return read_models(json.loads(raw.http_response.content))
+            return read_models(read_json(raw.http_response.content))
 
         return await self._attempt(call)
 

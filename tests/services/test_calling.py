@@ -21,7 +21,7 @@ import pytest
 
 from hpc_rl.config.clients import ClientConfig
 from hpc_rl.services import handoff
-from hpc_rl.services.calling import CallFailed, ServiceClient, ServiceUnavailable
+from hpc_rl.services.calling import CallFailed, ServiceClient, ServiceRefused, ServiceUnavailable
 
 Script = Callable[[BaseHTTPRequestHandler, int], None]
 """Answers the n-th call."""
@@ -137,6 +137,7 @@ def cut_off(handler: BaseHTTPRequestHandler, said: bytes) -> None:
 
 
 BAD: dict[str, tuple[Script, str]] = {
+    "JSON without end": (lambda handler, _: answer(handler, 200, b"[" * 100_000), "failed"),
     "no JSON": (lambda handler, _: answer(handler, 200, b"<html>"), "failed"),
     "half an answer": (
         lambda handler, _: cut_off(handler, b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{"),
@@ -417,3 +418,23 @@ def test_a_server_that_closes_every_connection_is_no_endless_loop(tmp_path: Path
     with client(tmp_path, deadline_s=1) as calling, pytest.raises(ServiceUnavailable, match="closes every connection"):
         calling.post("/x", 1)
     assert not server.calls
+
+
+@pytest.mark.parametrize("status", [301, 307, 404, 405])
+def test_what_is_another_service_is_refused_and_no_item_is_left_out(tmp_path: Path, start: Start, status: int) -> None:
+    server = start(lambda handler, number: answer(handler, status, {"detail": "Not Found"}, location="/health"))
+    with (
+        client(tmp_path, url=server.url) as calling,
+        pytest.raises(ServiceRefused, match=rf"answered {status}.*check services\..*\.client\.url"),
+    ):
+        calling.ask("/x", [1, 2], list, lambda chunk, said: chunk, len)
+    assert len(server.calls) == 1
+
+
+def test_a_wrong_token_is_said_to_come_from_where_it_came(tmp_path: Path, start: Start) -> None:
+    start(lambda handler, number: answer(handler, 401, {"detail": "who are you"}))
+    with (
+        ServiceClient(tmp_path, ClientConfig(), token="wrong", token_from="in SOME_TOKEN") as calling,
+        pytest.raises(ServiceRefused, match=r"The token was given in SOME_TOKEN, and may differ from that in .*/token"),
+    ):
+        calling.post("/x", 1)

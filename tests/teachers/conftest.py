@@ -135,7 +135,8 @@ class Teacher:
                 self.at_once -= 1
 
     def send(self, handler: BaseHTTPRequestHandler, what: Misbehave) -> None:
-        handler.send_response(what.status)
+        begin = handler.send_response_only if "Date" in what.headers else handler.send_response  # that sends a date too
+        begin(what.status)
         for name, value in {"content-type": "application/json", **what.headers}.items():
             handler.send_header(name, value)
         handler.send_header("content-length", str(len(what.body)))

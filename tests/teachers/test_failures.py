@@ -36,10 +36,12 @@ def first_of_each(wrong: Misbehave) -> Callable[[int, dict[str, Any]], Misbehave
     return behave
 
 
+TOMORROW = formatdate(time() + 86400, usegmt=True)
 TROUBLES = {
     "429 with Retry-After": Misbehave(429, {"Retry-After": "0.2"}),
     "429 with milliseconds": Misbehave(429, {"Retry-After-Ms": "150"}),
     "429 with a date": Misbehave(429, {"Retry-After": formatdate(time(), usegmt=True)}),
+    "429 with a date of a clock that is ahead": Misbehave(429, dict.fromkeys(("Date", "Retry-After"), TOMORROW)),
     "429 without": Misbehave(429, body=b'{"error": {"message": "slow down", "code": "rate_limit_exceeded"}}'),
     "500": Misbehave(500),
     "502 of a proxy": Misbehave(502, {"content-type": "text/html"}, b"<html>bad gateway</html>"),
@@ -50,6 +52,7 @@ TROUBLES = {
     "a page": Misbehave(headers={"content-type": "text/html"}, body=b"<html>log in</html>"),
     "no choice": Misbehave(body=b'{"choices": []}'),
     "a list": Misbehave(body=b"[1]"),
+    "JSON without end": Misbehave(body=b"[" * 100_000),
     "an answer that is no text": Misbehave(body=b'{"choices": [{"message": {"content": 80}}]}'),
 }
 
