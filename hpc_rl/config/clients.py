@@ -107,6 +107,9 @@ class TeacherClientConfig(CallConfig):
         """A key in the URL; fields that the client sets by itself."""
         for name in sorted({"model", "messages", "seed", "stream", "n", "response_format"} & set(self.extra_body)):
             yield Fault(("extra_body", name), "the client sets this by itself", way_out="remove it here")
+        fields = {"temperature": "temperature", "max_tokens": "max_tokens", "max_completion_tokens": "max_tokens"}
+        for name in sorted(fields.keys() & set(self.extra_body)):
+            yield Fault(("extra_body", name), "there is a field for this", way_out=f"set {fields[name]} instead")
         if self.url and "@" in self.url.split("://", 1)[1].split("/", 1)[0]:
             what = "it has a user name or password in it, and configs are readable to others"
             yield Fault(("url",), what, "a URL without", f"put the key into {self.api_key_env}, or into api_key_file")

@@ -226,6 +226,13 @@ def test_a_schema_that_is_none_and_a_key_in_the_config_are_errors_before_anythin
         TeacherClientConfig.model_validate({"url": "https://me:secret@a.example/v1"})
     with pytest.raises(ValueError, match="sets this by itself"):
         TeacherClientConfig.model_validate({"extra_body": {"stream": True}})
+    for name, field in (
+        ("temperature", "temperature"),
+        ("max_tokens", "max_tokens"),
+        ("max_completion_tokens", "max_tok"),
+    ):
+        with pytest.raises(ValueError, match=f"extra_body.*{name}.*set {field}"):
+            TeacherClientConfig.model_validate({"extra_body": {name: 1}})
 
 
 def test_a_schema_is_never_fetched(teacher: Teacher, client: Ask) -> None:
