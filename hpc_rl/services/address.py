@@ -34,7 +34,7 @@ def choose_address(host: str | None, interface: str | None, in_allocation: bool)
     Parameters
     ----------
     host
-        `services.listener.host`: bound and published as it is; a wildcard is bound, and the host's name published.
+        `services.NAME.host`: bound and published as it is; a wildcard is bound, and the host's name published.
     interface
         `cluster.network_interface`: its IPv4 address is bound and published. On InfiniBand clusters the host's name
         often belongs to another network than the one nodes talk over.
@@ -59,7 +59,7 @@ def choose_address(host: str | None, interface: str | None, in_allocation: bool)
     except OSError as error:
         raise UnroutableHost(
             f"the host name {name!r} does not resolve ({error}), so clients on other nodes would not find this "
-            "service; set cluster.network_interface (e.g. ib0), or services.listener.host"
+            "service; set cluster.network_interface (e.g. ib0), or services.NAME.host"
         ) from error
     # The name often resolves to 127.0.1.1 on the host itself (Debian's /etc/hosts): binding that would shut others out.
     return Address(host or ALL_ADDRESSES, name)
@@ -103,9 +103,7 @@ def bind(address: str, port: int, port_range: tuple[int, int] | None = None) -> 
         else:
             return sock
     which = f"ports {ports[0]} to {ports[-1]}" if port_range else f"port {port}"
-    raise OSError(
-        reason.errno, f"{which} cannot be bound on {address}: {reason.strerror}; try services.listener.port: 0"
-    )
+    raise OSError(reason.errno, f"{which} cannot be bound on {address}: {reason.strerror}; try services.NAME.port: 0")
 
 
 def plain_name(name: str) -> str:

@@ -7,6 +7,7 @@ cut. So many are open at most: for one more, the oldest goes of those that never
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from typing import Any, cast
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
+
+log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 16_384
 BACKLOG = 128
@@ -153,4 +156,11 @@ def _affordable(connections: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return connections if soft == resource.RLIM_INFINITY else max(1, min(connections, soft - OTHER_DESCRIPTORS))
+    affordable = connections if soft == resource.RLIM_INFINITY else max(1, min(connections, soft - OTHER_DESCRIPTORS))
+    if affordable < connections:
+        log.warning(
+            "max_connections: %d of %d, for this process may have only %d files open; raise its hard limit "
+            "(ulimit -Hn) to %d, or lower services.NAME.max_connections",
+            *(affordable, connections, soft, wanted),
+        )
+    return affordable

@@ -27,7 +27,7 @@ def test_a_missing_interface_is_named_together_with_those_that_exist() -> None:
 def test_the_first_free_port_of_a_range_is_taken() -> None:
     with bind("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
-        with pytest.raises(OSError, match=f"port {port} cannot be bound on 127.0.0.1"):
+        with pytest.raises(OSError, match=f"port {port} cannot be bound on 127.0.0.1: .* services.NAME.port: 0"):
             bind("127.0.0.1", port)
         with bind("127.0.0.1", 0, (port, port + 20)) as second:
             assert port < second.getsockname()[1] <= port + 20

@@ -414,7 +414,9 @@ def test_a_server_holds_as_many_connections_as_it_may_open_files(soft: int, hard
         "from hpc_rl.services.connections import Connections;"
         f"assert Connections(1024, 1.0).limit == {limit}"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    warned = f"max_connections: {limit} of 1024" in done.stderr and "services.NAME.max_connections" in done.stderr
+    assert warned == (limit < 1024), done.stderr
 
 
 def test_only_requests_for_the_service_keep_it_from_being_idle(place: Place) -> None:
