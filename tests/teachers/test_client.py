@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 
 from hpc_rl.config.clients import TeacherClientConfig
+from hpc_rl.services.calling import ServiceRefused
 from hpc_rl.services.trust import Untrusted
 from hpc_rl.teachers.cache import Answer, Cache, key_of
-from hpc_rl.teachers.client import Reply, ServiceRefused, TeacherClient
+from hpc_rl.teachers.client import TeacherClient
 from hpc_rl.teachers.endpoints import Named
+from hpc_rl.teachers.questions import Reply
 
 from .conftest import FAST, KEY, SCHEMA, Ask, Misbehave, Teacher, number_in, question
 
@@ -226,12 +228,8 @@ def test_a_schema_that_is_none_and_a_key_in_the_config_are_errors_before_anythin
         TeacherClientConfig.model_validate({"url": "https://me:secret@a.example/v1"})
     with pytest.raises(ValueError, match="sets this by itself"):
         TeacherClientConfig.model_validate({"extra_body": {"stream": True}})
-    for name, field in (
-        ("temperature", "temperature"),
-        ("max_tokens", "max_tokens"),
-        ("max_completion_tokens", "max_tok"),
-    ):
-        with pytest.raises(ValueError, match=f"extra_body.*{name}.*set {field}"):
+    for name in ("temperature", "max_tokens", "max_completion_tokens"):
+        with pytest.raises(ValueError, match="there is a field for this"):
             TeacherClientConfig.model_validate({"extra_body": {name: 1}})
 
 
