@@ -25,7 +25,7 @@ SETS = ("new_views", "validation")
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jobs.evaluate --workspace W --round R`; 75 when no listener answers."""
     job = open_job("evaluate", argv)
-    from hpc_rl.services.client import ServiceUnavailable
+    from hpc_rl.services.calling import ServiceUnavailable
 
     for shard in job.shards():
         try:

@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jobs.grade --workspace W --round R`; 75 when no listener answers (what is graded stays graded)."""
     job = open_job("grade", argv)
     from hpc_rl.data.lewis import read_rows
-    from hpc_rl.services.client import ListenerClient, ServiceUnavailable
+    from hpc_rl.services.calling import ServiceUnavailable
+    from hpc_rl.services.client import ListenerClient
 
     config = job.config
     assert isinstance(config, LewisConfig)

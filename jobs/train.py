@@ -117,7 +117,8 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
 def _train_live(job: Job, config: LewisConfig, training: Any, rows: list[Any], predictions: Path) -> Any:
     """Sample, ask and train; SystemExit(75) when no listener answers."""
     from hpc_rl.data.lewis import rows_of_round
-    from hpc_rl.services.client import ListenerClient, ServiceUnavailable
+    from hpc_rl.services.calling import ServiceUnavailable
+    from hpc_rl.services.client import ListenerClient
     from hpc_rl.training import live
 
     games = rows_of_round(rows, job.round, prompts_per_round=config.sample.prompts_per_round, seed=config.run.seed)

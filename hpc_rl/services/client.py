@@ -18,9 +18,7 @@ from typing import Any
 from hpc_rl.config.clients import ClientConfig
 from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.services.calling import ServiceClient, ServiceRefused, ServiceUnavailable
-
-__all__ = ["ListenerClient", "ScoreError", "ScoreRequest", "ScoreResult", "ServiceRefused", "ServiceUnavailable"]
+from hpc_rl.services.calling import ServiceClient, ServiceRefused
 
 CACHE_ENTRIES = 200_000
 

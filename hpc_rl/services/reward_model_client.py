@@ -18,10 +18,8 @@ from typing import Any, Literal
 
 from hpc_rl.config.schema import Config
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.services.calling import ServiceClient, ServiceRefused, ServiceUnavailable
+from hpc_rl.services.calling import ServiceClient, ServiceRefused
 from hpc_rl.services.client import ScoreError
-
-__all__ = ["Candidates", "RewardModelClient", "Score", "ScoreError", "ServiceRefused", "ServiceUnavailable"]
 
 CACHE_ENTRIES = 200_000
 """Scores that are kept: some 40 MB, as texts are kept by their hash."""

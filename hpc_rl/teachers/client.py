@@ -20,7 +20,7 @@ from typing import Any
 from hpc_rl.config.clients import TeacherClientConfig
 from hpc_rl.config.schema import Config
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.services.calling import ServiceRefused, ServiceUnavailable
+from hpc_rl.services.calling import ServiceRefused
 from hpc_rl.services.loop_thread import LoopThread, each
 from hpc_rl.teachers import replies
 from hpc_rl.teachers.cache import Answer, Cache, key_of
@@ -29,8 +29,6 @@ from hpc_rl.teachers.endpoints import Endpoint, Named, OfTheRun
 from hpc_rl.teachers.pace import Pace
 from hpc_rl.teachers.patience import Patience
 from hpc_rl.teachers.questions import Question, Reply, TeacherError, Totals
-
-__all__ = ["Question", "Reply", "ServiceRefused", "ServiceUnavailable", "TeacherClient", "TeacherError", "Totals"]
 
 Progress = Callable[[int, int], None]
 CHARACTERS_PER_TOKEN = 3

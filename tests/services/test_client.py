@@ -18,14 +18,12 @@ from hpc_rl.config.clients import ClientConfig
 from hpc_rl.engines.yes_no import YesNoModel
 from hpc_rl.services import client as client_module
 from hpc_rl.services import handoff
-from hpc_rl.services.calling import ServiceClient
+from hpc_rl.services.calling import ServiceClient, ServiceRefused, ServiceUnavailable
 from hpc_rl.services.client import (
     ListenerClient,
     ScoreError,
     ScoreRequest,
     ScoreResult,
-    ServiceRefused,
-    ServiceUnavailable,
 )
 
 from .conftest import PIXELS, Lab

@@ -25,10 +25,11 @@ from hpc_rl.engines.weights import weights_hash
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services import handoff, reward_model, verifier
 from hpc_rl.services.address import Address
+from hpc_rl.services.calling import ServiceUnavailable
 from hpc_rl.services.client import ScoreError
 from hpc_rl.services.frame import CannotServe
 from hpc_rl.services.hosting import Hosted, host
-from hpc_rl.services.reward_model_client import Candidates, RewardModelClient, ServiceUnavailable
+from hpc_rl.services.reward_model_client import Candidates, RewardModelClient
 from tools.tiny_reward_model import write
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -24,8 +24,10 @@ from hpc_rl.engines.transformers_engine import TransformersEngine
 from hpc_rl.run import atomic
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services import handoff
+from hpc_rl.services.calling import ServiceRefused
 from hpc_rl.services.teacher import Chat, Said, Unsaid, Writer
-from hpc_rl.teachers.client import Question, Reply, ServiceRefused, TeacherClient, TeacherError
+from hpc_rl.teachers.client import TeacherClient
+from hpc_rl.teachers.questions import Question, Reply, TeacherError
 from tools.tiny_chat_model import POSITIONS, write
 
 pytest.importorskip("vllm", reason="vLLM is not installed here")

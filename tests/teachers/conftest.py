@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from hpc_rl.config.clients import TeacherClientConfig
-from hpc_rl.teachers.client import Question, TeacherClient
+from hpc_rl.teachers.client import TeacherClient
 from hpc_rl.teachers.endpoints import Named
+from hpc_rl.teachers.questions import Question
 
 KEY = "sk-of-the-tests"
 FAST = {"timeout_s": 5, "backoff_factor": 0.01, "deadline_s": 20, "parallel_calls": 8, "max_tokens": 50}

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from hpc_rl.teachers.client import Reply, ServiceRefused, ServiceUnavailable, TeacherError
+from hpc_rl.services.calling import ServiceRefused, ServiceUnavailable
+from hpc_rl.teachers.questions import Reply, TeacherError
 
 from .conftest import SCHEMA, Ask, Misbehave, Teacher, completion, number_in, question
 

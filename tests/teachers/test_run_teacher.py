@@ -12,10 +12,12 @@ from hpc_rl.config.clients import TeacherClientConfig
 from hpc_rl.config.services import TeacherServiceConfig
 from hpc_rl.engines.base import Completion, Request, Sampling
 from hpc_rl.services.address import Address
+from hpc_rl.services.calling import ServiceUnavailable
 from hpc_rl.services.hosting import Hosted, host
 from hpc_rl.services.teacher import Writer, service_of
-from hpc_rl.teachers.client import Reply, ServiceUnavailable, TeacherClient
+from hpc_rl.teachers.client import TeacherClient
 from hpc_rl.teachers.endpoints import OfTheRun
+from hpc_rl.teachers.questions import Reply
 
 from .conftest import FAST, question
 

@@ -15,8 +15,10 @@ import httpx
 import pytest
 
 from hpc_rl.config.clients import TeacherClientConfig
-from hpc_rl.teachers.client import Question, Reply, ServiceRefused, TeacherClient, TeacherError
+from hpc_rl.services.calling import ServiceRefused
+from hpc_rl.teachers.client import TeacherClient
 from hpc_rl.teachers.endpoints import Named
+from hpc_rl.teachers.questions import Question, Reply, TeacherError
 from tools.tiny_chat_model import write
 
 pytest.importorskip("vllm", reason="vLLM is not installed here")
