@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class _Refused(Exception):
     @classmethod
     def for_now(cls, detail: str, retry_after_s: float = RETRY_AFTER_S) -> _Refused:
         """503, with the time after which to ask again."""
-        return cls(503, detail, (b"retry-after", b"%d" % max(1, round(retry_after_s))))
+        return cls(503, detail, (b"retry-after", b"%d" % max(1, math.ceil(retry_after_s))))
 
 
 class Guard:
