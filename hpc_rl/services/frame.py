@@ -16,11 +16,6 @@ from fastapi import FastAPI, HTTPException, Request
 
 from hpc_rl.config.services import ServiceConfig
 from hpc_rl.services.batching import Batcher, ClientOverloaded, ModelFailed, Overloaded
-from hpc_rl.services.openapi import REFUSALS as REFUSALS
-from hpc_rl.services.openapi import Answer as Answer
-from hpc_rl.services.openapi import Body as Body
-from hpc_rl.services.openapi import Listed as Listed
-from hpc_rl.services.openapi import new_app as new_app
 from hpc_rl.services.queue import MOST_RETRY_S
 from hpc_rl.services.wire import CLIENT_HEADER, TIMEOUT_HEADER
 

@@ -28,8 +28,9 @@ from hpc_rl.data.lewis import image_root
 from hpc_rl.engines.yes_no_prompts import Unscorable
 from hpc_rl.grading.lewis import decide
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.services.frame import REFUSALS, Answer, Body, CannotServe, Desk, Listed, Service, new_app
+from hpc_rl.services.frame import CannotServe, Desk, Service
 from hpc_rl.services.images import MAX_PATH_CHARACTERS, ImageSource, InlineImage
+from hpc_rl.services.openapi import REFUSALS, Answer, Body, Listed, new_app
 from hpc_rl.services.pair_scorer import Judge, Pair, PairScorer
 
 MAX_CANDIDATES = 256

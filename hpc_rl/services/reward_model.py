@@ -25,7 +25,8 @@ from pydantic import ConfigDict, Field, JsonValue
 from hpc_rl.config.schema import Config
 from hpc_rl.config.services import RewardModelServiceConfig
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.services.frame import REFUSALS, Answer, Body, CannotServe, Desk, Listed, Service, TokenCounts, new_app
+from hpc_rl.services.frame import CannotServe, Desk, Service, TokenCounts
+from hpc_rl.services.openapi import REFUSALS, Answer, Body, Listed, new_app
 
 
 @dataclass(frozen=True)

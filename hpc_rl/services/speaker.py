@@ -29,8 +29,9 @@ from hpc_rl.engines.base import Engine, Prompt, Request, Sampling
 from hpc_rl.grading.lewis import parse, thinking
 from hpc_rl.run.seeds import derive
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.services.frame import REFUSALS, Answer, Body, CannotServe, Desk, Listed, Service, new_app
+from hpc_rl.services.frame import CannotServe, Desk, Service
 from hpc_rl.services.images import MAX_PATH_CHARACTERS, ImageRefused, ImageRoots, ImageSource, InlineImage, name_of
+from hpc_rl.services.openapi import REFUSALS, Answer, Body, Listed, new_app
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,9 @@ from hpc_rl.services.chat_body import (
     Usage,
     openai_error,
 )
-from hpc_rl.services.frame import REFUSALS, CannotServe, Desk, Service, TokenCounts, new_app
+from hpc_rl.services.frame import CannotServe, Desk, Service, TokenCounts
 from hpc_rl.services.invalid_body import faults_of
+from hpc_rl.services.openapi import REFUSALS, new_app
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ from hpc_rl.config.services import ServiceConfig
 from hpc_rl.services import handoff
 from hpc_rl.services.address import Address, names_of, plain_name
 from hpc_rl.services.calling import ServiceClient
-from hpc_rl.services.frame import REFUSALS, Desk, Service, new_app
+from hpc_rl.services.frame import Desk, Service
 from hpc_rl.services.guard import Guard, Limits
 from hpc_rl.services.hosting import Hosted, host
+from hpc_rl.services.openapi import REFUSALS, new_app
 
 
 class Doubler:

@@ -21,8 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hpc_rl.config.services import ServiceConfig
 from hpc_rl.services import handoff
 from hpc_rl.services.address import Address
-from hpc_rl.services.frame import REFUSALS, Desk, Service, TokenCounts, new_app
+from hpc_rl.services.frame import Desk, Service, TokenCounts
 from hpc_rl.services.hosting import Hosted, host
+from hpc_rl.services.openapi import REFUSALS, new_app
 
 from .conftest import Lab
 
@@ -274,7 +275,8 @@ FULL = """
 import asyncio, resource, sys, time
 from pathlib import Path
 from hpc_rl.config.services import ServiceConfig
-from hpc_rl.services.frame import Desk, Service, new_app
+from hpc_rl.services.frame import Desk, Service
+from hpc_rl.services.openapi import new_app
 from hpc_rl.services.metrics import Board, Metrics
 
 folder = Path(sys.argv[1])
