@@ -159,7 +159,7 @@ def slow(listener_folder: Any) -> Iterator[Any]:
 
 
 def test_an_answer_that_takes_too_long_is_a_failure_and_not_a_score(lab: Lab, slow: Any) -> None:
-    lab.serve(model=slow)
+    lab.serve(model=slow, inference_concurrency=2)  # so that the repeat has its turn too
     with client(lab, timeout_s=0.3, max_retries=1) as listener:
         (score,) = listener.score(games(1))
     assert isinstance(score, ScoreError) and "took longer than 0.3 s; tried 2 times" in score.message
