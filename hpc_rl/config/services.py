@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Dtype = Literal["bfloat16", "float16", "float32"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 Engine = Literal["vllm", "transformers"]
+MOST_REQUEST_ITEMS = 16_384
+"""No list in a request is read further than that."""
 
 
 class ServiceConfig(Section):
@@ -54,8 +56,8 @@ class ServiceConfig(Section):
     """Items that may wait, of all clients; beyond that requests get 503 and Retry-After."""
     max_client_items: PositiveInt | None = None
     """Items of one client that may wait; beyond that its requests get 429 and Retry-After. null = half of the queue."""
-    max_request_items: PositiveInt | None = None
-    """Items in one request; beyond that it gets 413. null = as many as one client may have waiting."""
+    max_request_items: Annotated[int, Field(ge=1, le=MOST_REQUEST_ITEMS)] | None = None
+    """Items in one request, at most 16384; beyond that it gets 413. null = as many as one client may have waiting."""
     max_body_bytes: PositiveInt = 16_777_216
     """Largest request body; beyond that 413."""
     max_requests_bytes: PositiveInt = 1_073_741_824
@@ -84,7 +86,7 @@ class ServiceConfig(Section):
     @property
     def request_items(self) -> int:
         """`max_request_items` with its default resolved."""
-        return self.max_request_items or self.client_items
+        return self.max_request_items or min(self.client_items, MOST_REQUEST_ITEMS)
 
     def faults(self) -> Iterator[Fault]:
         """Two ways to choose a port; an empty range; a request that is allowed but would never have room."""

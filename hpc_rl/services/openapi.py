@@ -8,6 +8,7 @@ from fastapi import FastAPI, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hpc_rl.config.services import MOST_REQUEST_ITEMS
 from hpc_rl.services.invalid_body import refuse_invalid_body
 
 DESCRIPTION = """Every route but `/health` wants the run's token, which lies in the workspace, in
@@ -17,11 +18,10 @@ again."""
 TOKEN = {"type": "http", "scheme": "bearer", "description": "What the file `services/<service>/token` holds."}
 
 
-MAX_LISTED = 16_384
 MAX_FIELDS = 64
 
 Item = TypeVar("Item")
-Listed = Annotated[list[Item], Field(max_length=MAX_LISTED, fail_fast=True)]
+Listed = Annotated[list[Item], Field(max_length=MOST_REQUEST_ITEMS, fail_fast=True)]
 """A list in a body, read as far as its first fault: a fault for each of a million items would hold up everybody."""
 
 
