@@ -2,7 +2,7 @@
 VENV ?= .venv
 export VENV
 # two workers: one waits for the cluster most of the time
-PYTEST_ARGS ?= -n 2 --dist loadgroup --durations=25
+PYTEST_ARGS ?= -n 2 --dist loadgroup --no-loadscope-reorder --durations=25
 
 .PHONY: help install demo test lint
 help:
