@@ -51,6 +51,8 @@ class Shell:
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,
+                # as in a terminal; where the tests themselves run in the background, Ctrl-C is ignored
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         )
         return self.started[-1]
