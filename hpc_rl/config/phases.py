@@ -18,18 +18,24 @@ from hpc_rl.config.base import (
     Section,
 )
 
-Engine = Literal["vllm", "transformers"]
+Engine = Literal["vllm", "transformers", "auto"]
 
 
 class SampleConfig(Section):
     """Sampling completions (B prompts, G samples of each)."""
 
     engine: Engine = "vllm"
-    """What generates. There is no silent change from one to the other."""
+    """What generates. auto: vllm, or transformers where vllm cannot load the model; log, manifests and report say so
+    (V6). There is no other change from one to the other."""
     prompts_per_round: PositiveInt = 128
     """Prompts (B) of a round; rounds go through the training rows epoch by epoch in a seeded order."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 4
     """Completions (G) of each prompt: the group that the advantage is relative to (L15)."""
+    accept: Literal["all", "well_formed"] = "all"
+    """Which completions count towards `samples_per_prompt`. well_formed: those with all tags in order (L8); for each of
+    the others one more is drawn with a new seed (V2, V3), and neither graded nor trained on."""
+    max_tries_per_task: PositiveInt | None = None
+    """Most completions drawn for one prompt (V2). null = 4 × samples_per_prompt."""
     shard_size: PositiveInt = 16
     """Prompts of one shard: what a lost task costs. Use more shards than array tasks."""
     temperature: PositiveFloat = 1.0
@@ -40,20 +46,60 @@ class SampleConfig(Section):
     """Longest completion, in tokens."""
     max_model_len: PositiveInt | None = None
     """Longest prompt and completion together, in tokens. null = the model's own limit."""
+    long_prompts: Literal["error", "drop", "truncate_left"] = "error"
+    """What becomes of a prompt that leaves no room for a completion: stop before the engine starts, with its row; leave
+    it out, counted; or cut tokens off its beginning (texts only)."""
+    data_parallel_size: PositiveInt = 1
+    """Engines of one task, each a worker process with GPUs of its own (V1). More than one needs no more than one task a
+    node."""
+    gpu_ids: tuple[NonNegativeInt, ...] | None = None
+    """GPUs that the workers use, numbered as the task sees them (V1). null = all that it was given."""
+    tensor_parallel_size: PositiveInt | None = None
+    """GPUs of one engine. null = the task's GPUs / data_parallel_size."""
+    max_num_seqs: PositiveInt | None = None
+    """Completions that one engine samples at once. null = vLLM's own choice; 32 with transformers."""
     gpu_memory_utilization: Fraction = 0.8
-    """Share of a GPU's memory that the engine takes."""
+    """Share of a GPU's memory that the engine takes. After running out of memory the next attempt takes 0.1 less and
+    samples half as many completions at once, and says so (V5)."""
+    min_gpu_memory_utilization: Fraction = 0.5
+    """It goes no lower than this."""
+    cpu_kv_cache_gib: PositiveFloat = 1.0
+    """Memory for the KV cache where there is no GPU, in GiB; halved after running out of memory."""
     batch_invariant: bool = True
     """The engine's mode in which a sample does not depend on what else is in the batch, where it has one."""
     merge_adapter: bool = False
     """Merge the LoRA adapter into the weights before sampling: about twice as fast, needs room for a merged copy."""
+    stage_to: str | None = None
+    """Folder on a node's own disk to which the base model is copied, once per node: `$TMPDIR`, `/local/$USER`.
+    Variables are those of the node. null = load from where it lies."""
+    load_strategy: Literal["auto", "lazy", "prefetch", "eager"] = "auto"
+    """How vLLM reads safetensors. auto: prefetch from shared storage, lazy from `stage_to`."""
+    keep_compiled: bool = True
+    """Keep what engines compile in the workspace from round to round, a folder for each task. false = compile anew."""
+    speculate: bool = True
+    """A task without work samples the last shards of others a second time; the first manifest wins."""
 
     def faults(self) -> Iterator[Fault]:
-        """Truncated sampling; lengths without room for a prompt."""
+        """Truncated sampling; lengths without room for a prompt; GPUs that cannot be shared out; too few tries."""
         if self.top_p != 1.0:
             yield Fault(("top_p",), f"{self.top_p} cuts the distribution, which biases the importance ratio", "1.0")
         if self.max_model_len is not None and self.max_model_len <= self.max_tokens:
             what = f"{self.max_model_len} leaves no room for a prompt beside max_tokens = {self.max_tokens}"
             yield Fault(("max_model_len",), what, "more than max_tokens, or null")
+        if self.max_tries_per_task is not None and self.max_tries_per_task < self.samples_per_prompt:
+            what = f"{self.max_tries_per_task} for samples_per_prompt = {self.samples_per_prompt}"
+            yield Fault(("max_tries_per_task",), what, f"at least {self.samples_per_prompt}, or null")
+        if self.min_gpu_memory_utilization > self.gpu_memory_utilization:
+            what = f"{self.min_gpu_memory_utilization} is above gpu_memory_utilization"
+            yield Fault(("min_gpu_memory_utilization",), what, f"at most {self.gpu_memory_utilization}")
+        if self.gpu_ids is not None:
+            engines, wanted = self.data_parallel_size, self.data_parallel_size * (self.tensor_parallel_size or 1)
+            uneven = len(self.gpu_ids) % engines or (self.tensor_parallel_size and len(self.gpu_ids) != wanted)
+            if len(set(self.gpu_ids)) != len(self.gpu_ids):
+                yield Fault(("gpu_ids",), f"{list(self.gpu_ids)} names a GPU twice", "each GPU once")
+            elif not self.gpu_ids or uneven:
+                what = f"{len(self.gpu_ids)} GPUs for data_parallel_size = {engines} engines"
+                yield Fault(("gpu_ids",), what, "data_parallel_size × tensor_parallel_size GPUs, or null")
 
 
 class TrainConfig(Section):
