@@ -68,7 +68,7 @@ def grade(job: Job, config: LewisConfig, shard: Shard, samples_path: Path, rows:
         for sample, verdict in zip(samples, verdicts, strict=True)
     ]
     path, log_lines = shard.output("graded.parquet"), shard.output("predictions.jsonl")
-    write_samples(path, graded)
+    write_samples(path, graded, GradedSample)
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     predictions.write(
         log_lines,

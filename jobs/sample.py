@@ -67,9 +67,9 @@ class _Speaker:
         first = shard.index * config.sample.shard_size
         rows = shard_of(self.rows, shard.index, config.sample.shard_size)
         drawn = [
-            (first + place, index, derive(config.run.seed, number, "speaker", row.id, index), row)
+            (first + place, attempt, derive(config.run.seed, number, "speaker", row.id, attempt), row)
             for place, row in enumerate(rows)
-            for index in range(config.sample.samples_per_prompt)
+            for attempt in range(config.sample.samples_per_prompt)
         ]
         prompts = {row.id: Prompt.of(row.speaker_problem, load_image(self.root / row.image)) for row in rows}
         shard.progress(0, len(drawn))
@@ -82,10 +82,12 @@ class _Speaker:
         took_s = time.monotonic() - started
         samples = [
             Sample(
-                sample_id=f"r{number:02d}-{row.id}-g{index}",
+                sample_id=f"r{number:02d}-{row.id}-g{attempt}",
                 row_id=row.id,
+                role="speaker",
                 group=group,
-                index=index,
+                attempt=attempt,
+                accepted=True,
                 prompt_token_ids=made.prompt_token_ids,
                 token_ids=made.token_ids,
                 logprobs=made.logprobs,
@@ -94,10 +96,10 @@ class _Speaker:
                 seed=seed,
                 weights_hash=self.weights.hash,
             )
-            for (group, index, seed, row), made in zip(drawn, completions, strict=True)
+            for (group, attempt, seed, row), made in zip(drawn, completions, strict=True)
         ]
         path = shard.output("samples.parquet")
-        write_samples(path, samples)
+        write_samples(path, samples, Sample)
         tokens = sum(len(sample.token_ids) for sample in samples)
         shard.commit(
             [path],
@@ -105,7 +107,7 @@ class _Speaker:
                 "weights": self.weights.hash,
                 "engine": config.sample.engine,
                 "temperature": config.sample.temperature,
-                "seeds": "derive(run seed, round, 'speaker', row id, index)",
+                "seeds": "derive(run seed, round, 'speaker', row id, attempt)",
             },
             metrics={
                 "prompts": len(rows),

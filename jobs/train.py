@@ -93,7 +93,9 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
         outputs.append(predictions)
     else:
         graded = [manifest.path("graded.parquet") for manifest in job.inputs(job.round, "grade")]
-        trained = stored.train(training, rollouts.read(graded, config.sample.samples_per_prompt))
+        trained = stored.train(
+            training, rollouts.read(graded, config.sample.samples_per_prompt, config.sample.prompts_per_round)
+        )
     if shard.lease is None:
         return
     if trained is None or shard.lease.lost:

@@ -1,11 +1,19 @@
-"""Samples and graded samples as rows of parquet files: what sampling hands to grading, and grading to training."""
+"""Samples and graded samples as rows of parquet files: what sampling hands to grading, and grading to training.
+
+A file's rows are in one order, whatever the order in which they were drawn: the same samples make the same file. They
+lie in row groups that are read one after the other, so a reader needs no more memory for a shard of thousands.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+ROWS = 256
+"""Samples in one row group."""
 
 
 @dataclass(frozen=True)
@@ -15,11 +23,17 @@ class Sample:
     Attributes
     ----------
     sample_id
-        Unique in the run: `r01-<row id>-g3`.
+        Unique in the run: `r01-<row id>-g3`, or `r01-<row id>-<role>-g3` in a recipe with several roles.
     row_id
         The data set row that the prompt was made from.
-    group, index
-        Number of the prompt in the round, and of the sample among those of its prompt.
+    role
+        Who says it: `speaker`.
+    group
+        Number of the prompt in the round. Roles that solve the same row share it.
+    attempt
+        Its number among the completions of its row and role, from 0 (V3).
+    accepted
+        Counts for the group (V2). The others are stored for their history (V7), and neither graded nor trained on.
     prompt_token_ids
         The prompt as the engine read it, image tokens written out.
     token_ids, logprobs
@@ -32,8 +46,10 @@ class Sample:
 
     sample_id: str
     row_id: str
+    role: str
     group: int
-    index: int
+    attempt: int
+    accepted: bool
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -70,36 +86,82 @@ class GradedSample(Sample):
     yes_probabilities: tuple[float, ...]
 
 
-def write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """Write samples, or graded samples, in order. There must be at least one."""
+S = TypeVar("S", bound=Sample)
+
+
+def write_samples(path: Path, samples: Sequence[S], kind: type[S]) -> None:
+    """Write samples ordered by group, role and attempt.
+
+    Parameters
+    ----------
+    path
+        A parquet file.
+    samples
+        In any order. There may be none: the file then has columns only.
+    kind
+        `Sample` or `GradedSample`: which columns there are.
+
+    Raises
+    ------
+    ValueError
+        When an attempt is there twice.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    ordered = sorted(samples, key=_place)
+    for one, other in pairwise(ordered):
+        if _place(one) == _place(other):
+            raise ValueError(f"attempt {one.attempt} at {one.row_id} as {one.role} is there twice: {one.sample_id}")
+    schema = _schema(kind)
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(ordered), ROWS):
+            rows = ordered[start : start + ROWS]
+            columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in schema]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=ROWS)
+
+
+def iter_samples(path: Path, batch: int = 64) -> Iterator[Sample]:
+    """The samples that `write_samples` wrote, in its order; `batch` of them are in memory at once, and a row group."""
+    return (Sample(**row) for row in _rows(path, batch))
+
+
+def iter_graded(path: Path, batch: int = 64) -> Iterator[GradedSample]:
+    """The graded samples that `write_samples` wrote, like `iter_samples`."""
+    return (GradedSample(**row) for row in _rows(path, batch))
+
+
+def read_samples(path: Path) -> tuple[Sample, ...]:
+    """All samples that `write_samples` wrote, in its order."""
+    return tuple(iter_samples(path))
+
+
+def read_graded(path: Path) -> tuple[GradedSample, ...]:
+    """All graded samples that `write_samples` wrote, in its order."""
+    return tuple(iter_graded(path))
+
+
+def _place(sample: Sample) -> tuple[int, str, int]:
+    return sample.group, sample.role, sample.attempt
+
+
+def _schema(kind: type[Sample]) -> Any:
+    import pyarrow as pa
+
     types = {
-        "group": pa.int32(), "index": pa.int32(), "prompt_token_ids": pa.list_(pa.int32()),
+        "group": pa.int32(), "attempt": pa.int32(), "accepted": pa.bool_(), "prompt_token_ids": pa.list_(pa.int32()),
         "token_ids": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32()), "seed": pa.int64(),
         "reward_accuracy": pa.float32(), "reward_format": pa.float32(), "reward_length": pa.float32(),
         "reward": pa.float32(), "left_out": pa.bool_(), "predicted_index": pa.int32(),
         "yes_probabilities": pa.list_(pa.float32()),
     }  # fmt: skip
-    schema = pa.schema([(field.name, types.get(field.name, pa.string())) for field in fields(samples[0])])
-    pq.write_table(pa.Table.from_pylist([asdict(sample) for sample in samples], schema=schema), path)
+    return pa.schema([(field.name, types.get(field.name, pa.string())) for field in fields(kind)])
 
 
-def read_samples(path: Path) -> tuple[Sample, ...]:
-    """The samples that `write_samples` wrote, in order."""
-    return tuple(Sample(**row) for row in _rows(path))
-
-
-def read_graded(path: Path) -> tuple[GradedSample, ...]:
-    """The graded samples that `write_samples` wrote, in order."""
-    return tuple(GradedSample(**row) for row in _rows(path))
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path, batch: int) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
-    return [
-        {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
-        for row in pq.read_table(path).to_pylist()
-    ]
+    with pq.ParquetFile(path) as file:
+        for rows in file.iter_batches(batch):
+            for row in rows.to_pylist():
+                yield {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}

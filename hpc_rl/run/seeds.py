@@ -6,7 +6,7 @@ import hashlib
 
 
 def derive(run_seed: int, *parts: str | int) -> int:
-    """A seed in [0, 2**31) for one purpose, e.g. `derive(seed, round, "speaker", row_id, index)`.
+    """A seed in [0, 2**31) for one purpose, e.g. `derive(seed, round, "speaker", row_id, attempt)`.
 
     Distinct `parts` give independent seeds (the first 31 bits of a SHA-256), equal ones the same seed on every machine.
     """

@@ -34,8 +34,9 @@ class Rollout:
 
     Attributes
     ----------
-    id, row_id, group, index
-        The sample, its row of the data set, the prompt's number in the round, the sample's number in the group.
+    id, row_id, group, attempt
+        The sample, its row of the data set, the prompt's number in the round, the sample's number among those drawn
+        for the prompt. Numbers of attempts that were not accepted are missing.
     prompt_ids, token_ids
         (P,) and (T,) int32: what the engine read, image tokens expanded, and what it sampled, end token included.
     logprobs
@@ -51,7 +52,7 @@ class Rollout:
     id: str
     row_id: str
     group: int
-    index: int
+    attempt: int
     prompt_ids: NDArray[np.int32]
     token_ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
@@ -62,7 +63,7 @@ class Rollout:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The samples of one prompt that can be compared, two or more, by index."""
+    """The samples of one prompt that can be compared, two or more, by attempt."""
 
     rollouts: tuple[Rollout, ...]
 
@@ -102,11 +103,11 @@ class Counts:
     Attributes
     ----------
     samples
-        As sampled.
+        Those that were accepted and graded.
     left_out
         Those without a reward, because grading failed (L11).
     groups, dropped_groups
-        Prompts, and those with fewer than two samples left.
+        Prompts of the round, and those with fewer than two samples left.
     short_groups
         Groups that are used although some of their samples are missing.
     equal_groups
@@ -138,7 +139,7 @@ class Rollouts:
         return float(np.mean([rollout.reward if part is None else rollout.parts[part] for rollout in all]))
 
 
-def read(files: Iterable[Path], group_size: int) -> Rollouts:
+def read(files: Iterable[Path], group_size: int, prompts: int) -> Rollouts:
     """Read the graded parquet files of a round.
 
     Parameters
@@ -146,7 +147,9 @@ def read(files: Iterable[Path], group_size: int) -> Rollouts:
     files
         One per shard.
     group_size
-        G: how many samples of each prompt were drawn.
+        G: how many samples of each prompt were wanted.
+    prompts
+        How many prompts the round has. One that none of its completions was accepted for is in no file, and dropped.
 
     Raises
     ------
@@ -177,14 +180,14 @@ def read(files: Iterable[Path], group_size: int) -> Rollouts:
             members.append(_rollout(row, values, file))
     if len(hashes) > 1:
         raise UnusableRollouts(f"the samples were drawn with different weights: {', '.join(sorted(hashes))}")
-    used = [Group(tuple(sorted(g, key=lambda r: r.index))) for _, g in sorted(groups.items()) if len(g) >= 2]
+    used = [Group(tuple(sorted(g, key=lambda r: r.attempt))) for _, g in sorted(groups.items()) if len(g) >= 2]
     if not used:
         raise UnusableRollouts(f"{left_out} of {len(seen)} samples were left out: no group has two to compare")
     counts = Counts(
         samples=len(seen),
         left_out=left_out,
-        groups=len(groups),
-        dropped_groups=len(groups) - len(used),
+        groups=prompts,
+        dropped_groups=prompts - len(used),
         short_groups=sum(len(group.rollouts) < group_size for group in used),
         equal_groups=sum(group.has_equal_rewards for group in used),
     )
@@ -208,7 +211,7 @@ def _rollout(row: Mapping[str, Any], values: Mapping[str, NDArray[Any]], file: P
         id=row["sample_id"],
         row_id=row["row_id"],
         group=row["group"],
-        index=row["index"],
+        attempt=row["attempt"],
         prompt_ids=values["prompt_token_ids"].astype(np.int32),
         token_ids=tokens,
         logprobs=logprobs,

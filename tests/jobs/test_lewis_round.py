@@ -87,12 +87,12 @@ def sampled(new_run: NewRun) -> Workspace:
 
 def test_a_round_has_g_samples_of_each_prompt_with_seeds_of_their_own(sampled: Workspace) -> None:
     drawn = samples_of(sampled)
-    assert [(s.group, s.index) for s in drawn] == [(group, index) for group in range(8) for index in range(4)]
+    assert [(s.group, s.attempt) for s in drawn] == [(group, attempt) for group in range(8) for attempt in range(4)]
     assert len({s.sample_id for s in drawn}) == 32 and len({s.row_id for s in drawn}) == 8
     assert len({s.weights_hash for s in drawn}) == 1
     for s in drawn:
-        assert s.sample_id == f"r01-{s.row_id}-g{s.index}"
-        assert s.seed == derive(0, 1, "speaker", s.row_id, s.index)
+        assert s.sample_id == f"r01-{s.row_id}-g{s.attempt}"
+        assert s.seed == derive(0, 1, "speaker", s.row_id, s.attempt)
         assert len(s.token_ids) == len(s.logprobs) <= 16 and all(p <= 0 for p in s.logprobs)
     made = manifest.read(sampled, 1, "sample", 0)
     assert made.made_from["weights"] == drawn[0].weights_hash and made.metrics["samples"] == 12

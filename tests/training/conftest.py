@@ -177,7 +177,7 @@ def grade(root: Path, round: int = 1, left_out: Sequence[str] = ()) -> None:
                 )
             )
         path = shard.output("graded.parquet")
-        write_samples(path, graded)
+        write_samples(path, graded, GradedSample)
         shard.commit([path], made_from={})
 
 

@@ -16,9 +16,10 @@ from hpc_rl.training import rollouts
 from hpc_rl.training.rollouts import Group, UnusableRollouts
 
 
-def graded(group: int, index: int, reward: float | None = 1.0, **changes: object) -> GradedSample:
+def graded(group: int, attempt: int, reward: float | None = 1.0, **changes: object) -> GradedSample:
     sample = GradedSample(
-        sample_id=f"r01-{group}-g{index}", row_id=f"row{group}", group=group, index=index, prompt_token_ids=(5, 6, 7),
+        sample_id=f"r01-{group}-g{attempt}", row_id=f"row{group}", role="speaker", group=group, attempt=attempt,
+        accepted=True, prompt_token_ids=(5, 6, 7),
         token_ids=(8, 9), logprobs=(-0.5, -1.5), text="x", finish_reason="stop", seed=1, weights_hash="w",
         reward_accuracy=reward, reward_format=1.0, reward_length=0.1, reward=reward, left_out=reward is None,
         predicted_index=0, yes_probabilities=(0.1, 0.2),
@@ -26,11 +27,13 @@ def graded(group: int, index: int, reward: float | None = 1.0, **changes: object
     return replace(sample, **changes)
 
 
-def read(tmp_path: Path, *shards: list[GradedSample], group_size: int = 4) -> rollouts.Rollouts:
+def read(
+    tmp_path: Path, *shards: list[GradedSample], group_size: int = 4, prompts: int | None = None
+) -> rollouts.Rollouts:
     paths = [tmp_path / f"{number}.parquet" for number in range(len(shards))]
     for path, shard in zip(paths, shards, strict=True):
-        write_samples(path, shard)
-    return rollouts.read(paths, group_size)
+        write_samples(path, shard, GradedSample)
+    return rollouts.read(paths, group_size, prompts or len({one.group for shard in shards for one in shard}))
 
 
 def test_samples_come_back_as_groups_in_order_with_their_tokens(tmp_path: Path) -> None:
@@ -49,9 +52,9 @@ def test_a_sample_without_a_score_is_out_of_its_group_and_a_group_of_one_is_drop
     short = [graded(1, 0, 2.0), graded(1, 1, None), graded(1, 2, 0.0), graded(1, 3, 1.0)]
     lost = [graded(2, i, 1.0 if i == 0 else None) for i in range(4)]
     equal = [graded(3, i, 0.5) for i in range(4)]
-    found = read(tmp_path, [*whole, *short, *lost, *equal])
+    found = read(tmp_path, [*whole, *short, *lost, *equal], prompts=5)  # nothing was accepted for the fifth
     assert found.counts == rollouts.Counts(
-        samples=16, left_out=4, groups=4, dropped_groups=1, short_groups=1, equal_groups=1
+        samples=16, left_out=4, groups=5, dropped_groups=2, short_groups=1, equal_groups=1
     )
     assert [r.id for r in found.groups[1].rollouts] == ["r01-1-g0", "r01-1-g2", "r01-1-g3"]
     rewards = np.array([2.0, 0.0, 1.0])
@@ -92,4 +95,4 @@ def _rollout(reward: float) -> rollouts.Rollout:
 )
 def test_what_cannot_be_trained_on_is_named(tmp_path: Path, samples: list[GradedSample], complaint: str) -> None:
     with pytest.raises(UnusableRollouts, match=complaint):
-        read(tmp_path, samples)
+        read(tmp_path, *([sample] for sample in samples))
