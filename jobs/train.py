@@ -75,7 +75,8 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
     weights = broadcast_object(speaker_weights(job.ws, config, job.round - 1) if world.is_main else None)
     assert weights is not None
     (dataset,) = job.inputs(0, "dataset")
-    rows = {row.id: row for row in read_rows(dataset.path("train.parquet"))}
+    stored_rows = read_rows(dataset.path("train.parquet"))
+    rows = {row.id: row for row in stored_rows}
     root = image_root(job.ws, config.data.image_root)
     final = job.ws.checkpoint_dir("speaker", job.round)
     places = Places(
@@ -89,7 +90,7 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
     outputs: list[Path] = []
     if config.train.rollouts == "live":
         predictions = shard.output("predictions.jsonl")
-        trained = _train_live(job, config, training, list(rows.values()), predictions)
+        trained = _train_live(job, config, training, stored_rows, predictions)
         outputs.append(predictions)
     else:
         graded = [manifest.path("graded.parquet") for manifest in job.inputs(job.round, "grade")]
@@ -116,7 +117,7 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
             append(config.logging.prediction_log, outputs[0])
 
 
-def _train_live(job: Job, config: LewisConfig, training: Any, rows: list[Any], predictions: Path) -> Any:
+def _train_live(job: Job, config: LewisConfig, training: Any, rows: Any, predictions: Path) -> Any:
     """Sample, ask and train; SystemExit(75) when no listener answers."""
     from hpc_rl.data.lewis import rows_of_round
     from hpc_rl.services.calling import ServiceUnavailable

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_rl.data.lewis import GameRow, image_root, merge_rows, read_rows, rows_of_round, shard_of, write_rows
+from hpc_rl.data.lewis import GameRow, Rows, image_root, merge_rows, read_rows, rows_of_round, shard_of, write_rows
 from hpc_rl.run.workspace import Workspace
 
 
@@ -20,9 +20,24 @@ def row(i: int) -> GameRow:
 def test_rows_survive_the_disk_in_order(tmp_path: Path) -> None:
     rows = [row(i) for i in (3, 1, 2)]
     write_rows(tmp_path / "rows.parquet", rows)
-    assert read_rows(tmp_path / "rows.parquet") == tuple(rows)
+    assert list(read_rows(tmp_path / "rows.parquet")) == rows
     write_rows(tmp_path / "none.parquet", [])
-    assert read_rows(tmp_path / "none.parquet") == ()
+    assert list(read_rows(tmp_path / "none.parquet")) == []
+
+
+@given(st.integers(0, 12), st.integers(-15, 15), st.integers(-15, 15))
+def test_rows_are_taken_like_those_of_a_list(size: int, start: int, stop: int) -> None:
+    plain = [row(i) for i in range(size)]
+    rows = Rows.of(plain)
+    assert (len(rows), rows.ids) == (size, [one.id for one in plain])
+    assert list(rows[start:stop]) == plain[start:stop]
+    if -size <= start < size:
+        assert rows[start] == plain[start]
+        assert rows[start:][0] == plain[start]
+        assert list(rows.take([start % size, 0])) == [plain[start], plain[0]]
+    else:
+        with pytest.raises(IndexError):
+            rows[start]
 
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.randoms())
@@ -47,7 +62,7 @@ def test_a_row_that_comes_twice_is_an_error() -> None:
 
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 3), st.randoms())
 def test_rounds_walk_through_epochs(size: int, per_round: int, seed: int, shuffler: random.Random) -> None:
-    rows = [row(i) for i in range(size)]
+    rows = Rows.of(row(i) for i in range(size))
     if per_round > size:
         with pytest.raises(ValueError, match=r"data.train_rows or lower sample.prompts_per_round"):
             rows_of_round(rows, 1, prompts_per_round=per_round, seed=seed)
@@ -57,17 +72,20 @@ def test_rounds_walk_through_epochs(size: int, per_round: int, seed: int, shuffl
         ids: list[str] = []
         for round in range(epoch * rounds_per_epoch + 1, (epoch + 1) * rounds_per_epoch + 1):
             part = rows_of_round(rows, round, prompts_per_round=per_round, seed=seed)
-            shuffled = rows[:]
+            shuffled = list(rows)
             shuffler.shuffle(shuffled)
-            assert rows_of_round(shuffled, round, prompts_per_round=per_round, seed=seed) == part
+            again = rows_of_round(Rows.of(shuffled), round, prompts_per_round=per_round, seed=seed)
+            assert list(again) == list(part)
             assert len(part) == per_round
             ids += [one.id for one in part]
         assert len(set(ids)) == len(ids) == rounds_per_epoch * per_round
 
 
 def test_epochs_and_seeds_differ() -> None:
-    rows = [row(i) for i in range(50)]
-    orders = {tuple(one.id for one in rows_of_round(rows, round, prompts_per_round=50, seed=seed)) for round in (1, 2) for seed in (0, 1)}  # fmt: skip  # noqa: E501
+    rows = Rows.of(row(i) for i in range(50))
+    orders = {
+        tuple(rows_of_round(rows, round, prompts_per_round=50, seed=seed).ids) for round in (1, 2) for seed in (0, 1)
+    }
     assert len(orders) == 4
 
 

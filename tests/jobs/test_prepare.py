@@ -45,7 +45,7 @@ def run(ws: Workspace) -> dict[str, tuple[GameRow, ...]]:
     arguments = ["--workspace", str(ws.root), "--round", "0"]
     assert prepare.main(arguments) == 0
     assert dataset.main(arguments) == 0
-    return {name: read_rows(ws.dataset_dir(0) / f"{name}.parquet") for name in SETS}
+    return {name: tuple(read_rows(ws.dataset_dir(0) / f"{name}.parquet")) for name in SETS}
 
 
 @pytest.fixture(scope="module")
