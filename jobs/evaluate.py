@@ -95,18 +95,17 @@ def play(
     job: Job, config: LewisConfig, rows: Sequence[tuple[str, Any]], root: Path, engine: Any, listener: Any
 ) -> list[Played]:
     """Play some games."""
-    from hpc_rl.data.images import load_image
-    from hpc_rl.engines.base import Prompt, Request, Sampling
+    from hpc_rl.engines.base import Prompt, Request, Sampling, generate
     from hpc_rl.grading.game import judge
 
     requests = [
         Request(
-            Prompt.of(row.speaker_problem, load_image(root / row.image)),
+            Prompt.of(row.speaker_problem, root / row.image),
             derive(config.run.seed, job.round, "evaluate", row.id),
         )
         for _, row in rows
     ]
-    made = engine.generate(requests, Sampling(config.evaluate.temperature, config.sample.max_tokens))
+    made = generate(engine, requests, Sampling(config.evaluate.temperature, config.sample.max_tokens))
     texts = [completion.text for completion in made]
     verdicts = judge(texts, [row for _, row in rows], listener, config.listener.question, config.rewards)
     return [Played(name, row, text, verdict) for (name, row), text, verdict in zip(rows, texts, verdicts, strict=True)]

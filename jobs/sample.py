@@ -60,7 +60,7 @@ class _Speaker:
         """Sample one shard and commit it."""
         from hpc_rl.data.images import load_image
         from hpc_rl.data.lewis import shard_of
-        from hpc_rl.engines.base import Prompt, Request, Sampling
+        from hpc_rl.engines.base import Prompt, Request, Sampling, generate
         from hpc_rl.grading.samples import Sample, write_samples
 
         config, number = self.config, self.job.round
@@ -73,9 +73,9 @@ class _Speaker:
         ]
         prompts = {row.id: Prompt.of(row.speaker_problem, load_image(self.root / row.image)) for row in rows}
         shard.progress(0, len(drawn))
-        self.engine.forget()
         started = time.monotonic()
-        completions = self.engine.generate(
+        completions = generate(
+            self.engine,
             [Request(prompts[row.id], seed) for _, _, seed, row in drawn],
             Sampling(config.sample.temperature, config.sample.max_tokens),
         )

@@ -12,7 +12,7 @@ from hpc_rl.data.embedding import Embedder
 from hpc_rl.data.images import load_image
 from hpc_rl.data.lewis import GameRow
 from hpc_rl.data.preparation import prepare_category
-from hpc_rl.engines.base import Prompt, Request, Sampling
+from hpc_rl.engines.base import Prompt, Request, Sampling, generate
 from hpc_rl.engines.transformers_engine import TransformersEngine
 from hpc_rl.engines.yes_no import YesNoModel
 from hpc_rl.grading.lewis import Description, decide, format_reward, parse, question
@@ -47,8 +47,8 @@ def examine(config: LewisConfig, listener: Path, speaker: Path, scratch: Path, g
     rows = held_out_games(config, speaker, scratch, games)
     low, high = config.speaker.min_pixels, config.speaker.max_pixels
     engine = TransformersEngine(str(speaker), min_pixels=low, max_pixels=high)
-    requests = [Request(Prompt.of(row.speaker_problem, load_image(scratch / row.image)), seed=0) for row in rows]
-    said = [made.text for made in engine.generate(requests, Sampling(0.0, config.sample.max_tokens))]
+    requests = [Request(Prompt.of(row.speaker_problem, scratch / row.image), seed=0) for row in rows]
+    said = [made.text for made in generate(engine, requests, Sampling(0.0, config.sample.max_tokens))]
     truth = [Description(*scenes.caption(row.category, row.concept)) for row in rows]
     judge = YesNoModel(str(listener), min_pixels=low, max_pixels=high)
     template = config.listener.question

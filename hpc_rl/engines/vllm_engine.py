@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hpc_rl.engines.base import BAN_BIAS, Completion, Prompt, Request, Sampling, banned_ids, decode, render
+from hpc_rl.engines.base import (
+    BAN_BIAS,
+    Completion,
+    EngineFailed,
+    Prompt,
+    Request,
+    Sampling,
+    banned_ids,
+    decode,
+    render,
+    too_long,
+)
+from hpc_rl.engines.in_flight import InFlight, PromptKey
 from hpc_rl.engines.loading import load_processor, tokenizer_of
 from hpc_rl.engines.vllm_start import start_vllm
 
@@ -16,8 +31,29 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM takes as `max_lora_rank`."""
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A prompt as vLLM's scheduler takes it, for any number of requests."""
+
+    rendered: Any
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A request that vLLM has."""
+
+    name: str
+    prompt: PromptKey
+    ready: _Ready
+    sampling: Sampling
+
+
 class VllmEngine:
-    """An engine on vLLM.
+    """An engine on vLLM: requests join the running batch token by token, and leave it as they finish.
+
+    A step costs what a step of `vllm.LLM.generate` costs; a request costs less: what its group shares is made once
+    (`InFlight`), its parameters are copied from those of the request before.
 
     Parameters
     ----------
@@ -39,7 +75,11 @@ class VllmEngine:
         Ask for the mode in which a sample does not depend on its batch, where the hardware has it.
     images_per_prompt
         Most images in one prompt.
+    max_num_seqs, tensor_parallel_size, load_strategy, compile_cache, cpu_kv_cache_gib
+        See `start_vllm`; None = its default.
     """
+
+    kind = "vllm"
 
     def __init__(
         self,
@@ -55,14 +95,29 @@ class VllmEngine:
         gpu_memory_utilization: float = 0.8,
         batch_invariant: bool = True,
         images_per_prompt: int = 1,
+        max_num_seqs: int | None = None,
+        tensor_parallel_size: int | None = None,
+        load_strategy: str | None = None,
+        compile_cache: Path | None = None,
+        cpu_kv_cache_gib: float | None = None,
     ) -> None:
         self._processor = load_processor(path, min_pixels, max_pixels)
+        self._sees = min_pixels is not None
         self._bias = {token: BAN_BIAS for token in banned_ids(path, tokenizer_of(self._processor))}
-        options: dict[str, Any] = {}
-        if min_pixels is not None:
+        options: dict[str, Any] = {
+            "max_num_seqs": max_num_seqs,
+            "tensor_parallel_size": tensor_parallel_size,
+            "load_strategy": load_strategy,
+            "compile_cache": compile_cache,
+            "cpu_kv_cache_gib": cpu_kv_cache_gib,
+        }
+        options = {name: value for name, value in options.items() if value is not None}
+        if self._sees:
             options |= {
                 "limit_mm_per_prompt": {"image": images_per_prompt, "video": 0},
                 "mm_processor_kwargs": {"min_pixels": min_pixels, "max_pixels": max_pixels},
+                # Processed images are kept by `InFlight`, as long as they are needed and no longer.
+                "mm_processor_cache_gb": 0,
             }
         if adapter is not None:
             options |= {"enable_lora": True, "max_lora_rank": next(r for r in LORA_RANKS if r >= adapter_rank)}
@@ -81,59 +136,129 @@ class VllmEngine:
         )
         from vllm.lora.request import LoRARequest  # only now: vLLM reads its environment when it is imported
 
-        self._adapter = None if adapter is None else LoRARequest(adapter_name, 1, str(adapter))
+        self._engine = self._llm.llm_engine
+        self._max_model_len: int = self._engine.model_config.max_model_len
+        self._adapter = None if adapter is None else LoRARequest(adapter_name, _lora_id(adapter_name), str(adapter))
+        self._prompts: InFlight[_Ready] = InFlight(self._read)
+        self._flights: dict[str, _Flight] = {}
+        self._last_params: tuple[Sampling, Any] | None = None
 
-    def forget(self) -> None:
-        """See `Engine.forget`: prefix, image and encoder caches."""
-        self._llm.reset_prefix_cache()
-        self._llm.reset_mm_cache()
-        self._llm.llm_engine.reset_encoder_cache()
+    @property
+    def capacity(self) -> int:
+        """vLLM's max_num_seqs."""
+        return int(self._engine.vllm_config.scheduler_config.max_num_seqs)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """See `Engine.generate`."""
-        from vllm import SamplingParams
+    @property
+    def unfinished(self) -> int:
+        """See `Engine.unfinished`."""
+        return len(self._flights)
+
+    def submit(self, key: str, request: Request, sampling: Sampling) -> None:
+        """See `Engine.submit`."""
         from vllm.exceptions import VLLMValidationError
-        from vllm.sampling_params import StructuredOutputsParams
+
+        if key in self._flights:
+            raise ValueError(f"{key} is in flight already; each request needs a key of its own")
+        prompt, ready = self._prompts.take(request.prompt)
+        try:
+            params = self._params(sampling, request.seed)
+            name = self._engine.add_request(key, ready.rendered, params, lora_request=self._adapter)
+        except BaseException as error:
+            self._prompts.give_back(prompt)
+            if isinstance(error, VLLMValidationError):  # the schema, where there is one
+                raise ValueError(str(error)) from error
+            raise
+        self._flights[key] = _Flight(name, prompt, ready, sampling)
+
+    def step(self) -> list[tuple[str, Completion]]:
+        """See `Engine.step`: one token for each request in the batch."""
+        if not self._flights:
+            return []
+        finished = []
+        for output in self._engine.step():
+            flight = self._flights.pop(output.request_id)
+            self._prompts.give_back(flight.prompt)
+            finished.append((output.request_id, self._completion(output, flight)))
+        return finished
+
+    def abort(self, keys: Collection[str]) -> None:
+        """See `Engine.abort`."""
+        flights = [self._flights.pop(key) for key in keys if key in self._flights]
+        for flight in flights:
+            self._prompts.give_back(flight.prompt)
+        if flights:
+            self._engine.abort_request([flight.name for flight in flights], internal=True)
+
+    def close(self) -> None:
+        """See `Engine.close`: ends vLLM's worker processes, where there are some."""
+        self.abort(list(self._flights))
+        self._engine.engine_core.shutdown()
+
+    def _read(self, prompt: Prompt) -> _Ready:
+        tokenizer = tokenizer_of(self._processor)
+        # The chat template has written the special tokens already; from a text vLLM would write them once more.
+        token_ids = tokenizer(render(self._processor, prompt), add_special_tokens=False)["input_ids"]
+        if prompt.keep_tokens is not None:
+            token_ids = token_ids[-prompt.keep_tokens :]
+        self._check_length(len(token_ids))
+        given: dict[str, Any] = {"prompt_token_ids": token_ids}
+        if prompt.images:
+            if not self._sees:
+                raise ValueError("this engine was opened without pixel limits, so it sees no images")
+            given["multi_modal_data"] = {"image": prompt.open_images()}
+        (rendered,) = self._engine.renderer.render_cmpl([given])
+        self._check_length(len(rendered["prompt_token_ids"]))  # now with all of the images' tokens
+        return _Ready(rendered, tuple(rendered["prompt_token_ids"]))
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens >= self._max_model_len:
+            raise ValueError(too_long(tokens, self._max_model_len))
+
+    def _params(self, sampling: Sampling, seed: int) -> Any:
+        if self._last_params is None or self._last_params[0] != sampling:
+            self._last_params = sampling, self._new_params(sampling)
+        params = copy.copy(self._last_params[1])
+        params.seed = seed
+        return params
+
+    def _new_params(self, sampling: Sampling) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         form = None if sampling.json_schema is None else StructuredOutputsParams(json=sampling.json_schema)
-        options = [
-            SamplingParams(
-                n=1,  # not G: the seeds of a group would be n apart, and a sample would depend on its place
-                seed=request.seed,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
-                top_k=0,
-                max_tokens=sampling.max_tokens,
-                logprobs=0,
-                logit_bias=self._bias,
-                detokenize=False,
-                structured_outputs=form,
-            )
-            for request in requests
-        ]
-        prompts = [self._prompt(request.prompt) for request in requests]
-        try:
-            outputs = self._llm.generate(prompts, options, use_tqdm=False, lora_request=self._adapter)
-        except VLLMValidationError as error:  # the schema, where there is one
-            raise ValueError(str(error)) from error
-        return [self._completion(output) for output in outputs]
+        return SamplingParams(
+            n=1,  # not G: the seeds of a group would be n apart, and a sample would depend on its place
+            seed=0,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
+            top_k=0,
+            max_tokens=sampling.max_tokens,
+            logprobs=0,
+            flat_logprobs=True,
+            logit_bias=self._bias,
+            stop=list(sampling.stop),
+            include_stop_str_in_output=True,
+            detokenize=bool(sampling.stop),
+            structured_outputs=form,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,  # each request has a shallow copy to itself; a deep one takes longer than a token
+        )
 
-    def _prompt(self, prompt: Prompt) -> dict[str, Any]:
-        text = render(self._processor, prompt)
-        if prompt.images:
-            return {"prompt": text, "multi_modal_data": {"image": list(prompt.images)}}
-        # The chat template has written the special tokens already; from a text vLLM would write them once more.
-        return {"prompt_token_ids": tokenizer_of(self._processor)(text, add_special_tokens=False)["input_ids"]}
-
-    def _completion(self, output: Any) -> Completion:
+    def _completion(self, output: Any, flight: _Flight) -> Completion:
         (sampled,) = output.outputs
         if sampled.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"vLLM gave a completion up: {sampled.finish_reason}")
+            raise EngineFailed(f"vLLM gave the request {output.request_id} up: {sampled.finish_reason}")
         tokens = tuple(sampled.token_ids)
+        assert len(tokens) == len(sampled.logprobs.logprobs)  # no others than the sampled ones were asked for
         return Completion(
-            tuple(output.prompt_token_ids),
+            flight.ready.token_ids,
             tokens,
-            tuple(place[token].logprob for token, place in zip(tokens, sampled.logprobs, strict=True)),
-            decode(tokenizer_of(self._processor), tokens),
+            tuple(sampled.logprobs.logprobs),
+            sampled.text if flight.sampling.stop else decode(tokenizer_of(self._processor), tokens),
             sampled.finish_reason,
         )
+
+
+def _lora_id(name: str) -> int:
+    """The number by which vLLM's workers know an adapter, as much its own as its name."""
+    return 1 + int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % (2**31 - 1)

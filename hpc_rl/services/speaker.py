@@ -25,7 +25,7 @@ from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.config.schema import Config
 from hpc_rl.config.services import SpeakerServiceConfig
 from hpc_rl.data.lewis import image_root
-from hpc_rl.engines.base import Engine, Prompt, Request, Sampling
+from hpc_rl.engines.base import Completion, Engine, Prompt, Request, Sampling, generate_each
 from hpc_rl.grading.lewis import parse, thinking
 from hpc_rl.run.seeds import derive
 from hpc_rl.run.workspace import Workspace
@@ -72,9 +72,14 @@ class Describer:
             for source, image in images.items()
             if isinstance(image, Image.Image)
         }
-        said = dict(zip(requests, self._generate(list(requests.values())), strict=True))
-        refused = {source: image for source, image in images.items() if isinstance(image, Undescribed)}
-        answers = {**refused, **said}
+        answers: dict[ImageSource, str | Undescribed] = {
+            source: image for source, image in images.items() if isinstance(image, Undescribed)
+        }
+        made = generate_each(self._engine, [(request, self._sampling) for request in requests.values()])
+        for source, one in zip(requests, made, strict=True):
+            # The processor refuses an image for its aspect ratio, for example.
+            said = one.text if isinstance(one, Completion) else Undescribed(f"the model refuses the image: {one}")
+            answers[source] = said
         return [answers[source] for source in sources]
 
     def _load(self, source: ImageSource) -> Image.Image | Undescribed:
@@ -83,17 +88,6 @@ class Describer:
                 return file.decode()
         except ImageRefused as error:
             return Undescribed(str(error))
-
-    def _generate(self, requests: Sequence[Request]) -> list[str | Undescribed]:
-        if not requests:
-            return []
-        self._engine.forget()
-        try:
-            return [made.text for made in self._engine.generate(requests, self._sampling)]
-        except ValueError as error:  # the processor refuses one of the images, e.g. for its aspect ratio: which one?
-            if len(requests) == 1:
-                return [Undescribed(f"the model refuses the image: {error}")]
-            return [answer for request in requests for answer in self._generate([request])]
 
 
 IMAGE: dict[str, JsonValue] = {"image_path": "/path/to/img1.jpg"}

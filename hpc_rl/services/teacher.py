@@ -24,7 +24,7 @@ from starlette.responses import Response
 from hpc_rl.config.schema import Config
 from hpc_rl.config.services import TeacherServiceConfig
 from hpc_rl.engines import base
-from hpc_rl.engines.base import Engine, Prompt, Sampling
+from hpc_rl.engines.base import Engine, Prompt, Sampling, generate_each
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services.chat_body import (
     CHAT_REFUSALS,
@@ -97,16 +97,16 @@ class Writer:
         self.tokens = TokenCounts()
 
     def __call__(self, chats: Sequence[Chat]) -> list[Said | Unsaid]:
-        """The answer to each, in order. Those that are sampled alike share the engine's batches."""
+        """The answer to each, in order."""
+        asked: dict[int, tuple[base.Request, Sampling]] = {}
         answers: dict[int, Said | Unsaid] = {}
-        alike: dict[Sampling, list[int]] = {}
         for place, chat in enumerate(chats):
             try:
-                alike.setdefault(self._sampling(chat), []).append(place)
+                asked[place] = base.Request(Prompt(chat.messages), chat.seed), self._sampling(chat)
             except ValueError as error:
                 answers[place] = Unsaid(str(error))
-        for sampling, places in alike.items():
-            answers.update(zip(places, self._write([chats[place] for place in places], sampling), strict=True))
+        for place, made in zip(asked, generate_each(self._engine, list(asked.values())), strict=True):
+            answers[place] = Unsaid(str(made)) if isinstance(made, ValueError) else self._said(made, chats[place])
         return [answers[place] for place in range(len(chats))]
 
     def _sampling(self, chat: Chat) -> Sampling:
@@ -116,21 +116,17 @@ class Writer:
             raise ValueError(
                 f"the prompt has {length} tokens and the answer may have {longest}; at most {limit} together"
             )
-        return Sampling(chat.temperature, longest, chat.top_p if chat.temperature > 0 else 1.0, chat.json_schema)
+        top_p = chat.top_p if chat.temperature > 0 else 1.0
+        return Sampling(chat.temperature, longest, top_p, chat.json_schema, chat.stops)
 
-    def _write(self, chats: Sequence[Chat], sampling: Sampling) -> list[Said | Unsaid]:
-        requests = [base.Request(Prompt(chat.messages), chat.seed) for chat in chats]
-        try:
-            made = self._engine.generate(requests, sampling)
-        except ValueError as error:  # what was wrong with single chats has been found before: it is the schema
-            return [Unsaid(str(error))] * len(chats)
-        self.tokens.prompt += sum(len(one.prompt_token_ids) for one in made)
-        self.tokens.completion += sum(len(one.token_ids) for one in made)
-        return [_cut(one, chat.stops) for one, chat in zip(made, chats, strict=True)]
+    def _said(self, made: base.Completion, chat: Chat) -> Said:
+        self.tokens.prompt += len(made.prompt_token_ids)
+        self.tokens.completion += len(made.token_ids)
+        return _cut(made, chat.stops)
 
 
 def _cut(made: base.Completion, stops: Sequence[str]) -> Said:
-    """The completion up to the first of the stops. All that was written counts as written."""
+    """The completion up to the first of the stops, which is left out as OpenAI does; it counts as written."""
     ends = [place for stop in stops if (place := made.text.find(stop)) >= 0]
     text = made.text[: min(ends)] if ends else made.text
     reason = "stop" if ends else made.finish_reason

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_rl.engines.base import BAN_BIAS, Completion, Prompt, Request, Sampling, banned_ids, end_ids
+from hpc_rl.engines.base import BAN_BIAS, Completion, Prompt, Request, Sampling, banned_ids, end_ids, generate
 from hpc_rl.engines.loading import ModelFolderError, load_model, load_processor
 from hpc_rl.engines.merging import lora_rank, merge_adapter
 from hpc_rl.engines.transformers_engine import TransformersEngine
@@ -50,24 +50,24 @@ def test_logprobs_are_those_of_the_tempered_distribution(
     engine: TransformersEngine, speaker_folder: Path, temperature: float
 ) -> None:
     asked = requests(samples=1)
-    for request, completion in zip(asked, engine.generate(asked, Sampling(temperature, 12)), strict=True):
+    for request, completion in zip(asked, generate(engine, asked, Sampling(temperature, 12)), strict=True):
         expected = teacher_forced(speaker_folder, request, completion, temperature)
         assert torch.tensor(completion.logprobs) == pytest.approx(expected, abs=1e-4)
 
 
 def test_samples_depend_on_their_seed_and_not_on_their_batch(engine: TransformersEngine) -> None:
     asked = requests()
-    together = engine.generate(asked, SAMPLING)
-    assert engine.generate(asked, SAMPLING) == together
-    alone = [engine.generate([request], SAMPLING)[0] for request in asked]
-    backwards = engine.generate(asked[::-1], SAMPLING)[::-1]
+    together = generate(engine, asked, SAMPLING)
+    assert generate(engine, asked, SAMPLING) == together
+    alone = [generate(engine, [request], SAMPLING)[0] for request in asked]
+    backwards = generate(engine, asked[::-1], SAMPLING)[::-1]
     for one, other, third in zip(together, alone, backwards, strict=True):
         assert one.token_ids == other.token_ids == third.token_ids
     assert len({completion.token_ids for completion in together[:4]}) == 4
 
 
 def test_greedy_takes_the_likeliest_token_whatever_the_seed(engine: TransformersEngine, speaker_folder: Path) -> None:
-    greedy = engine.generate(requests(samples=2), Sampling(0.0, 6))
+    greedy = generate(engine, requests(samples=2), Sampling(0.0, 6))
     assert [c.token_ids for c in greedy[::2]] == [c.token_ids for c in greedy[1::2]]
     expected = teacher_forced(speaker_folder, requests(samples=1)[0], greedy[0], 1.0)
     assert torch.tensor(greedy[0].logprobs) == pytest.approx(expected, abs=1e-4)
@@ -80,7 +80,7 @@ def test_control_tokens_are_never_sampled_and_the_end_is(engine: TransformersEng
     assert {"<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>"} <= names
     assert not set(banned) & set(ends)
     # At this temperature tokens are nearly uniform: one in seventy would be a control token if they were not banned.
-    sampled = engine.generate(requests(samples=16), Sampling(2.0, 40))
+    sampled = generate(engine, requests(samples=16), Sampling(2.0, 40))
     tokens = [token for completion in sampled for token in completion.token_ids]
     assert len(tokens) > 1500 and not set(tokens) & set(banned)
     assert {"stop", "length"} == {completion.finish_reason for completion in sampled}
@@ -94,7 +94,7 @@ def test_control_tokens_are_never_sampled_and_the_end_is(engine: TransformersEng
 def test_images_are_resized_to_the_pixel_limits(engine: TransformersEngine, speaker_folder: Path) -> None:
     processor = load_processor(speaker_folder, **PIXELS)
     pad = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    counts = [c.prompt_token_ids.count(pad) for c in engine.generate(requests(samples=1), Sampling(0.0, 1))]
+    counts = [c.prompt_token_ids.count(pad) for c in generate(engine, requests(samples=1), Sampling(0.0, 1))]
     assert counts[0] == 4  # 56 × 56 pixels, patches of 14, merged 2 × 2
     assert counts[1] == 1  # scaled up to min_pixels = 28 × 28
     assert all(count * 28 * 28 <= PIXELS["max_pixels"] for count in counts)
@@ -105,12 +105,12 @@ def test_a_prompt_may_have_several_images_or_none(engine: TransformersEngine) ->
     several = Request(Prompt.of(TEXT, first, second), 1)
     turned = Request(Prompt.of(TEXT, second, first), 1)
     none = Request(Prompt.of(TEXT), 1)
-    batch = engine.generate([several, turned, several], SAMPLING)
+    batch = generate(engine, [several, turned, several], SAMPLING)
     assert batch[0].token_ids == batch[2].token_ids
     # rows of one batch may differ in the last bits
     assert batch[0].logprobs == pytest.approx(batch[2].logprobs, abs=1e-5)
     assert batch[0].logprobs != pytest.approx(batch[1].logprobs, abs=1e-4)
-    assert len(engine.generate([none], SAMPLING)[0].token_ids) > 0
+    assert len(generate(engine, [none], SAMPLING)[0].token_ids) > 0
 
 
 def test_an_adapter_is_what_peft_computes_and_merging_changes_nothing(
@@ -121,11 +121,11 @@ def test_an_adapter_is_what_peft_computes_and_merging_changes_nothing(
     folder = merge_adapter(speaker_folder, adapter_folder, "float32", tmp_path / "merged")
     from_disk = TransformersEngine(str(folder), **PIXELS)
     asked = requests(samples=1)
-    plain = engine.generate(asked, SAMPLING)
-    by_adapter = adapted.generate(asked, SAMPLING)
+    plain = generate(engine, asked, SAMPLING)
+    by_adapter = generate(adapted, asked, SAMPLING)
     assert [c.token_ids for c in by_adapter] != [c.token_ids for c in plain]
     for other in (merged, from_disk):
-        for one, two in zip(by_adapter, other.generate(asked, SAMPLING), strict=True):
+        for one, two in zip(by_adapter, generate(other, asked, SAMPLING), strict=True):
             assert one.token_ids == two.token_ids
             assert one.logprobs == pytest.approx(two.logprobs, abs=1e-4)
     expected = teacher_forced(speaker_folder, asked[0], by_adapter[0], 1.0, adapter_folder)

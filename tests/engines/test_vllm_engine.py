@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hpc_rl.engines.base import Completion, Sampling, banned_ids
+from hpc_rl.engines.base import Completion, Sampling, banned_ids, generate
 from hpc_rl.engines.loading import load_processor
 from hpc_rl.engines.transformers_engine import TransformersEngine
 
@@ -47,7 +47,7 @@ def assert_same_samples(one: Sequence[Completion], other: Sequence[Completion]) 
 @pytest.mark.parametrize(("run", "temperature"), [("plain", 1.0), ("cool", 0.6), ("greedy", 0.0)])
 def test_both_engines_draw_the_same_samples(sampled: Any, speaker_folder: Path, run: str, temperature: float) -> None:
     other = TransformersEngine(str(speaker_folder), **PIXELS)
-    assert_same_samples(sampled[run], other.generate(requests(), Sampling(temperature, 12)))
+    assert_same_samples(sampled[run], generate(other, requests(), Sampling(temperature, 12)))
 
 
 def test_more_prompts_than_one_step_reads_are_all_answered(sampled: Any) -> None:
@@ -57,7 +57,7 @@ def test_more_prompts_than_one_step_reads_are_all_answered(sampled: Any) -> None
 
 def test_a_lora_request_is_what_peft_computes(sampled: Any, speaker_folder: Path, adapter_folder: Path) -> None:
     other = TransformersEngine(str(speaker_folder), adapter_folder, **PIXELS)
-    assert_same_samples(sampled["adapter"], other.generate(requests(), Sampling(1.0, 12)))
+    assert_same_samples(sampled["adapter"], generate(other, requests(), Sampling(1.0, 12)))
     assert [c.token_ids for c in sampled["adapter"]] != [c.token_ids for c in sampled["plain"]]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from engines.answering import Answering
 from PIL import Image
 
 from hpc_rl.config.services import (
@@ -39,17 +40,13 @@ class Letters:
         return [float(len(row)) for row in rows]
 
 
-class Colors:
+class Colors(Answering):
     """A speaker that names the color of an image's first pixel."""
 
-    def forget(self) -> None:
-        pass
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Any]:
-        return [Completion((), (), (), f"<coarse>{self.color(request)}</coarse>", "stop") for request in requests]
-
-    def color(self, request: Request) -> str:
-        return {(254, 0, 0): "red", (0, 0, 254): "blue"}[request.prompt.images[0].getpixel((0, 0))]
+    def answer(self, request: Request, sampling: Sampling) -> Completion:
+        first_pixel: Any = request.prompt.open_images()[0].getpixel((0, 0))
+        color = {(254, 0, 0): "red", (0, 0, 254): "blue"}[first_pixel]
+        return Completion((), (), (), f"<coarse>{color}</coarse>", "stop")
 
 
 def open_listener(model: YesNoModel, root: Path, limits: dict[str, Any]) -> Service:
@@ -70,7 +67,7 @@ def open_reward_model(model: YesNoModel, root: Path, limits: dict[str, Any]) -> 
     return reward_model.service_of("reward_model", Letters(), RewardModelServiceConfig(**limits), "abc", {})
 
 
-class Echo:
+class Echo(Answering):
     """A chat model that repeats the last message, letter by letter."""
 
     max_tokens = 200
@@ -78,14 +75,9 @@ class Echo:
     def length(self, messages: Sequence[Mapping[str, str]]) -> int:
         return sum(len(message["content"]) for message in messages)
 
-    def forget(self) -> None:
-        pass
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        return [self.repeat(request.prompt.messages[-1]["content"], sampling.max_tokens) for request in requests]
-
-    def repeat(self, text: str, longest: int) -> Completion:
-        said = text[:longest]
+    def answer(self, request: Request, sampling: Sampling) -> Completion:
+        text: str = request.prompt.messages[-1]["content"]
+        said = text[: sampling.max_tokens]
         return Completion((0,) * len(text), (0,) * len(said), (), said, "stop" if said == text else "length")
 
 

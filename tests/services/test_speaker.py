@@ -84,7 +84,7 @@ def plain(ws: Workspace, image: str) -> str:
     """What the engine says without a service around it."""
     from hpc_rl import config as configs
     from hpc_rl.data.images import load_image
-    from hpc_rl.engines.base import Prompt, Request, Sampling
+    from hpc_rl.engines.base import Prompt, Request, Sampling, generate
     from hpc_rl.engines.opening import open_engine
 
     config = configs.from_json(atomic.read_json(ws.config_path))
@@ -93,7 +93,7 @@ def plain(ws: Workspace, image: str) -> str:
         "transformers", config.speaker, config.sample, base=config.speaker.path, adapter=None, weights_hash=""
     )
     prompt = Prompt.of(config.data.speaker_problem, load_image(ws.images_dir / image))
-    (made,) = engine.generate([Request(prompt, 0)], Sampling(0.0, config.sample.max_tokens))
+    (made,) = generate(engine, [Request(prompt, 0)], Sampling(0.0, config.sample.max_tokens))
     return made.text
 
 

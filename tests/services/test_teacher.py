@@ -18,7 +18,7 @@ import pytest
 
 from hpc_rl import config as configs
 from hpc_rl.config.schema import Config
-from hpc_rl.engines.base import Prompt, Request, Sampling
+from hpc_rl.engines.base import Prompt, Request, Sampling, generate
 from hpc_rl.engines.chat import ChatReader
 from hpc_rl.engines.transformers_engine import TransformersEngine
 from hpc_rl.run import atomic
@@ -100,7 +100,7 @@ def messages(text: str = ASK) -> list[Any]:
 
 def plain(engine: TransformersEngine, sampling: Sampling, seed: int = 0, text: str = ASK) -> str:
     """What the other engine says to the same messages."""
-    return engine.generate([Request(Prompt(tuple(messages(text))), seed)], sampling)[0].text
+    return generate(engine, [Request(Prompt(tuple(messages(text))), seed)], sampling)[0].text
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (1.0, 0.5)])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from engines.answering import Answering
 
 from hpc_rl.config.clients import TeacherClientConfig
 from hpc_rl.config.services import TeacherServiceConfig
@@ -22,19 +22,16 @@ from hpc_rl.teachers.questions import Reply
 from .conftest import FAST, question
 
 
-@dataclass
-class Says:
+class Says(Answering):
     """An engine that says one thing to everybody, and counts how often."""
 
-    text: str
-    asked: int = 0
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text, self.asked = text, 0
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        self.asked += len(requests)
-        return [Completion((1,), (2,), (0.0,), self.text, "stop") for _ in requests]
-
-    def forget(self) -> None:
-        pass
+    def answer(self, request: Request, sampling: Sampling) -> Completion:
+        self.asked += 1
+        return Completion((1,), (2,), (0.0,), self.text, "stop")
 
 
 class Reader:
