@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 """Endings, in lower case, of the files that count as pictures."""
@@ -62,6 +62,27 @@ def check_header(path: Path) -> None:
     try:
         with Image.open(path):
             pass
+    except _BROKEN as error:
+        raise _unreadable(path, error) from error
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """(width, height) of a picture as `load_image` would give it, from the file's header alone.
+
+    Of a PNG that names its rotation behind its pixels, which is legal and rare, it is the size as stored.
+
+    Raises
+    ------
+    UnreadableImage
+        If the first bytes are not those of a picture.
+    """
+    try:
+        with Image.open(path) as opened:
+            width, height = opened.size
+            # Not the format's own method: that of PNGs decodes the pixels, to look for a rotation behind them.
+            turned = Image.Image.getexif(opened).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            lies = turned and opened.format != "TIFF"  # of which Pillow gives the size as seen
+            return (height, width) if lies else (width, height)
     except _BROKEN as error:
         raise _unreadable(path, error) from error
 

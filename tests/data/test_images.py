@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpc_rl.data.images import UnreadableImage, check_header, is_image_name, load_image
+from hpc_rl.data.images import UnreadableImage, check_header, is_image_name, load_image, size_of
 
 
 def test_a_rotated_photo_is_turned_upright(tmp_path: Path) -> None:
@@ -21,6 +21,29 @@ def test_a_rotated_photo_is_turned_upright(tmp_path: Path) -> None:
     assert upright.size == (20, 40)
     assert upright.getpixel((10, 2)) == (0, 0, 255)
     assert upright.getpixel((10, 30)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif"])
+def test_the_size_is_known_from_the_header_alone(tmp_path: Path, ending: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    whole, cut = tmp_path / f"whole.{ending}", tmp_path / f"cut.{ending}"
+    noise = np.random.default_rng(0).integers(0, 255, (120, 200, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(whole, exif=exif)
+    assert size_of(whole) == load_image(whole).size == ((120, 200) if orientation in (6, 8) else (200, 120))
+    if ending in ("png", "jpg"):  # the others have their tables at the end
+        cut.write_bytes(whole.read_bytes()[:4000])
+        assert size_of(cut) == size_of(whole)
+        with pytest.raises(UnreadableImage):
+            load_image(cut)
+
+
+def test_a_size_that_cannot_be_known_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    for name in ("no.png", "absent.png"):
+        with pytest.raises(UnreadableImage, match=name):
+            size_of(tmp_path / name)
 
 
 def test_a_large_photo_keeps_its_size(tmp_path: Path) -> None:
