@@ -89,7 +89,7 @@ def test_a_model_that_was_trained_anew_in_its_folder_answers_anew(teachers: Teac
 
 def test_a_client_asks_servers_of_the_same_weights_until_it_ends(teachers: Teachers) -> None:
     teachers.serve("old")
-    with teachers.client(deadline_s=2) as client:
+    with teachers.client(deadline_s=8) as client:
         assert said(client, 1) == [("I am old", False)]
         new = teachers.serve("new")
         assert said(client, *range(2, 20)) == [("I am old", False)] * 18
