@@ -13,13 +13,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_rl.run import atomic
+from hpc_rl.run.private import untrusted
 
 log = logging.getLogger(__name__)
 
@@ -116,20 +116,6 @@ def sync_files(folder: Path) -> None:
     for path in _files(folder):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-
-
-def untrusted(folder: Path) -> str | None:
-    """Why the pickles in a folder must not be read: others could have put code into them. None if they may be."""
-    user = os.getuid()
-    for path in (folder.parent, folder, *folder.rglob("*")):
-        status = path.lstat()
-        if status.st_uid != user:
-            return f"{path} belongs to user {status.st_uid}, not to us ({user}): its pickles could run their code"
-        if stat.S_ISLNK(status.st_mode):
-            return f"{path} is a link"
-    if folder.parent.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"others may write to {folder.parent}: its pickles could run their code. Remove it, or chmod go-w"
-    return None
 
 
 def _files(folder: Path) -> Iterator[Path]:

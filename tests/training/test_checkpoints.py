@@ -15,8 +15,9 @@ from hpc_rl.engines.weights import weights_hash
 from hpc_rl.orchestrate.job import Job, Shard, load
 from hpc_rl.orchestrate.start import open_run
 from hpc_rl.run import atomic, manifest
+from hpc_rl.run.private import untrusted
 from hpc_rl.training import checkpoints, export
-from hpc_rl.training.checkpoints import COMPLETE, Checkpoints, untrusted
+from hpc_rl.training.checkpoints import COMPLETE, Checkpoints
 
 
 def made(folder: Path, token: str = "a", fingerprint: str = "f") -> Checkpoints:
