@@ -30,6 +30,8 @@ from hpc_rl.run.workspace import Workspace
 
 TAIL_BYTES = 20_000
 RESTARTS_IN_PLACE = 3
+MEMORY = "-memory"
+"""In the name of an end record whose body ran out of memory, so that the next attempt finds it by listing a folder."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,8 @@ class Runner:
             socket.gethostname(), outcome.value, code, error, spec.ws.relative(self.log), started, ended,
             _cpu_of_children_s() - self.cpu_before_s, (ended - started) * spec.gpus,
         )  # fmt: skip
-        atomic.write_json(spec.path.with_name(f"{spec.name}.end-{self.tag}-{int(started * 1000)}.json"), asdict(record))
+        ending = f"{int(started * 1000)}{MEMORY if outcome is Outcome.OUT_OF_MEMORY else ''}.json"
+        atomic.write_json(spec.path.with_name(f"{spec.name}.end-{self.tag}-{ending}"), asdict(record))
         print(
             f"{spec.name} {self.tag}: {outcome.value}, exit code {code}, {ended - started:.1f} s. {error}", flush=True
         )

@@ -8,6 +8,8 @@ from enum import StrEnum
 
 EXIT_BLOCKED = 75
 """EX_TEMPFAIL (sysexits.h): inputs are not there, or a service was not reached in time; it is to be tried again."""
+EXIT_OUT_OF_TIME = 124
+"""Like timeout(1): what is left does not fit before the job's time limit, so it left by itself; to be run again."""
 
 
 class Outcome(StrEnum):
@@ -17,12 +19,21 @@ class Outcome(StrEnum):
     BLOCKED = "blocked"
     LEFT = "left"  # asked to: walltime, preemption, cancellation
     KILLED = "killed"  # by a signal nobody announced: the kernel's memory killer, an administrator
-    GPU_MEMORY = "out of GPU memory"
+    OUT_OF_MEMORY = "out of memory"  # and it could say so; the kernel's memory killer leaves no time for that
     ERROR = "error"
     LOST = "lost"  # no record of an end: the node died, or the job never started
 
 
-_GPU_MEMORY = re.compile(r"CUDA out of memory|torch\.OutOfMemoryError|CUDA error: out of memory")
+_OUT_OF_MEMORY = re.compile(
+    r"(?:CUDA|HIP) out of memory|torch\.(?:cuda\.)?OutOfMemoryError|(?:CUDA|HIP) error: out of memory"
+    r"|is less than desired (?:GPU|CPU) memory utilization"  # vllm/v1/worker/utils.py and cpu_worker.py
+    r"|on kv cache allocation is less than requested memory for kv"  # vllm/v1/worker/cpu_worker.py
+    r"|DefaultCPUAllocator: can't allocate memory|^MemoryError\b",
+    re.MULTILINE,
+)
+_NO_ROOM_FOR_CACHE = re.compile(  # vllm/v1/core/kv_cache_utils.py
+    r"No available memory for the cache blocks|is needed, which is larger than the available KV cache memory"
+)
 _EXCEPTION = re.compile(
     r"^([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Warning|Corrupt\w*|Unavailable|Output|Failure))\b"
 )
@@ -32,13 +43,23 @@ def classify(exit_code: int, log_tail: str, asked_to_leave: bool) -> Outcome:
     """The class of an end from the body's exit code (minus the signal, as in `subprocess`) and its last output."""
     if exit_code == 0:
         return Outcome.DONE
-    if asked_to_leave:
+    if asked_to_leave or exit_code == EXIT_OUT_OF_TIME:
         return Outcome.LEFT
     if exit_code == EXIT_BLOCKED:
         return Outcome.BLOCKED
     if exit_code in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGKILL, 128 + signal.SIGTERM):
         return Outcome.KILLED
-    return Outcome.GPU_MEMORY if _GPU_MEMORY.search(log_tail) else Outcome.ERROR
+    return Outcome.OUT_OF_MEMORY if is_out_of_memory(log_tail) else Outcome.ERROR
+
+
+def is_out_of_memory(text: str) -> bool:
+    """True when an error's text, or a log, says that memory ran out where taking less of it helps."""
+    return bool(_OUT_OF_MEMORY.search(text)) and not has_no_room_for_cache(text)
+
+
+def has_no_room_for_cache(text: str) -> bool:
+    """True when vLLM was given too little memory: beside the weights the KV cache has no room. Less does not help."""
+    return bool(_NO_ROOM_FOR_CACHE.search(text))
 
 
 def last_error(log_tail: str) -> str:

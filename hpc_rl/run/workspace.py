@@ -58,6 +58,11 @@ class Workspace:
         """Answers of a teacher, kept for the whole run."""
         return self.root / "teacher_cache"
 
+    @property
+    def compile_cache(self) -> Path:
+        """What engines compile, kept from round to round; it runs as code, so it is of this user alone."""
+        return self.root / "cache" / "compile"
+
     def stage_dir(self, round: int, stage: str) -> Path:
         """Shards, manifests, leases and attempts of one stage of one round."""
         return self.root / "rounds" / f"round_{round:02d}" / stage

@@ -87,7 +87,7 @@ def test_a_spec_is_on_disk_as_it_was_made(tmp_path: Path) -> None:
         ("import sys; print('inputs are not there'); sys.exit(75)", 75, "blocked", "inputs are not there"),
         ("import os; os.kill(os.getpid(), 9)", 137, "killed", ""),
         ("import os; os.kill(os.getpid(), 11)", 139, "error", ""),
-        ("raise MemoryError('CUDA out of memory')", 1, "out of GPU memory", "MemoryError: CUDA out of memory"),
+        ("raise MemoryError('CUDA out of memory')", 1, "out of memory", "MemoryError: CUDA out of memory"),
     ],
 )
 def test_how_a_body_ended_is_its_exit_code_and_is_written_down(

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_rl.cluster.failures import Outcome, classify, fingerprint, last_error
+from hpc_rl.cluster.failures import Outcome, classify, fingerprint, has_no_room_for_cache, last_error
 
 TRACEBACK = "Traceback (most recent call last):\n  File ...\nKeyError: 'speaker_problm'\n"
 GPU = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB\n"
+# the words of vLLM 0.31
+GPU_TAKEN = (
+    "ValueError: Free memory on device cuda:0 (31.2/79.2 GiB) on startup is less than desired GPU memory utilization "
+    "(0.8, 63.36 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.\n"
+)
+CPU_CACHE = (
+    "ValueError: Available memory on node 0 (17.3/23.5 GiB) on kv cache allocation is less than requested memory for kv"
+    " (10000.0 GiB). Decrease --kv-cache-memory-bytes, VLLM_CPU_KVCACHE_SPACE, or reduce …\n"
+)
+NO_BLOCKS = "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when …\n"
+SHORT_CACHE = (
+    "ValueError: To serve at least one request with the model's max seq len (32768), (1.75 GiB KV cache is needed, "
+    "which is larger than the available KV cache memory (0.5 GiB). Try increasing `gpu_memory_utilization`\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -24,8 +38,16 @@ GPU = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB\n"
         (137, "", False, Outcome.KILLED),
         (-15, "", False, Outcome.KILLED),
         (143, "", False, Outcome.KILLED),
-        (1, GPU, False, Outcome.GPU_MEMORY),
-        (1, "RuntimeError: CUDA error: out of memory", False, Outcome.GPU_MEMORY),
+        (124, "", False, Outcome.LEFT),
+        (1, GPU, False, Outcome.OUT_OF_MEMORY),
+        (1, "RuntimeError: CUDA error: out of memory", False, Outcome.OUT_OF_MEMORY),
+        (1, GPU_TAKEN, False, Outcome.OUT_OF_MEMORY),
+        (1, CPU_CACHE, False, Outcome.OUT_OF_MEMORY),
+        (1, "MemoryError\n", False, Outcome.OUT_OF_MEMORY),
+        (1, "NoMemoryErrorHere: x\n", False, Outcome.ERROR),
+        (1, NO_BLOCKS, False, Outcome.ERROR),
+        (1, SHORT_CACHE, False, Outcome.ERROR),
+        (-9, GPU, False, Outcome.KILLED),
         (1, TRACEBACK, False, Outcome.ERROR),
         (2, "usage: ...", False, Outcome.ERROR),
         (-11, "", False, Outcome.ERROR),
@@ -78,3 +100,8 @@ def test_errors_that_differ_only_in_numbers_and_tokens_are_the_same(one: str, ot
 )
 def test_errors_that_differ_in_words_are_not(one: str, other: str) -> None:
     assert fingerprint(one) != fingerprint(other)
+
+
+def test_too_little_memory_for_the_cache_is_told_from_too_much() -> None:
+    assert has_no_room_for_cache(NO_BLOCKS) and has_no_room_for_cache(SHORT_CACHE)
+    assert not has_no_room_for_cache(GPU_TAKEN) and not has_no_room_for_cache(CPU_CACHE)

@@ -370,7 +370,7 @@ def test_errors_that_differ_in_numbers_and_addresses_only_are_the_same() -> None
     assert decide(view(history=history, ends=ends), Policy()).status == "stopped"
 
 
-@pytest.mark.parametrize("outcome", ["killed", "left", "blocked", "out of GPU memory"])
+@pytest.mark.parametrize("outcome", ["killed", "left", "blocked", "out of memory"])
 def test_ends_that_are_not_the_programs_fault_do_not_stop_the_run_when_they_repeat(outcome: str) -> None:
     history = History((attempt("train", 1), attempt("train", 2)))
     ends = {n: [end(n, outcome, "the same words")] for n in ("train-a1", "train-a2")}
