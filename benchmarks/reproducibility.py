@@ -1,77 +1,91 @@
-"""How many samples change with who draws them: one engine for all shards, a new one for each, another order or engine.
+"""How many samples change with who draws them, and with what is in the batch beside them.
 
-    python -m benchmarks.reproducibility [--prompts 16] [--samples 8] [--shard-size 4]
+    python -m benchmarks.reproducibility [--model images|text] [--prompts 64] [--samples 8] [--shard-size 16]
 
-The tiny speaker (models/tiny-lewis) describes rendered scenes. Every way of drawing is a process of its own and draws
-the same samples, with the same seeds, shard by shard:
+Every way of drawing is a process of its own and draws the same samples, with the same seeds, as the sampling job does:
+requests of further shards join the running batch as others finish.
 
     in order            one vLLM engine does all shards: the reference
     reverse order       one vLLM engine does them from the last to the first
+    interleaved         one vLLM engine gets the requests of all shards in a random order
     an engine a shard   a new process and vLLM engine for each, as when each array task gets one shard
     transformers        the other engine, in order
 
 Prints for each how many samples have other token ids than the reference's, and the largest difference of a token's
-log-probability among those that are the same.
+log-probability among those that are the same. `images`: the tiny speaker (models/tiny-lewis) describes rendered scenes;
+`text`: a tiny chat model with random weights answers questions.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SPEAKER = REPOSITORY / "models" / "tiny-lewis" / "speaker"
-PROBLEM = "Describe the main subject."
 PIXELS: dict[str, Any] = {"min_pixels": 784, "max_pixels": 12544}
 MAX_MODEL_LEN, MAX_TOKENS, TEMPERATURE, SEED = 256, 48, 1.0, 0
 
 Drawn = dict[str, tuple[list[int], list[float]]]
-"""Token ids and log-probabilities, by the sample's name `PROMPT-INDEX`."""
+"""Token ids and log-probabilities, by the sample's name `PROMPT-NUMBER`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m benchmarks.reproducibility`"""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--model", choices=["images", "text"], default="images")
+    parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--samples", type=int, default=8, help="samples per prompt")
-    parser.add_argument("--shard-size", type=int, default=4, help="prompts per shard")
-    parser.add_argument("--draw", nargs=3, metavar=("ENGINE", "SHARDS", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--shard-size", type=int, default=16, help="prompts per shard")
+    parser.add_argument("--max-num-seqs", type=int, default=64, help="samples that an engine draws at once")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--draw", nargs=2, metavar=("ENGINE", "ORDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.draw:
-        engine, shards, file = options.draw
-        drawn: Drawn = {}
-        for shard in _draw(engine, [int(s) for s in shards.split(",")], options.samples, options.shard_size):
-            drawn |= shard
-        Path(file).write_text(json.dumps(drawn))
+        engine, order = options.draw
+        (options.folder / f"{engine}-{order}.json").write_text(json.dumps(_draw(options, engine, order)))
         return 0
     if options.prompts % options.shard_size:
         parser.error("--prompts must be a multiple of --shard-size")
+    with tempfile.TemporaryDirectory(prefix="hpc_rl-bench-") as folder:
+        options.folder = Path(folder)
+        _compare_all(options)
+    return 0
+
+
+def _compare_all(options: argparse.Namespace) -> None:
+    from tools.tiny_chat_model import write
+
     started = time.monotonic()
-    shards = [str(s) for s in range(options.prompts // options.shard_size)]
-    sizes = [f"--samples={options.samples}", f"--shard-size={options.shard_size}"]
-    reference = _in_a_process("vllm", shards, sizes)
-    assert len(reference) == options.prompts * options.samples
+    if options.model == "text":
+        write(options.folder / "model")
+    reference = _in_a_process(options, "vllm", "in-order")
+    shards = range(options.prompts // options.shard_size)
     single: Drawn = {}
-    others = {
-        "reverse order": _in_a_process("vllm", shards[::-1], sizes),
-        "an engine a shard": single,
-        "transformers": _in_a_process("transformers", shards, sizes),
-    }
     for shard in shards:
-        single |= _in_a_process("vllm", [shard], sizes)
+        single |= _in_a_process(options, "vllm", f"shard-{shard}")
+    others = {
+        "reverse order": _in_a_process(options, "vllm", "reverse"),
+        "interleaved": _in_a_process(options, "vllm", "interleaved"),
+        "an engine a shard": single,
+        "transformers": _in_a_process(options, "transformers", "in-order"),
+    }
     tokens = sum(len(ids) for ids, _ in reference.values())
-    print(f"{options.prompts} prompts × {options.samples} samples, {len(shards)} shards, {tokens} tokens")
+    print(
+        f"{options.model}: {options.prompts} prompts × {options.samples} samples, {len(shards)} shards, {tokens} tokens"
+    )
     for name, other in others.items():
         print(f"{name:<20} {_compare(reference, other)}")
     print(f"took {time.monotonic() - started:.0f} s")
-    return 0
 
 
 def _compare(reference: Drawn, other: Drawn) -> str:
@@ -85,47 +99,76 @@ def _compare(reference: Drawn, other: Drawn) -> str:
     )
 
 
-def _in_a_process(engine: str, shards: Sequence[str], sizes: Sequence[str]) -> Drawn:
-    with tempfile.TemporaryDirectory(prefix="hpc_rl-bench-") as folder:
-        file = Path(folder) / "drawn.json"
-        command = [sys.executable, "-m", "benchmarks.reproducibility", *sizes, "--draw", engine, ",".join(shards)]
-        done = subprocess.run([*command, str(file)], cwd=REPOSITORY, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{engine}, shards {shards}, ended with {done.returncode}:\n{done.stderr[-3000:]}")
-        return {name: (ids, logprobs) for name, (ids, logprobs) in json.loads(file.read_text()).items()}
+def _in_a_process(options: argparse.Namespace, engine: str, order: str) -> Drawn:
+    names = ("model", "prompts", "samples", "shard_size", "max_num_seqs", "folder")
+    settings = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
+    command = [sys.executable, "-m", "benchmarks.reproducibility", *settings, "--draw", engine, order]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{engine}, {order}, ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    drawn = json.loads((options.folder / f"{engine}-{order}.json").read_text())
+    return {name: (ids, logprobs) for name, (ids, logprobs) in drawn.items()}
 
 
-def _draw(kind: str, shards: Sequence[int], samples: int, shard_size: int) -> list[Drawn]:
-    """Draw these shards in this order, as `jobs.sample` does: one `generate` a shard, nothing remembered between."""
-    from hpc_rl.data import scenes
-    from hpc_rl.engines.base import Engine, Prompt, Request, Sampling
+def _draw(options: argparse.Namespace, kind: str, order: str) -> Drawn:
+    """Draw the samples in this order; whenever fewer are in flight than twice the capacity, the next one joins."""
+    from hpc_rl.engines.base import Request, Sampling
     from hpc_rl.run.seeds import derive
 
-    engine: Engine
+    engine = _open(options, kind)
+    prompts = dict(enumerate(_prompts(options)))
+    samples, drawn = deque(_in_order(options, order)), Drawn()
+    while samples or engine.unfinished:
+        while samples and engine.unfinished < 2 * engine.capacity:
+            place, number = samples.popleft()
+            request = Request(prompts[place], derive(SEED, 1, "speaker", str(place), number))
+            engine.submit(f"{place}-{number}", request, Sampling(TEMPERATURE, MAX_TOKENS))
+        drawn |= {name: (list(made.token_ids), list(made.logprobs)) for name, made in engine.step()}
+    return drawn
+
+
+def _in_order(options: argparse.Namespace, order: str) -> list[tuple[int, int]]:
+    """Prompts and numbers of the samples to draw."""
+    shards = list(range(options.prompts // options.shard_size))
+    if order == "reverse":
+        shards.reverse()
+    elif order.startswith("shard-"):
+        shards = [int(order.removeprefix("shard-"))]
+    size = options.shard_size
+    wanted = [
+        (place, number)
+        for shard in shards
+        for place in range(shard * size, (shard + 1) * size)
+        for number in range(options.samples)
+    ]
+    if order == "interleaved":
+        random.Random(SEED).shuffle(wanted)
+    return wanted
+
+
+def _open(options: argparse.Namespace, kind: str) -> Any:
+    settings = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": options.max_num_seqs}
+    path, pixels = (str(SPEAKER), PIXELS) if options.model == "images" else (str(options.folder / "model"), {})
     if kind == "vllm":
         from hpc_rl.engines.vllm_engine import VllmEngine
 
-        engine = VllmEngine(str(SPEAKER), max_model_len=MAX_MODEL_LEN, **PIXELS)
-    else:
-        from hpc_rl.engines.transformers_engine import TransformersEngine
+        return VllmEngine(path, **settings, **pixels)
+    from hpc_rl.engines.transformers_engine import TransformersEngine
 
-        engine = TransformersEngine(str(SPEAKER), **PIXELS)
+    return TransformersEngine(path, **settings, **pixels)
+
+
+def _prompts(options: argparse.Namespace) -> Iterator[Any]:
+    from hpc_rl.data import scenes
+    from hpc_rl.engines.base import Prompt
+
     names = [(category, concept) for category in scenes.categories() for concept in scenes.concepts()]
-    drawn = []
-    for shard in shards:
-        places = range(shard * shard_size, (shard + 1) * shard_size)
-        pictures = [
-            scenes.render(SEED, "train", *names[7 * place % len(names)], view=place // len(names)) for place in places
-        ]
-        prompts = dict(zip(places, (Prompt.of(PROBLEM, picture) for picture in pictures), strict=True))
-        wanted = [(place, index) for place in places for index in range(samples)]
-        requests = [Request(prompts[place], derive(SEED, 1, "speaker", place, index)) for place, index in wanted]
-        engine.forget()
-        made = engine.generate(requests, Sampling(TEMPERATURE, MAX_TOKENS))
-        drawn.append(
-            {f"{p}-{i}": (list(c.token_ids), list(c.logprobs)) for (p, i), c in zip(wanted, made, strict=True)}
-        )
-    return drawn
+    for place in range(options.prompts):
+        if options.model == "images":
+            picture = scenes.render(SEED, "train", *names[7 * place % len(names)], view=place // len(names))
+            yield Prompt.of("Describe the main subject.", picture)
+        else:
+            yield Prompt.of(f"Is {place} + {place % 7} = {place + place % 5}? Answer yes or no.")
 
 
 if __name__ == "__main__":

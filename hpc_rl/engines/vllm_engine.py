@@ -104,21 +104,9 @@ class VllmEngine:
         self._processor = load_processor(path, min_pixels, max_pixels)
         self._sees = min_pixels is not None
         self._bias = {token: BAN_BIAS for token in banned_ids(path, tokenizer_of(self._processor))}
-        options: dict[str, Any] = {
-            "max_num_seqs": max_num_seqs,
-            "tensor_parallel_size": tensor_parallel_size,
-            "load_strategy": load_strategy,
-            "compile_cache": compile_cache,
-            "cpu_kv_cache_gib": cpu_kv_cache_gib,
-        }
-        options = {name: value for name, value in options.items() if value is not None}
-        if self._sees:
-            options |= {
-                "limit_mm_per_prompt": {"image": images_per_prompt, "video": 0},
-                "mm_processor_kwargs": {"min_pixels": min_pixels, "max_pixels": max_pixels},
-                # Processed images are kept by `InFlight`, as long as they are needed and no longer.
-                "mm_processor_cache_gb": 0,
-            }
+        options = sampling_options(min_pixels, max_pixels, images_per_prompt)
+        if self._sees:  # processed images are kept by `InFlight`, as long as they are needed and no longer
+            options["mm_processor_cache_gb"] = 0
         if adapter is not None:
             options |= {"enable_lora": True, "max_lora_rank": next(r for r in LORA_RANKS if r >= adapter_rank)}
         self._llm = start_vllm(
@@ -127,11 +115,11 @@ class VllmEngine:
             max_model_len=max_model_len,
             gpu_memory_utilization=gpu_memory_utilization,
             batch_invariant=batch_invariant,
-            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
-            # On CPUs a prompt that is read in two steps stops the engine if it has a seed ("does not use offset").
-            enable_chunked_prefill=torch.cuda.is_available(),
-            # Free whitespace costs tokens, and some models never stop it.
-            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+            max_num_seqs=max_num_seqs,
+            tensor_parallel_size=tensor_parallel_size,
+            load_strategy=load_strategy,
+            compile_cache=compile_cache,
+            cpu_kv_cache_gib=cpu_kv_cache_gib,
             **options,
         )
         from vllm.lora.request import LoRARequest  # only now: vLLM reads its environment when it is imported
@@ -179,6 +167,8 @@ class VllmEngine:
             flight = self._flights.pop(output.request_id)
             self._prompts.give_back(flight.prompt)
             finished.append((output.request_id, self._completion(output, flight)))
+        if self._flights and not self._engine.has_unfinished_requests():
+            raise EngineFailed(f"vLLM has lost {len(self._flights)} requests, {next(iter(self._flights))} among them")
         return finished
 
     def abort(self, keys: Collection[str]) -> None:
@@ -257,6 +247,21 @@ class VllmEngine:
             sampled.text if flight.sampling.stop else decode(tokenizer_of(self._processor), tokens),
             sampled.finish_reason,
         )
+
+
+def sampling_options(min_pixels: int | None, max_pixels: int | None, images_per_prompt: int = 1) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` that samples for training need, whatever the model; pixel limits for one that sees."""
+    options: dict[str, Any] = {
+        "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
+        # On CPUs a prompt that is read in two steps stops the engine if it has a seed ("does not use offset").
+        "enable_chunked_prefill": torch.cuda.is_available(),
+        # Free whitespace costs tokens, and some models never stop it.
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+    }
+    if min_pixels is not None:
+        options["limit_mm_per_prompt"] = {"image": images_per_prompt, "video": 0}
+        options["mm_processor_kwargs"] = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    return options
 
 
 def _lora_id(name: str) -> int:
