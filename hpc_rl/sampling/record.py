@@ -5,7 +5,7 @@ A task is in one *phase* at any time, so its seconds add up to its life by const
     start_up    from its first line to its first request: weights, engine, prompts
     sampling    the engine has work, and the task does nothing but hand it over and take it back
     judging     it judges completions; the engine may go on meanwhile
-    publishing  it claims, writes and publishes shards; the engine may go on meanwhile
+    publishing  the engine has nothing to do until a shard is claimed, read or written
     waiting     the engine has nothing to do: all that is left is in other hands
 
 Records are for reports only and decide nothing. What a task has *kept* is said by the manifests of its shards, which
@@ -60,9 +60,9 @@ class TaskRecord:
         Seconds by part of opening the engine (staging, weights, …); parts of `start_up`.
     engine
         What really generates: kind and why, memory, sequences at once, replaced workers.
-    capacity, slot_s
-        Requests that the engine samples at once, and the integral of those that it had over the seconds of all phases
-        but `start_up`: `slot_s / capacity` seconds were spent as if with a full batch.
+    full_s
+        Seconds with a full batch: of the phases after `start_up`, each second by the share of the requests that the
+        engine can sample at once which it had.
     samples, tokens, prompt_tokens
         Completions drawn, their tokens, and their prompts' tokens; kept, lost and under way.
     shards, kept_tokens
@@ -83,8 +83,7 @@ class TaskRecord:
     seconds: Mapping[str, float] = field(default_factory=dict)
     loading: Mapping[str, float] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
-    capacity: int = 0
-    slot_s: float = 0.0
+    full_s: float = 0.0
     samples: int = 0
     tokens: int = 0
     prompt_tokens: int = 0
@@ -126,7 +125,7 @@ class Recorder:
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._engine: Mapping[str, Any] = {}
         self._loading: Mapping[str, float] = {}
-        self._requests, self._capacity, self._slot_s = 0, 0, 0.0
+        self._fullness, self._full_s = 0.0, 0.0
         self._counts = dict.fromkeys(
             ("samples", "tokens", "prompt_tokens", "shards", "kept_tokens", "lost_shards", "lost_tokens"), 0
         )
@@ -155,18 +154,17 @@ class Recorder:
         finally:
             self.enter(before)
 
-    def opened(self, engine: Mapping[str, Any], loading: Mapping[str, float], capacity: int) -> None:
+    def opened(self, engine: Mapping[str, Any], loading: Mapping[str, float]) -> None:
         """What generates, and what its start cost. Told again when it has changed (a replaced worker)."""
         plain, seconds = manifest.to_plain(dict(engine)), {name: round(s, 3) for name, s in loading.items()}
         with self._lock:
-            self._pass()
-            self._engine, self._loading, self._capacity = plain, seconds, capacity
+            self._engine, self._loading = plain, seconds
 
-    def at_work_on(self, requests: int) -> None:
-        """How many requests the engine has from now on."""
+    def at_work_on(self, requests: int, capacity: int) -> None:
+        """How many requests the engine has from now on, of how many that it samples at once."""
         with self._lock:
             self._pass()
-            self._requests = requests
+            self._fullness = min(1.0, requests / max(1, capacity))
 
     def drew(self, tokens: int, prompt_tokens: int) -> None:
         """One completion has come."""
@@ -191,7 +189,7 @@ class Recorder:
         passed_s, self._since = now - self._since, now
         self._seconds[self._phase] += passed_s
         if self._phase != "start_up":
-            self._slot_s += passed_s * min(self._requests, self._capacity)
+            self._full_s += passed_s * self._fullness
 
     def record(self) -> TaskRecord:
         """The record as of now."""
@@ -210,8 +208,7 @@ class Recorder:
                 seconds={phase: round(seconds, 3) for phase, seconds in self._seconds.items()},
                 loading=self._loading,
                 engine=self._engine,
-                capacity=self._capacity,
-                slot_s=round(self._slot_s, 3),
+                full_s=round(self._full_s, 3),
                 **self._counts,
             )
 
