@@ -6,8 +6,8 @@ import logging
 import os
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,26 +29,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = job.config
     assert isinstance(config, LewisConfig)
     (dataset,) = job.inputs(0, "dataset")
-    rows = {row.id: row for row in read_rows(dataset.path("train.parquet"))}
-    sampled = job.inputs(job.round, "sample")
+    rows = read_rows(dataset.path("train.parquet"))
+    places = {id: place for place, id in enumerate(rows.ids)}
     with ListenerClient(job.ws, config) as listener:
         for shard in job.shards():
+            sampled = job.inputs(job.round, "sample")[shard.index].path("samples.parquet")
             try:
-                grade(job, config, shard, sampled[shard.index].path("samples.parquet"), rows, listener)
+                grade(job, config, shard, sampled, lambda id: rows[places[id]], listener)
             except ServiceUnavailable as error:
                 log.error("ServiceUnavailable: %s", error)
                 return EXIT_BLOCKED
     return 0
 
 
-def grade(job: Job, config: LewisConfig, shard: Shard, samples_path: Path, rows: Any, listener: Any) -> None:
-    """Grade one shard and commit it."""
+def grade(
+    job: Job, config: LewisConfig, shard: Shard, samples_path: Path, row_of: Callable[[str], Any], listener: Any
+) -> None:
+    """Grade the samples of a shard that were accepted, and commit it; the others are only counted."""
     from hpc_rl.grading import predictions
     from hpc_rl.grading.game import judge, weights_of
-    from hpc_rl.grading.samples import GradedSample, read_samples, write_samples
+    from hpc_rl.grading.samples import GradedSample, iter_samples, write_samples
 
-    samples = read_samples(samples_path)
-    games = [rows[sample.row_id] for sample in samples]
+    samples = []
+    accepted: Counter[int] = Counter()  # by group, also of those with none
+    attempts = 0
+    for sample in iter_samples(samples_path):
+        attempts += 1
+        accepted[sample.group] += sample.accepted
+        if sample.accepted:
+            samples.append(sample)
+    games = [row_of(sample.row_id) for sample in samples]
     shard.progress(0, len(samples))
     started = time.monotonic()
     verdicts = judge([s.text for s in samples], games, listener, config.listener.question, config.rewards)
@@ -83,7 +93,18 @@ def grade(job: Job, config: LewisConfig, shard: Shard, samples_path: Path, rows:
         if verdict.left_out:
             log.warning("left out: %s", getattr(verdict.score, "message", ""))
     made_from = {"samples": samples_path.name}
-    committed = shard.commit([path, log_lines], made_from=made_from, metrics=summary(graded, took_s))
+    metrics = {
+        "attempts": attempts,
+        **summary(graded, took_s),
+        "groups": len(accepted),
+        "short_groups": sum(number < config.sample.samples_per_prompt for number in accepted.values()),
+    }
+    if metrics["short_groups"]:
+        log.warning(
+            "%d of %d groups have fewer than %d accepted samples",
+            metrics["short_groups"], len(accepted), config.sample.samples_per_prompt,
+        )  # fmt: skip
+    committed = shard.commit([path, log_lines], made_from=made_from, metrics=metrics)
     if committed and config.logging.prediction_log is not None:
         predictions.append(config.logging.prediction_log, log_lines)
 
@@ -103,7 +124,6 @@ def summary(graded: Sequence[Any], took_s: float) -> dict[str, float]:
         "samples": len(graded),
         "left_out": len(graded) - len(scored),
         "not_a_description": sum(not s.left_out and not s.yes_probabilities for s in graded),
-        "groups": len({sample.group for sample in graded}),
         "groups_without_gradient": sum(len(rewards) == 1 for rewards in groups.values()),
         **means,
         "grading_s": round(took_s, 2),
