@@ -1,0 +1,307 @@
+"""Several engines that work as one: worker processes of a node, each with GPUs of its own, fed from one queue.
+
+Workers live as long as the pool. One that dies is replaced, and its requests go to the others meanwhile. Nothing of
+them outlives the pool (`hpc_rl.engines.pool_guard`).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import TracebackType
+
+from hpc_rl.engines.base import Completion, Engine, EngineFailed, Request, Sampling
+from hpc_rl.engines.gpus import share_gpus, task_gpus
+from hpc_rl.engines.pool_channel import wait
+from hpc_rl.engines.pool_process import Ended, WorkerProcess, free_ports
+from hpc_rl.engines.pool_queue import RequestQueue
+from hpc_rl.engines.pool_slot import Slot, WorkerReport
+
+STEP_S = 0.5
+"""Longest wait of a step, so that whoever calls it sees to other things too."""
+CLOSE_S = 5.0
+"""For an engine to end by itself; then it is killed."""
+KILLED_S = 15.0
+"""For a guard to see the end of a killed worker, longer than it takes (`hpc_rl.engines.pool_guard`)."""
+
+
+class RequestRefused(ValueError):
+    """A worker's engine cannot do a request (`key`); it was not sampled. The pool can be used further."""
+
+    def __init__(self, key: str, why: str) -> None:
+        super().__init__(f"{key}: {why}")
+        self.key = key
+
+
+class PoisonedRequest(EngineFailed):
+    """A request (`key`) whose workers die. The pool can be used further."""
+
+    def __init__(self, key: str, deaths: int, error: str) -> None:
+        super().__init__(f"{key}: {deaths} workers died while they sampled it, the last one nothing else: {error}")
+        self.key = key
+
+
+class PoolFailed(EngineFailed):
+    """No worker is left, and none will be; the message has the last error of each."""
+
+
+class EnginePool:
+    """An engine of several engines.
+
+    Parameters
+    ----------
+    open_worker
+        Opens an engine, in a worker. Its argument says how often this worker has run out of memory: the more, the less
+        it should take. It is pickled: an instance or function of a module that the workers can import.
+    count
+        Workers.
+    gpus
+        GPUs of each, as CUDA_VISIBLE_DEVICES names them; None = those of this process, shared equally.
+    notches
+        Argument of each place's first `open_worker`: how often earlier attempts ran out of memory.
+    most_notches
+        With more of them nothing gets less.
+
+    Raises
+    ------
+    ValueError
+        What opening the engine raised in a worker, for a fault of the user's.
+    PoolFailed
+        When no worker gets ready.
+    """
+
+    kind = "pool"
+
+    def __init__(
+        self,
+        open_worker: Callable[[int], Engine],
+        count: int,
+        *,
+        gpus: Sequence[Sequence[str]] | None = None,
+        notches: int = 0,
+        most_notches: int = 4,
+    ) -> None:
+        if gpus is None:
+            gpus = share_gpus(task_gpus(), count)
+        assert len(gpus) == count >= 1
+        self._opener = pickle.dumps(open_worker)
+        self._queue = RequestQueue(count)
+        self._slots = [Slot(number, count, tuple(own), notches, most_notches) for number, own in enumerate(gpus)]
+        self._threads = max(1, len(os.sched_getaffinity(0)) // count)
+        port = os.environ.get("VLLM_PORT", "")
+        self._port = int(port) if port.isdigit() else None
+        self._made: list[tuple[str, Completion]] = []
+        self._errors: list[RequestRefused | PoisonedRequest] = []
+        self._first: Slot | None = None
+        self._closed = False
+        self._loading: dict[str, float] = {}
+        started = time.monotonic()
+        try:
+            for slot in self._slots:
+                self._start(slot)
+            while self._first is None:
+                self._turn(STEP_S)
+                self._check_alive()
+        except BaseException:
+            self.close()
+            raise
+        self._loading = {**self._first.loading}
+        rest_s = time.monotonic() - started - sum(self._loading.values())
+        self._loading["worker"] = max(0.0, rest_s)  # the process, and what it imports
+
+    @property
+    def capacity(self) -> int:
+        """What all workers together sample at once; one that is not ready yet counts as much as another."""
+        assert self._first is not None
+        return sum(slot.capacity or self._first.capacity for slot in self._slots if not slot.given_up)
+
+    @property
+    def unfinished(self) -> int:
+        """See `Engine.unfinished`."""
+        return len(self._queue) + len(self._made) + len(self._errors)
+
+    @property
+    def description(self) -> Mapping[str, object]:
+        """What is really used: that of the first worker that was ready, and what is different with others."""
+        common = {} if self._first is None else self._first.description
+        return {**common, "workers": [slot.difference(common) for slot in self._slots]}
+
+    @property
+    def loading(self) -> Mapping[str, float]:
+        """Seconds by part until the first worker was ready."""
+        return self._loading
+
+    @property
+    def workers(self) -> tuple[WorkerReport, ...]:
+        """What each worker has done so far, for the record."""
+        return tuple(slot.report() for slot in self._slots)
+
+    def submit(self, key: str, request: Request, sampling: Sampling) -> None:
+        """Take one more request; see `Engine.submit`. What its engine refuses, `step` raises (`RequestRefused`)."""
+        assert not self._closed
+        if key in self._queue:
+            raise ValueError(f"{key} is in flight already; each request needs a key of its own")
+        self._queue.add(key, request, sampling)
+        self._feed()
+
+    def step(self) -> list[tuple[str, Completion]]:
+        """See `Engine.step`; waits a moment where nothing has finished yet.
+
+        Raises
+        ------
+        RequestRefused, PoisonedRequest
+            For a request that will never finish. The others go on at the next call.
+        PoolFailed
+            When all workers are lost.
+        """
+        self._turn(STEP_S if len(self._queue) and not self._made and not self._errors else 0.0)
+        if not self._made:
+            if self._errors:
+                raise self._errors.pop(0)
+            if len(self._queue):
+                self._check_alive()
+        made, self._made = self._made, []
+        return made
+
+    def abort(self, keys: Collection[str]) -> None:
+        """See `Engine.abort`."""
+        dropped = set(keys)
+        self._made = [(key, made) for key, made in self._made if key not in dropped]
+        self._errors = [error for error in self._errors if error.key not in dropped]
+        for worker, ids in self._queue.abort(dropped).items():
+            process = self._slots[worker].process
+            assert process is not None
+            process.channel.send("abort", ids)
+
+    def close(self) -> None:
+        """End all workers: within seconds, at their next step, else by force."""
+        self._closed = True
+        self._made, self._errors = [], []
+        alive = []
+        for slot in self._slots:
+            if slot.process is not None:
+                alive.append(slot.process)
+                slot.process.channel.send("close") if slot.is_ready else slot.process.kill()
+                slot.stopped()
+            slot.process, slot.given_up = None, True
+        self._queue = RequestQueue(len(self._slots))
+        alive = _wait_for_end(alive, CLOSE_S)
+        for process in alive:
+            process.kill()
+        for process in _wait_for_end(alive, KILLED_S):
+            process.kill_with_guard()
+
+    def __enter__(self) -> EnginePool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _start(self, slot: Slot) -> None:
+        taken = [other.process.first_port for other in self._slots if other.process is not None]
+        process = WorkerProcess(
+            slot.number,
+            self._opener,
+            slot.notches,
+            gpus=slot.gpus,
+            first_port=free_ports(taken, self._port, slot.number),
+            threads=self._threads,
+        )
+        slot.started(process)
+
+    def _turn(self, timeout_s: float) -> None:
+        """Start what is due, hand out what waits, hear what workers have to say; wait for that until the time is up."""
+        now = time.monotonic()
+        for slot in self._slots:
+            if slot.process is None and not slot.given_up:
+                if slot.start_at <= now:
+                    self._start(slot)
+                else:
+                    timeout_s = min(timeout_s, slot.start_at - now)
+        self._feed()
+        running = [(slot, slot.process) for slot in self._slots if slot.process is not None]
+        sources = {source: slot for slot, process in running for source in process.sources()}
+        unsent = [process.channel.fileno() for _, process in running if process.channel.unsent_bytes]
+        ready = wait(sources, unsent, timeout_s)
+        for slot in dict.fromkeys(sources[source] for source in ready):
+            self._hear(slot)
+        self._feed()
+
+    def _feed(self) -> None:
+        """Send each ready worker a little more than it can do at once; the rest waits here."""
+        gone = self._queue.gone_prompts()
+        ready = [slot for slot in self._slots if slot.is_ready]
+        for slot in ready:
+            assert slot.process is not None
+            slot.process.forget(gone)
+            slot.process.channel.flush()
+        rooms = {slot.number: (slot.capacity, slot.capacity + slot.ahead) for slot in ready}
+        for worker, items in self._queue.take(rooms):
+            process = self._slots[worker].process
+            assert process is not None
+            process.submit(items)
+
+    def _hear(self, slot: Slot) -> None:
+        process = slot.process
+        assert process is not None
+        for kind, *content in process.channel.receive():
+            if kind == "ready":
+                slot.ready(*content)
+                self._first = self._first or slot
+            elif kind == "finished":
+                self._finished(slot, *content)
+            elif kind == "refused":
+                number, why = content
+                if (item := self._queue.finished(slot.number, number)) is not None:
+                    self._errors.append(RequestRefused(item.key, why))
+            else:
+                assert kind == "failed"
+                slot.failed(*content)
+        if process.channel.ended:
+            slot.stopped()
+        if (ended := process.ended()) is not None:
+            slot.stopped()
+            self._died(slot, ended)
+
+    def _finished(self, slot: Slot, made: list[tuple[int, Completion]], busy_s: float) -> None:
+        slot.busy(busy_s)
+        for number, completion in made:
+            slot.sampled(completion)
+            if (item := self._queue.finished(slot.number, number)) is not None:
+                self._made.append((item.key, completion))
+
+    def _died(self, slot: Slot, ended: Ended) -> None:
+        """Nothing is left of a worker: others get its requests, and its place another worker."""
+        lowered = slot.died(
+            ended,
+            self._queue.in_flight(slot.number),
+            never_worked=self._first is None,
+            on_trial=self._queue.is_trial(slot.number),
+        )
+        poison = self._queue.died(slot.number, suspicious=not lowered)
+        if poison is not None:
+            self._errors.append(PoisonedRequest(poison.key, poison.deaths + 1, slot.last_error))
+
+    def _check_alive(self) -> None:
+        if not all(slot.given_up for slot in self._slots):
+            return
+        if all(slot.users_fault for slot in self._slots):
+            raise ValueError(self._slots[0].last_error)
+        raise PoolFailed("all workers are lost: " + "; ".join(f"{s.name}: {s.last_error}" for s in self._slots))
+
+
+def _wait_for_end(processes: Sequence[WorkerProcess], timeout_s: float) -> list[WorkerProcess]:
+    """Wait until nothing is left of these; those of which something is when the time is up."""
+    deadline = time.monotonic() + timeout_s
+    alive = list(processes)
+    while True:
+        for process in alive:
+            process.channel.flush()
+            process.channel.receive()
+        alive = [process for process in alive if process.ended() is None]
+        left_s = deadline - time.monotonic()
+        if not alive or left_s <= 0:
+            return alive
+        wait([source for process in alive for source in process.sources()], [], min(left_s, 0.1))

@@ -1,0 +1,120 @@
+"""A worker of a pool: one engine, asked over a socket.
+
+`python -m hpc_rl.engines.pool_worker SOCKET`, run by the worker's guard. What the engine sees of the machine
+(CUDA_VISIBLE_DEVICES, ports, folder of temporary files) is in the environment before torch or vllm are imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from hpc_rl.engines.base import Engine, Prompt, Request
+from hpc_rl.engines.pool_channel import Channel
+
+LAST_WORDS_S = 5.0
+
+
+class Worker:
+    """Does what the pool says until the pool closes.
+
+    Messages that it gets: `prompt` (its number, the Prompt), `submit` (requests of one prompt), `forget` (prompts that
+    will not be asked any more), `abort`, `close`. Messages that it sends: `ready`, `finished`, `refused`, `failed`.
+    """
+
+    def __init__(self, channel: Channel, engine: Engine) -> None:
+        self._channel, self._engine = channel, engine
+        self._prompts: dict[int, Prompt] = {}
+        self._busy_s = 0.0
+
+    def run(self) -> None:
+        """Work until the pool closes, or is gone."""
+        engine = self._engine
+        while True:
+            if not engine.unfinished:
+                self._channel.wait()
+            for kind, *content in self._channel.receive():
+                if kind == "close":
+                    return
+                getattr(self, f"_on_{kind}")(*content)
+            if self._channel.ended:
+                return
+            if engine.unfinished:
+                started = time.monotonic()
+                finished = engine.step()
+                self._busy_s += time.monotonic() - started
+                if finished:
+                    self._channel.send("finished", [(int(key), made) for key, made in finished], self._busy_s)
+            self._channel.flush()
+
+    def _on_prompt(self, number: int, prompt: Prompt) -> None:
+        self._prompts[number] = prompt
+
+    def _on_submit(self, prompt_number: int, requests: list[tuple[int, int, Any]]) -> None:
+        prompt = self._prompts[prompt_number]
+        for number, seed, sampling in requests:
+            try:
+                self._engine.submit(str(number), Request(prompt, seed), sampling)
+            except ValueError as error:
+                self._channel.send("refused", number, str(error))
+
+    def _on_forget(self, numbers: list[int]) -> None:
+        for number in numbers:
+            self._prompts.pop(number, None)
+
+    def _on_abort(self, numbers: list[int]) -> None:
+        self._engine.abort([str(number) for number in numbers])
+
+
+def open_and_work(channel: Channel) -> None:
+    """Open the engine that the pool's first message names, and work."""
+    messages: list[tuple[Any, ...]] = []
+    while not messages:
+        channel.wait()
+        messages = channel.receive()
+        if channel.ended:
+            return
+    (_, path, opener, lowered), *later = messages
+    assert not later  # the pool sends no work before it has heard from us
+    sys.path[:] = path
+    open_engine: Callable[[int], Any] = pickle.loads(opener)
+    engine = open_engine(lowered)
+    try:
+        description = dict(getattr(engine, "description", {}))
+        loading = dict(getattr(engine, "loading", {}))
+        # transformers draws a batch from its beginning to its end: the next one must be here by then
+        ahead = engine.capacity if getattr(engine, "kind", "") == "transformers" else max(2, engine.capacity // 4)
+        channel.send("ready", engine.capacity, ahead, description, loading)
+        Worker(channel, engine).run()
+    finally:
+        engine.close()
+
+
+def main(argv: list[str]) -> int:
+    """Run the worker at the other end of a socket."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, lambda *_: None)  # the pool decides when we leave; what we start hears signals as usual
+    number = int(argv[0])
+    os.set_inheritable(number, False)  # else what the engine starts would hold it open after our end
+    channel = Channel(socket.socket(fileno=number))
+    try:
+        open_and_work(channel)
+    except BaseException as error:
+        text = "".join(traceback.format_exception_only(error)).strip()
+        channel.send("failed", text, isinstance(error, ValueError))
+        channel.drain(LAST_WORDS_S)
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
