@@ -141,7 +141,7 @@ def under_load(job: Job, games: Games, ask_bare: Ask, clients: int) -> Load:
     """Many clients, each of which asks one game after the other."""
     asked = games.new(LOAD_GAMES)
     _, expected = ask_bare(pairs_of(asked))
-    ready = threading.Barrier(clients + 1)
+    ready = threading.Barrier(clients + 1, timeout=120)
     warm = games.new(clients)
 
     def one_client(number: int) -> list[tuple[int, float, Any]]:
