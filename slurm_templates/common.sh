@@ -31,15 +31,26 @@ Both may also be environment variables of these names."
 # ended STATUS: the last word of a job whose step did not succeed.
 # A step that leaves at the SIGTERM of a preemption ends its job as FAILED, before Slurm gets to requeue it (it would at
 # the end of the partition's GraceTime): so the job asks for it. scancel and the time limit end this shell too: they
-# never get here.
+# never get here. A step that ends with 124 left by itself, because what is left does not fit before the time limit.
 ended() {
     echo "$(date '+%F %T') the step ended with status $1"
-    if (($1 == 143 && ${SLURM_RESTART_COUNT:-0} < 20)); then
+    if ((($1 == 143 || $1 == 124) && ${SLURM_RESTART_COUNT:-0} < 20)); then
         # of an array only this element: its bare job id can mean the whole array
         scontrol requeue "$(own_id)" && sleep 60 # until Slurm ends this attempt
     fi
     (($1 == 75)) && echo "blocked: what it needs is not there (yet). See the line above, then submit it again."
     exit "$1"
+}
+
+# end_time: when the job's time limit strikes, in seconds since the epoch; nothing where there is none. Older Slurms do
+# not tell the job: they are asked, once.
+end_time() {
+    local ends=${SLURM_JOB_END_TIME:-}
+    if [[ -z $ends ]]; then
+        ends=$(squeue --noheader --job="$SLURM_JOB_ID" --format=%e 2>/dev/null)
+        [[ $ends == [0-9]* ]] && ends=$(date --date="$ends" +%s) || ends=
+    fi
+    echo "$ends"
 }
 
 own_id() {

@@ -23,7 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
-from hpc_rl.cluster.failures import Outcome, classify, last_error
+from hpc_rl.cluster import walltime
+from hpc_rl.cluster.failures import EXIT_OUT_OF_TIME, Outcome, classify, last_error
 from hpc_rl.cluster.rendezvous import rank_environment
 from hpc_rl.run import atomic, manifest
 from hpc_rl.run.workspace import Workspace
@@ -55,6 +56,8 @@ class Spec:
         How long the body may take to leave before it is killed.
     gpus
         GPUs per rank, for the account of GPU time.
+    time_limit_s, warning_s
+        The job's time limit, and how long before it the signal to leave may come; no limit outside of Slurm.
     """
 
     name: str
@@ -69,6 +72,8 @@ class Spec:
     service: bool = False
     grace_s: float = 30.0
     gpus: float = 0.0
+    time_limit_s: float | None = None
+    warning_s: float = 0.0
 
     @property
     def ws(self) -> Workspace:
@@ -157,6 +162,9 @@ class Runner:
         signal.signal(signal.SIGALRM, self.on_grace_over)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **self.spec.environment, **self.ranks, "HPC_RL_ATTEMPT": self.spec.name}
+        if self.spec.time_limit_s is not None:
+            leave = walltime.leave_at(os.environ, time.time(), self.spec.time_limit_s, self.spec.warning_s)
+            environment[walltime.LEAVE_AT] = f"{leave:.0f}"
         left = RESTARTS_IN_PLACE if self.spec.service else 0
         while True:
             started, self.cpu_before_s = time.time(), _cpu_of_children_s()
@@ -253,7 +261,7 @@ def run_spec(path: Path) -> int:
         done = spec.shards > 0 and len(manifest.done_shards(spec.ws, spec.round, spec.stage)) >= spec.shards
         if done and "SLURM_ARRAY_JOB_ID" in os.environ:
             _cancel_waiting_siblings(spec)
-        if runner.requeue and not done:
+        if (runner.requeue or code == EXIT_OUT_OF_TIME) and not done:
             _requeue(runner.ranks["HPC_RL_JOB_ID"])
     return code if code >= 0 else 128 - code
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpc_rl.cluster.base import JobRequest, Resources
 from hpc_rl.cluster.entry import Spec
-from hpc_rl.config.schema import Config
+from hpc_rl.config.schema import SIGNAL_EARLY_S, Config
 from hpc_rl.orchestrate.graph import Kind, Stage
 from hpc_rl.run.workspace import Workspace
 
@@ -80,6 +80,8 @@ def build_request(
         service=stage.kind is Kind.SERVICE,
         grace_s=grace_s,
         gpus=wanted.gpus_per_node / wanted.ranks,
+        time_limit_s=60.0 * wanted.time_min if executor == "slurm" else None,
+        warning_s=delay_s + SIGNAL_EARLY_S,
     )
     resources = Resources(
         nodes=wanted.nodes,

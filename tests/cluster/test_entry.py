@@ -275,6 +275,26 @@ def test_a_job_that_is_warned_before_its_work_is_done_goes_back_into_the_queue_b
     assert asked(tmp_path) == ["scontrol requeue 12_3"]
 
 
+def test_a_job_that_left_because_its_time_was_too_short_goes_back_into_the_queue(
+    tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    made = spec(tmp_path, "import sys; sys.exit(124)", executor="slurm")
+    assert run(made, **slurm) == 124
+    assert asked(tmp_path) == ["scontrol requeue 12_3"]
+    assert [end.outcome for end in ends(made)] == ["left"]
+
+
+def test_a_body_knows_when_it_must_leave(tmp_path: Path) -> None:
+    """From its start where Slurm does not say when the job ends, from Slurm where it does; else nothing is known."""
+    body = "import time; from hpc_rl.cluster.walltime import *; print(Deadline.of(os.environ).left_s())"
+    limited = spec(tmp_path, f"import os; {body}", time_limit_s=600.0, warning_s=180.0)
+    run(limited)
+    run(limited, SLURM_JOB_END_TIME=str(time.time() + 1180))
+    run(spec(tmp_path, f"import os; {body}"))
+    first, second, third = map(float, log_of(limited).read_text().split())
+    assert 400 < first <= 421 and 980 < second <= 1001 and third == float("inf")
+
+
 def test_a_companion_stays_until_its_leader_has_ended_whatever_warning_its_job_gets(
     tmp_path: Path, slurm: dict[str, str], start: Start
 ) -> None:
