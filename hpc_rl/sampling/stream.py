@@ -1,0 +1,330 @@
+"""The loop of a sampling task: shards are claimed before the engine runs dry, and leave with their last sample.
+
+    claim ahead → hand requests over → one step of the engine → judge, retry → publish what is complete → …
+
+Requests of many shards are in flight at once, so the batch stays full across their borders; a retry goes straight back
+into it. Claiming, reading rows, opening images and publishing happen in threads beside the loop: the engine never waits
+for the file system. What is held is bounded by what is in flight, whatever the number of shards.
+
+A sample depends on its prompt and its own seed, and a shard's file is sorted: it is the same whoever made it, in
+whatever order.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from enum import StrEnum
+from typing import Any
+
+from hpc_rl.cluster.walltime import Deadline
+from hpc_rl.engines.base import Completion, Engine, Request
+from hpc_rl.sampling.at_work import AtWork, Origin
+from hpc_rl.sampling.claiming import Claims, Shard
+from hpc_rl.sampling.leaving import Leaving
+from hpc_rl.sampling.record import Recorder
+from hpc_rl.sampling.source import Source
+from hpc_rl.sampling.tasks import Attempt
+
+log = logging.getLogger("hpc_rl")
+
+POLL_FIRST_S, POLL_MOST_S = 0.1, 2.0
+"""Pauses between two looks at shards in other hands, growing from the first to the most."""
+LOOK_EVERY_S = 5.0
+"""Pause between two looks at whether others have done what is under way here."""
+WAIT_S = 0.1
+"""Longest wait for the file system in one turn, when the engine has nothing to do."""
+UNPUBLISHED = 8
+"""Complete shards that wait for the file system; with more no further one is claimed."""
+PACES = 16
+"""Shards whose times say how long the next one takes."""
+
+
+class Ending(StrEnum):
+    """Why the loop ended."""
+
+    DONE = "all shards are done"
+    OTHERS = "what is left is in other hands"
+    OUT_OF_TIME = "what is left does not fit before the time limit"
+
+
+class Stream:
+    """Samples shards until there are none.
+
+    Parameters
+    ----------
+    claims, source
+        Where shards come from, and what is asked.
+    open_engine
+        Starts what samples; called once there is a shard to sample, so that a task without work costs nothing.
+    origin
+        From what samples are drawn.
+    task
+        Keeps account of the task's time.
+    deadline
+        No shard is begun that would not be finished before it.
+    linger_s
+        How long to wait, without work, for shards in other hands.
+    speculate
+        Sample a shard that another task is slow with a second time, rather than wait.
+    open_images
+        Open the images of prompts ahead, in a thread; not for engines in other processes, which get their paths.
+    """
+
+    def __init__(
+        self,
+        claims: Claims,
+        open_engine: Callable[[], Engine],
+        source: Source,
+        origin: Origin,
+        task: Recorder,
+        *,
+        deadline: Deadline,
+        linger_s: float,
+        speculate: bool,
+        open_images: bool,
+    ) -> None:
+        self._claims, self._open, self._source, self._origin, self._task = claims, open_engine, source, origin, task
+        self._deadline, self._linger_s, self._speculate, self._open_images = deadline, linger_s, speculate, open_images
+        self._engine: Engine | None = None
+        self._shards: dict[int, AtWork] = {}
+        self._waiting: deque[tuple[AtWork, Attempt]] = deque()  # claimed, not yet handed to the engine
+        self._flying: dict[str, tuple[AtWork, Attempt]] = {}
+        self._ahead = ThreadPoolExecutor(1, "claims")
+        self._publishers = ThreadPoolExecutor(2, "publish")
+        self._claiming: Future[AtWork | None] | None = None
+        self._looking: Future[Sequence[Shard]] | None = None
+        self._publishing: dict[Future[bool], AtWork] = {}
+        self._took_s: deque[float] = deque(maxlen=PACES)  # from claim to last sample
+        self._numbers = 0
+        self._requests_per_shard = 1
+        self._pause_s, self._ask_at, self._look_at = POLL_FIRST_S, 0.0, 0.0
+        self._idle_since: float | None = None
+        self._time_is_up = False
+        self._leaving = Leaving()
+
+    def run(self) -> Ending:
+        """Work until there is nothing left to do here; says why.
+
+        Raises
+        ------
+        SystemExit
+            128 + 15 after SIGTERM. Complete shards are published before.
+        WriteFailure
+            When a shard cannot be written.
+        ValueError
+            When the engine refuses a prompt; the message names its row.
+        """
+        with self._leaving:
+            try:
+                while (ending := self._turn()) is None:
+                    pass
+            finally:
+                self._wind_up()
+        log.info("%s", ending.value)
+        return ending
+
+    def _turn(self) -> Ending | None:
+        self._leaving.check()
+        self._claim_ahead()
+        self._take_in()
+        self._hand_over()
+        self._collect()
+        self._settle()
+        self._look_around()
+        return None if self._shards or self._publishing or self._claiming else self._without_work()
+
+    # shards in
+
+    def _claim_ahead(self) -> None:
+        """Claim one more shard when what is in hand would leave the engine with less than a shard to spare."""
+        in_hand = len(self._waiting) + len(self._flying)
+        enough = 1 if self._engine is None else self._engine.capacity + self._requests_per_shard
+        if (
+            self._claiming is None
+            and in_hand < enough
+            and len(self._publishing) < UNPUBLISHED
+            and time.monotonic() >= self._ask_at
+            and self._has_time()
+        ):
+            idle_s = 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
+            bored = self._speculate and not in_hand and idle_s >= self._usual_s()
+            self._claiming = self._ahead.submit(self._claim, bored)
+
+    def _claim(self, bored: bool) -> AtWork | None:
+        """A shard with its prompts, in a thread. None when there is none to be had."""
+        shard = self._claims.next()
+        if shard is None and bored:
+            shard = self._claims.duplicate()
+            if shard is not None:
+                log.info("shard %d is done here too: its holder takes longer than usual", shard.index)
+        if shard is None:
+            return None
+        tasks = self._source.tasks(shard.index)
+        if self._open_images:
+            tasks = [
+                replace(task, prompt=replace(task.prompt, images=tuple(task.prompt.open_images()))) for task in tasks
+            ]
+        self._numbers += 1
+        return AtWork(shard, self._numbers, tasks, self._source.rules, self._source.dropped(shard.index))
+
+    def _take_in(self) -> None:
+        if self._claiming is None or not self._claiming.done():
+            return
+        future, self._claiming = self._claiming, None
+        work = future.result()
+        if work is None:
+            self._ask_at = time.monotonic() + self._pause_s
+            self._pause_s = min(2 * self._pause_s, POLL_MOST_S)
+            return
+        self._pause_s, self._idle_since = POLL_FIRST_S, None
+        self._shards[work.number] = work
+        attempts = work.start()
+        self._requests_per_shard = max(1, len(attempts))
+        self._waiting.extend((work, attempt) for attempt in attempts)
+        self._publish_if_done(work)
+
+    def _has_time(self) -> bool:
+        """Whether another shard fits before the deadline, as slow as the slowest of the last; one is always tried."""
+        needed_s = max(self._took_s, default=0.0)
+        if not self._time_is_up and self._took_s and self._deadline.left_s() < needed_s:
+            self._time_is_up = True
+            log.info(
+                "no further shard is claimed: one takes up to %.0f s here, and this job must leave in %.0f s",
+                needed_s,
+                self._deadline.left_s(),
+            )
+        return not self._time_is_up
+
+    def _usual_s(self) -> float:
+        """How long a shard usually takes here; unknown, half the time that this task would wait."""
+        return statistics.median(self._took_s) if self._took_s else self._linger_s / 2
+
+    # the engine
+
+    def _hand_over(self) -> None:
+        """Fill the engine's batch; beyond it one prompt a turn, since reading prompts keeps the batch waiting."""
+        if self._waiting and self._engine is None:
+            with self._leaving.at_once():
+                self._engine = self._open()
+        prompt = None
+        while self._waiting:
+            assert self._engine is not None
+            work, attempt = self._waiting[0]
+            if len(self._flying) >= self._engine.capacity and prompt not in (None, attempt.task.id):
+                break
+            prompt = attempt.task.id
+            self._waiting.popleft()
+            key = work.key(attempt)
+            seed = attempt.seed(self._origin.run_seed, self._origin.round)
+            try:
+                self._engine.submit(key, Request(attempt.task.prompt, seed), self._source.sampling)
+            except ValueError as error:
+                raise ValueError(f"row {attempt.task.row_id}, role {attempt.task.role}: {error}") from error
+            work.in_flight[key] = attempt
+            self._flying[key] = work, attempt
+        if prompt is not None:
+            self._task.enter("sampling")
+
+    def _collect(self) -> None:
+        """One step of the engine; what has finished is judged, and what it calls for goes back into the batch."""
+        if not self._flying:
+            pending: list[Future[Any]] = [*self._publishing, *([self._claiming] if self._claiming else [])]
+            if pending:
+                with self._task.during("publishing"), self._leaving.at_once():
+                    wait(pending, timeout=WAIT_S, return_when=FIRST_COMPLETED)
+            return
+        assert self._engine is not None and self._engine.unfinished, "the engine has lost requests"
+        finished: list[tuple[str, Completion]] = []
+        with self._leaving.at_once():
+            finished = self._engine.step()
+        self._task.at_work_on(len(self._flying), self._engine.capacity)
+        for key, completion in finished:
+            work, attempt = self._flying.pop(key)
+            self._task.drew(len(completion.token_ids), len(completion.prompt_token_ids))
+            with self._task.during("judging"):
+                outcome = self._source.judge(attempt.task, completion)
+            retries = work.finished(attempt, completion, outcome)
+            self._waiting.extendleft((work, retry) for retry in reversed(retries))
+            self._publish_if_done(work)
+
+    # shards out
+
+    def _publish_if_done(self, work: AtWork) -> None:
+        if work.done:
+            del self._shards[work.number]
+            self._took_s.append(time.monotonic() - work.since)
+            self._publishing[self._publishers.submit(work.publish, self._origin)] = work
+
+    def _settle(self) -> None:
+        """Account for what has been published; raise what went wrong."""
+        for future in [future for future in self._publishing if future.done()]:
+            work = self._publishing.pop(future)
+            if future.result():
+                self._task.published(work.tokens)
+            else:
+                self._task.lost(work.tokens)
+            work.shard.abandon()
+
+    def _look_around(self) -> None:
+        """Now and then: say how far we are, and drop shards that others have done meanwhile."""
+        if self._looking is not None and self._looking.done():
+            future, self._looking = self._looking, None
+            indices = {shard.index for shard in future.result()}
+            for work in [work for work in self._shards.values() if work.shard.index in indices]:
+                self._drop(work)
+        if self._looking is None and self._shards and time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + LOOK_EVERY_S
+            shards = [work.shard for work in self._shards.values()]
+            drawn = sum(work.drawn for work in self._shards.values())
+            total = drawn + len(self._flying) + len(self._waiting)
+            self._looking = self._ahead.submit(self._look, shards, drawn, total)
+
+    def _look(self, shards: Sequence[Shard], done: int, total: int) -> Sequence[Shard]:
+        self._claims.progress(done, total)
+        return self._claims.overtaken(shards)
+
+    def _drop(self, work: AtWork) -> None:
+        log.info("shard %d is left to who has published it or taken it over", work.shard.index)
+        if self._engine is not None:
+            self._engine.abort(list(work.in_flight))
+        for key in work.in_flight:
+            del self._flying[key]
+        self._waiting = deque(entry for entry in self._waiting if entry[0] is not work)
+        del self._shards[work.number]
+        self._task.lost(work.tokens)
+        work.shard.abandon()
+
+    # the ends
+
+    def _without_work(self) -> Ending | None:
+        """Nothing is in flight, and nothing was free at the last look: leave, or wait a little."""
+        now = time.monotonic()
+        if self._ahead.submit(self._claims.all_done).result():
+            return Ending.DONE
+        if self._time_is_up:
+            return Ending.OUT_OF_TIME
+        if self._idle_since is None:
+            self._idle_since = now
+            self._task.enter("waiting")
+            self._task.at_work_on(0, self._engine.capacity)
+        if now - self._idle_since > self._linger_s:
+            return Ending.OTHERS
+        with self._leaving.at_once():
+            time.sleep(max(0.0, self._ask_at - now))
+        return None
+
+    def _wind_up(self) -> None:
+        """Publish what is complete and stop the threads; what is not complete is lost, and the claims' to give back."""
+        self._ahead.shutdown(cancel_futures=True)
+        self._publishers.shutdown()
+        for work in self._shards.values():
+            self._task.lost(work.tokens)
+        if self._shards:
+            log.info("%d shards in hand are given back unfinished", len(self._shards))
+        self._settle()
