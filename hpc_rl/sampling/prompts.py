@@ -234,4 +234,4 @@ def check_stops(stops: Sequence[str], tokenizer: Any, control: Sequence[str]) ->
         ids = tokenizer(stop, add_special_tokens=False)["input_ids"]
         written = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if written != stop:
-            raise PromptError(f"no completion can hold the stop {stop!r}: the tokenizer makes {written!r} of it")
+            raise PromptError(f"the tokenizer does not write the stop {stop!r} but {written!r}: name that instead")
