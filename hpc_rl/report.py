@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_rl.orchestrate.reconcile import NoRun, Run, end_records
+from hpc_rl.orchestrate.sampled import summarise
 from hpc_rl.run import manifest
+from hpc_rl.run.atomic import CorruptFile
 from hpc_rl.run.manifest import StoredManifest
+from hpc_rl.sampling.text import text
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def costs(run: Run) -> dict[str, Cost]:
 
 
 def show(run: Run) -> None:
-    """Print both tables."""
+    """Print all that is known."""
     print(f"\n{run.config.run.name}: {run.ws.root}\n")
     print(accuracy_table(run))
     print("\ntime by stage, all attempts (wall: summed over tasks)")
@@ -48,6 +51,10 @@ def show(run: Run) -> None:
     for name, cost in costs(run).items():
         print(f"  {name:<20} {cost.wall_s:>7.0f} s {cost.cpu_s:>7.0f} s {cost.gpu_s:>7.0f} s")
     print()
+    for stage in run.graph.work:
+        sampled = summarise(run.ws, stage)
+        if sampled is not None:
+            print(text(f"round {stage.round} {stage.name}", sampled), end="\n\n")
 
 
 COLUMNS = {
@@ -102,18 +109,18 @@ def _cell(value: float | int | None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0, or 2 when there is no run."""
+    """Returns 0, or 2 when there is no run, or a file of it is damaged."""
     parser = argparse.ArgumentParser(
-        prog="python -m hpc_rl.report", description="Accuracy per round, and GPU and CPU time per stage."
+        prog="python -m hpc_rl.report",
+        description="Accuracy per round, GPU and CPU time per stage, and what sampling achieved.",
     )
     parser.add_argument("workspace", type=Path)
     arguments = parser.parse_args(argv)
     try:
-        run = Run.load(arguments.workspace)
-    except NoRun as error:
+        show(Run.load(arguments.workspace))
+    except (NoRun, CorruptFile) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    show(run)
     return 0
 
 

@@ -1,0 +1,195 @@
+"""What a round's sampling achieved, in numbers: pure functions from manifests and tasks' lives (V7)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hpc_rl.run.manifest import Manifest
+from hpc_rl.sampling.lives import PARTS, Life
+from hpc_rl.sampling.tally import Tally
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the manifests of a stage say together.
+
+    Attributes
+    ----------
+    shards, prompts, dropped
+        Published; prompts in them; prompts that were left out because they are too long.
+    samples, tokens, cut_off
+        Attempts, their tokens, and those that reached the longest length.
+    tally
+        Tries, accepted attempts and exhausted tasks by role.
+    kept
+        Tokens by the task that published them.
+    """
+
+    shards: int = 0
+    prompts: int = 0
+    dropped: int = 0
+    samples: int = 0
+    tokens: int = 0
+    cut_off: int = 0
+    tally: Tally = field(default_factory=Tally)
+    kept: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def accepted(self) -> int:
+        """Samples that count, of all roles."""
+        return sum(self.tally.accepted.values())
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A stage's sampling.
+
+    Attributes
+    ----------
+    published
+        What there is.
+    tasks, running, killed
+        Lives of tasks (a requeued one has several); those that have not ended; those that could not say goodbye.
+    seconds
+        By part, over all tasks: they add up to `task_s`.
+    wall_s
+        From the first task's beginning to the last one's end.
+    gpu_s
+        GPU seconds of all tasks; 0 where there are no GPUs.
+    full_s, after_start_s
+        Seconds with a full batch, of those after start-up.
+    tokens, prompt_tokens, lost_tokens
+        Drawn by all tasks, published or not.
+    loading
+        Seconds by part of opening the engine: sums over the tasks that did.
+    loaded
+        How many tasks these are.
+    engines
+        What generated, with how many tasks used it.
+    """
+
+    published: Published
+    tasks: int
+    running: int
+    killed: int
+    seconds: Mapping[str, float]
+    wall_s: float
+    gpu_s: float
+    full_s: float
+    after_start_s: float
+    tokens: int
+    prompt_tokens: int
+    lost_tokens: int
+    loading: Mapping[str, float]
+    loaded: int
+    engines: tuple[tuple[Mapping[str, Any], int], ...]
+
+    @property
+    def task_s(self) -> float:
+        """How long all tasks lived together."""
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens that one task draws in a second of sampling; 0 when none did."""
+        return _ratio(self.tokens, self.seconds["sampling"] + self.seconds["lost"])
+
+    @property
+    def tokens_per_s_with_start_up(self) -> float:
+        """Tokens that one task draws in a second of sampling or start-up."""
+        sums = self.seconds
+        return _ratio(self.tokens, sums["sampling"] + sums["lost"] + sums["start_up"])
+
+    @property
+    def tokens_per_s_of_all(self) -> float:
+        """Published tokens of all tasks in a second of the stage's wall time."""
+        return _ratio(self.published.tokens, self.wall_s)
+
+    @property
+    def seconds_per_accepted(self) -> float:
+        """Seconds of tasks, lost ones included, for each sample that counts."""
+        return _ratio(self.task_s, self.published.accepted)
+
+    @property
+    def gpu_s_per_accepted(self) -> float:
+        """GPU seconds, lost ones included, for each sample that counts."""
+        return _ratio(self.gpu_s, self.published.accepted)
+
+    @property
+    def fullness(self) -> float:
+        """How full the engines' batches were after start-up, 1 = always full."""
+        return _ratio(self.full_s, self.after_start_s)
+
+    def share(self, part: str) -> float:
+        """Share of the tasks' time that went into a part."""
+        return _ratio(self.seconds[part], self.task_s)
+
+    def to_scalars(self) -> dict[str, float]:
+        """Numbers for curves over rounds."""
+        tally, by_role = self.published.tally, {}
+        for role in sorted(tally.tries):
+            by_role[f"acceptance/{role}"] = _ratio(tally.accepted.get(role, 0), tally.attempts(role))
+            by_role[f"exhausted/{role}"] = float(tally.exhausted.get(role, 0))
+        return {
+            "tokens_per_s": self.tokens_per_s,
+            "tokens_per_s_with_start_up": self.tokens_per_s_with_start_up,
+            "samples": float(self.published.samples),
+            "accepted": float(self.published.accepted),
+            "seconds_per_accepted": self.seconds_per_accepted,
+            **({"gpu_seconds_per_accepted": self.gpu_s_per_accepted} if self.gpu_s else {}),
+            "batch_fullness": self.fullness,
+            **by_role,
+            **{f"share/{part}": self.share(part) for part in PARTS},
+        }
+
+
+def published(manifests: Iterable[Manifest]) -> Published:
+    """Add manifests of sampled shards up, one after the other."""
+    sums: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
+    tally = Tally()
+    for manifest in manifests:
+        metrics = manifest.metrics
+        sums["shards"] += 1
+        for name in ("prompts", "dropped", "samples", "tokens", "cut_off"):
+            sums[name] += metrics[name]
+        kept[metrics["task"]] += metrics["tokens"]
+        tally += Tally.from_plain(metrics["by_role"])
+    return Published(**sums, tally=tally, kept=kept)
+
+
+def summarise(done: Published, tasks: Iterable[Life]) -> Summary:
+    """Put both together."""
+    tasks = list(tasks)
+    records = [life.record for life in tasks if life.record is not None]
+    loading: Counter[str] = Counter()
+    engines: Counter[str] = Counter()
+    for record in records:
+        loading.update(record.loading)
+        if record.engine:
+            engines[json.dumps(record.engine)] += 1
+    return Summary(
+        published=done,
+        tasks=len(tasks),
+        running=sum(not life.is_over for life in tasks),
+        killed=sum(life.is_over and life.record is not None and life.record.ended is None for life in tasks),
+        seconds={part: sum(life.seconds[part] for life in tasks) for part in PARTS},
+        wall_s=max((life.ended for life in tasks), default=0.0) - min((life.began for life in tasks), default=0.0),
+        gpu_s=sum(life.gpu_s for life in tasks),
+        full_s=sum(record.full_s for record in records),
+        after_start_s=sum(sum(r.seconds.values()) - r.seconds["start_up"] for r in records),
+        tokens=sum(life.tokens for life in tasks),
+        prompt_tokens=sum(record.prompt_tokens for record in records),
+        lost_tokens=sum(life.lost_tokens for life in tasks),
+        loading=dict(loading),
+        loaded=sum(bool(record.loading) for record in records),
+        engines=tuple((json.loads(engine), count) for engine, count in engines.most_common()),
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
