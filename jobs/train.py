@@ -67,7 +67,7 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
     from hpc_rl.data.lewis import image_root, read_rows
     from hpc_rl.engines.weights import speaker_weights
     from hpc_rl.grading.predictions import append
-    from hpc_rl.training import rollouts, stored
+    from hpc_rl.training import store, stored
     from hpc_rl.training.distributed import broadcast_object
     from hpc_rl.training.one_round import Places, RoundTraining, Start
 
@@ -93,9 +93,9 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
         trained = _train_live(job, config, training, stored_rows, predictions)
         outputs.append(predictions)
     else:
-        graded = [manifest.path("graded.parquet") for manifest in job.inputs(job.round, "grade")]
+        sample = config.sample
         trained = stored.train(
-            training, rollouts.read(graded, config.sample.samples_per_prompt, config.sample.prompts_per_round)
+            training, store.read(_graded(job), sample.samples_per_prompt, sample.prompts_per_round, world.rank)
         )
     if shard.lease is None:
         return
@@ -115,6 +115,12 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
         training.remove_checkpoints()
         if outputs and config.logging.prediction_log is not None:
             append(config.logging.prediction_log, outputs[0])
+
+
+def _graded(job: Job) -> Iterator[Path]:
+    """The round's graded samples, shard by shard. A generator: only the rank of a node that goes through it reads."""
+    for manifest in job.inputs(job.round, "grade"):
+        yield manifest.path("graded.parquet")
 
 
 def _train_live(job: Job, config: LewisConfig, training: Any, rows: Any, predictions: Path) -> Any:

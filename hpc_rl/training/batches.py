@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from hpc_rl.training.plan import Item, Plan, Step
+from hpc_rl.training.plan import Item, Shape, Step
 from hpc_rl.training.rollouts import UnusableRollouts
 
 Tensors = dict[str, Any]
@@ -59,8 +59,8 @@ class Batches(Dataset[Tensors]):
 
     Parameters
     ----------
-    plan, rank
-        Whose batches.
+    steps, shape, rank
+        The plan, and whose part of it.
     pixels
         Pictures of the rows.
     pad_id, image_id, vision_ids
@@ -69,32 +69,47 @@ class Batches(Dataset[Tensors]):
     """
 
     def __init__(
-        self, plan: Plan, rank: int, pixels: Pixels, *, pad_id: int, image_id: int, vision_ids: frozenset[int]
+        self,
+        steps: Sequence[Step],
+        shape: Shape,
+        rank: int,
+        pixels: Pixels,
+        *,
+        pad_id: int,
+        image_id: int,
+        vision_ids: frozenset[int],
     ) -> None:
-        self._steps, self._rank, self._pixels = plan.steps, rank, pixels
+        self._steps, self._rank, self._pixels = steps, rank, pixels
         self._pad_id, self._image_id, self._vision_ids = pad_id, image_id, vision_ids
-        self._accumulation = plan.shape.accumulation
+        self._accumulation = shape.accumulation
 
     def __len__(self) -> int:
         return len(self._steps) * self._accumulation
 
     def __getitem__(self, number: int) -> Tensors:
         step = self._steps[number // self._accumulation]
-        return self.tensors(step, step.batches[self._rank][number % self._accumulation])
+        return self.tensors(step.batch(self._rank, number % self._accumulation), step.tokens)
 
     def loader(self) -> DataLoader[Tensors]:
         """Batches in order; a resumed training skips those that it has done without making them."""
         return DataLoader(self, batch_size=1, shuffle=False, collate_fn=_only)
 
-    def tensors(self, step: Step, items: Sequence[Item]) -> Tensors:
+    def tensors(self, items: Sequence[Item], step_tokens: int) -> Tensors:
         """Tensors of one forward pass, named as TRL's GRPO loss takes them.
+
+        Parameters
+        ----------
+        items
+            The samples of the pass.
+        step_tokens
+            Sampled tokens of the whole optimizer step over all ranks.
 
         Returns
         -------
         dict
             `prompt_ids`, `prompt_mask` (B, P), padded on the left; `completion_ids`, `completion_mask`,
             `old_per_token_logps` (B, T), padded on the right, the mask 0 for fillers; `advantages` (B,);
-            `num_items_in_batch`, sampled tokens of the whole optimizer step over all ranks; `pixel_values`
+            `num_items_in_batch`, which is `step_tokens`; `pixel_values`
             (patches, values), `image_grid_thw` (pictures, 3), `num_images`; `mm_token_type_ids` (B, P + T).
 
         Raises
@@ -121,7 +136,7 @@ class Batches(Dataset[Tensors]):
             "completion_mask": mask,
             "old_per_token_logps": logprobs,
             "advantages": torch.tensor([item.advantage for item in items], dtype=torch.float32),
-            "num_items_in_batch": torch.tensor(float(step.tokens)),
+            "num_items_in_batch": torch.tensor(float(step_tokens)),
             "pixel_values": torch.cat([values for values, _ in pixels]),
             "image_grid_thw": torch.cat([grids for _, grids in pixels]),
             "num_images": [len(grids) for _, grids in pixels],

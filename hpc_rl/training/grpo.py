@@ -190,7 +190,7 @@ class StoredRollouts(Grpo):
         """One forward and backward pass; with the last one of an optimizer step, its metrics."""
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._describe(self._plan.steps[self.state.global_step])
+            self._describe(self._plan[self.state.global_step])
             if self.first_step is None:
                 self.first_step = self._summary(torch.cat(self._first))
                 self._first.clear()
@@ -213,18 +213,16 @@ class StoredRollouts(Grpo):
 
     def _describe(self, step: Step) -> None:
         """Record what the plan knows of a step: rewards by part, lengths, groups without a gradient. TRL's names."""
-        rollouts = [item.rollout for item in step.items]
-        rewards = torch.tensor([rollout.reward for rollout in rollouts])
-        lengths = torch.tensor([float(len(rollout.token_ids)) for rollout in rollouts])
+        samples = step.samples
         for part in PARTS:
-            self._record(f"rewards/{part}/mean", float(torch.tensor([r.parts[part] for r in rollouts]).mean()))
-        self._record("reward", float(rewards.mean()))
-        self._record("reward_std", float(rewards.std(unbiased=len(rewards) > 1)))
+            self._record(f"rewards/{part}/mean", float(samples[f"reward_{part}"].mean()))
+        self._record("reward", float(samples["reward"].mean()))
+        self._record("reward_std", float(samples["reward"].std(ddof=int(len(samples) > 1))))
         self._record("frac_reward_zero_std", step.equal_groups)
-        self._record("completions/mean_length", float(lengths.mean()))
-        self._record("completions/min_length", float(lengths.min()))
-        self._record("completions/max_length", float(lengths.max()))
-        self._record("completions/clipped_ratio", 1.0 - sum(r.finished for r in rollouts) / len(rollouts))
+        self._record("completions/mean_length", float(samples["tokens"].mean()))
+        self._record("completions/min_length", float(samples["tokens"].min()))
+        self._record("completions/max_length", float(samples["tokens"].max()))
+        self._record("completions/clipped_ratio", 1.0 - float(samples["finished"].mean()))
 
     def _record(self, name: str, value: float) -> None:
         self._metrics["train"][name].append(value)

@@ -1,7 +1,9 @@
 """Which sample is trained on in which optimizer step, on which rank, in which forward pass: decided before training.
 
-Sampling is over and every rank reads the same files, so every rank can work the whole plan out and takes its own part.
-Nothing depends on what happens while training, so a resumed job goes on exactly where the checkpoint was made.
+Sampling is over and every rank reads the same samples, so every rank can work the whole plan out and takes its own
+part. Nothing depends on what happens while training, so a resumed job goes on exactly where the checkpoint was made. A
+plan is an order of the round's samples, and an advantage for each; steps and batches are cut from it when their turn
+comes.
 """
 
 from __future__ import annotations
@@ -10,16 +12,15 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 from math import ceil
-from typing import TypeVar
+from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpc_rl.run.seeds import derive
-from hpc_rl.training.rollouts import Group, Rollout, Rollouts, Scale, batch_deviation
-
-T = TypeVar("T")
+from hpc_rl.training.rollouts import Rollout, Rollouts, Scale, advantages, by_batch, have_equal_rewards
 
 
 @dataclass(frozen=True)
@@ -51,37 +52,116 @@ class Step:
 
     Attributes
     ----------
-    batches
-        For each rank, for each forward pass, its items.
-    tokens
-        Sampled tokens in the whole step.
+    rollouts, shape
+        Where its samples are, and how they are dealt out.
+    places
+        (n,) which samples of `rollouts`, in order.
+    advantages
+        (n,) what each of them is worth against its group.
     equal_groups
         Share of its groups whose rewards are all equal.
     """
 
-    batches: tuple[tuple[tuple[Item, ...], ...], ...]
-    tokens: int
+    rollouts: Rollouts
+    shape: Shape
+    places: NDArray[np.int64]
+    advantages: NDArray[np.float64]
     equal_groups: float
+
+    @cached_property
+    def samples(self) -> NDArray[Any]:
+        """(n,) of `rollouts.INDEX`: what is known of its samples."""
+        return self.rollouts.index[self.places]
+
+    @property
+    def tokens(self) -> int:
+        """Sampled tokens in the whole step."""
+        return int(self.samples["tokens"].sum())
 
     @property
     def items(self) -> tuple[Item, ...]:
         """All samples of the step, without fillers."""
-        return tuple(item for rank in self.batches for batch in rank for item in batch if item.weight)
+        return self._items(slice(None))
+
+    def batch(self, rank: int, number: int) -> tuple[Item, ...]:
+        """The items of one forward pass of a rank; fillers, where it has no samples of its own to fill the batch."""
+        start, end = _share(0, len(self.places), self.shape.ranks, rank)
+        own = slice(*_share(start, end, self.shape.accumulation, number))
+        items = self._items(own)
+        missing = self.shape.batch - len(items)
+        return items + (self._filler,) * missing if missing else items
+
+    def _items(self, own: slice) -> tuple[Item, ...]:
+        rollouts = self.rollouts.rows(self.samples[own])
+        return tuple(Item(r, float(value)) for r, value in zip(rollouts, self.advantages[own], strict=True))
+
+    @cached_property
+    def _filler(self) -> Item:
+        shortest = int(np.argmin(self.samples["prompt_tokens"] + self.samples["tokens"]))
+        return Item(self.rollouts.rows(self.samples[shortest : shortest + 1])[0], 0.0, 0)
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """The optimizer steps of a round."""
+class Plan(Sequence[Step]):
+    """The optimizer steps of a round, each made when it is asked for; the one asked for last is kept.
 
-    shape: Shape
-    steps: tuple[Step, ...]
+    Parameters
+    ----------
+    rollouts, shape
+        What is trained on, in steps of which size.
+    orders
+        For each epoch (N,) the samples in the order in which they have their turn.
+    passes
+        How many steps in a row use the same samples.
+    """
+
+    def __init__(
+        self, rollouts: Rollouts, shape: Shape, orders: Sequence[NDArray[np.int64]], passes: int, scale: Scale
+    ) -> None:
+        self.shape = shape
+        self._rollouts, self._orders, self._passes, self._scale = rollouts, orders, passes, scale
+        self._parts = ceil(len(rollouts) / shape.samples)
+        self._rewards = rollouts.rewards
+        self._advantages = advantages(self._rewards, rollouts.starts, scale)
+        self._equal = have_equal_rewards(self._rewards, rollouts.starts)
+        self._last: tuple[int, Step] | None = None
+
+    def __len__(self) -> int:
+        return self._parts * len(self._orders) * self._passes
+
+    @overload
+    def __getitem__(self, number: int) -> Step: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Step]: ...
+    def __getitem__(self, number: int | slice) -> Step | Sequence[Step]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(*number.indices(len(self)))]
+        if not 0 <= number < len(self):
+            raise IndexError(f"step {number} of {len(self)}")
+        part = number // self._passes
+        if self._last is None or self._last[0] != part:
+            self._last = part, self._step(part)
+        return self._last[1]
+
+    def _step(self, part: int) -> Step:
+        epoch, place = divmod(part, self._parts)
+        places = self._orders[epoch][slice(*_share(0, len(self._rollouts), self._parts, place))]
+        worth = self._advantages[places]
+        if self._scale == "batch":
+            worth = by_batch(worth, self._rewards[places])
+        groups = np.unique(np.searchsorted(self._rollouts.starts, places, side="right") - 1)
+        return Step(self._rollouts, self.shape, places, worth, float(self._equal[groups].mean()))
+
+    @property
+    def tokens(self) -> int:
+        """Sampled tokens of all steps."""
+        return int(self._rollouts.index["tokens"].sum(dtype=np.int64)) * len(self._orders) * self._passes
 
     def fingerprint(self) -> str:
         """Equal for equal plans: a checkpoint of another plan cannot be continued."""
-        digest = hashlib.sha256(repr(self.shape).encode())
-        for step in self.steps:
-            for item in step.items:
-                digest.update(f"{item.rollout.id} {item.advantage:.6g}\n".encode())
+        digest = hashlib.sha256(f"{self.shape} {self._passes} {self._scale} {self._rollouts.weights_hash}".encode())
+        for order in self._orders:
+            for name in ("id_hash", "reward"):
+                digest.update(self._rollouts.index[name][order].tobytes())
         return digest.hexdigest()
 
 
@@ -103,42 +183,17 @@ def make(
     scale
         `train.scale_rewards`.
     """
-    steps: list[Step] = []
+    firsts, sizes = rollouts.starts[:-1], np.diff(rollouts.starts)
+    orders = []
     for epoch in range(epochs):
-        order = list(rollouts.groups)
-        random.Random(derive(run_seed, round, "train", epoch)).shuffle(order)
-        flat = [(group, rollout) for group in order for rollout in group.rollouts]
-        for part in _evenly(flat, ceil(len(flat) / shape.samples)):
-            steps += [_step(part, shape, scale)] * passes
-    return Plan(shape, tuple(steps))
+        groups = list(range(len(sizes)))
+        random.Random(derive(run_seed, round, "train", epoch)).shuffle(groups)
+        ends = np.cumsum(sizes[groups])
+        within = np.arange(len(rollouts)) - np.repeat(ends - sizes[groups], sizes[groups])
+        orders.append(np.repeat(firsts[groups], sizes[groups]) + within)
+    return Plan(rollouts, shape, orders, passes, scale)
 
 
-def _step(part: Sequence[tuple[Group, Rollout]], shape: Shape, scale: Scale) -> Step:
-    deviation = batch_deviation([rollout.reward for _, rollout in part])
-    groups = {id(group): group for group, _ in part}
-    advantages = {
-        rollout.id: float(value)
-        for group in groups.values()
-        for rollout, value in zip(group.rollouts, group.advantages(scale, deviation), strict=True)
-    }
-    items = [Item(rollout, advantages[rollout.id]) for _, rollout in part]
-    filler = Item(min((item.rollout for item in items), key=lambda r: len(r.prompt_ids) + len(r.token_ids)), 0.0, 0)
-    batches = tuple(
-        tuple(tuple(_filled(cell, shape.batch, filler)) for cell in _evenly(share, shape.accumulation))
-        for share in _evenly(items, shape.ranks)
-    )
-    return Step(
-        batches,
-        tokens=sum(len(item.rollout.token_ids) for item in items),
-        equal_groups=float(np.mean([group.has_equal_rewards for group in groups.values()])),
-    )
-
-
-def _filled(cell: Sequence[Item], size: int, filler: Item) -> list[Item]:
-    return [*cell, *[filler] * (size - len(cell))]
-
-
-def _evenly(items: Sequence[T], parts: int) -> list[Sequence[T]]:
-    """`items` in `parts` runs whose lengths differ by one at most."""
-    ends = [len(items) * n // parts for n in range(parts + 1)]
-    return [items[start:end] for start, end in pairwise(ends)]
+def _share(start: int, end: int, parts: int, number: int) -> tuple[int, int]:
+    """Where part `number` of `parts` of a run of samples starts and ends; lengths differ by one at most."""
+    return start + (end - start) * number // parts, start + (end - start) * (number + 1) // parts

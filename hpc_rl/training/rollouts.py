@@ -3,14 +3,16 @@
 A sample whose grading failed is left out (L11). Its group keeps the others: mean and deviation are over those present,
 and the missing one simply is no row of any batch, since batches are made of samples and not of whole groups
 (`hpc_rl.training.plan`). A group with fewer than two samples left says nothing about better or worse and is dropped.
+
+A round may have a million samples. What planning needs of each is a row of one array (`INDEX`); its tokens stay on disk
+until its batch comes (`hpc_rl.training.store`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,17 @@ PARTS = ("accuracy", "format", "length")
 
 EPSILON = 1e-4
 """Added to the deviation that rewards are divided by (L15)."""
+
+EQUAL = 1e-8
+"""Rewards that differ by less are equal."""
+
+INDEX = np.dtype([
+    ("group", np.int32), ("attempt", np.int32), ("prompt_tokens", np.int32), ("tokens", np.int32),
+    ("finished", np.bool_), ("reward", np.float32), *((f"reward_{part}", np.float32) for part in PARTS),
+    ("id_hash", np.uint64), ("chunk", np.int32), ("row", np.int32),
+])  # fmt: skip
+"""What is known of a sample without reading it: numbers of the prompt and of the attempt, lengths, what it is worth; a
+hash of its id, and where it lies."""
 
 Scale = Literal["group", "batch", "none"]
 
@@ -61,39 +74,45 @@ class Rollout:
     reward: float
 
 
-@dataclass(frozen=True, eq=False)
-class Group:
-    """The samples of one prompt that can be compared, two or more, by attempt."""
+def advantages(rewards: NDArray[np.float64], starts: NDArray[np.int64], scale: Scale = "group") -> NDArray[np.float64]:
+    """Advantages A = (r − mean) / (std + 1e-4) within groups (L15; Shao et al. 2024, eq. 3 and section 4.1.2).
 
-    rollouts: tuple[Rollout, ...]
+    Parameters
+    ----------
+    rewards
+        (N,) rewards, group after group.
+    starts
+        (G + 1,) where each group starts, and N.
+    scale
+        What r − mean is divided by. group: the group's deviation (of a sample, n − 1, as in TRL). none: nothing. batch:
+        nothing yet; the batch's deviation (`by_batch`) follows when its samples are known.
 
-    @property
-    def rewards(self) -> NDArray[np.float64]:
-        """(G,) rewards."""
-        return np.array([rollout.reward for rollout in self.rollouts])
+    Returns
+    -------
+    (N,) advantages.
+    """
+    sizes = np.diff(starts)
+    centred: NDArray[np.float64] = rewards - np.repeat(np.add.reduceat(rewards, starts[:-1]) / sizes, sizes)
+    if scale != "group":
+        return centred
+    deviations = np.sqrt(np.add.reduceat(centred**2, starts[:-1]) / (sizes - 1))
+    scaled: NDArray[np.float64] = centred / np.repeat(deviations + EPSILON, sizes)
+    return scaled
 
-    @property
-    def has_equal_rewards(self) -> bool:
-        """True when no sample is better than another: all advantages are 0, and the group carries no gradient (L15)."""
-        return bool(np.ptp(self.rewards) < 1e-8)
 
-    def advantages(self, scale: Scale = "group", deviation: float = 0.0) -> NDArray[np.float32]:
-        """(G,) advantages A = (r − mean) / (std + 1e-4) of the group (L15; Shao et al. 2024, eq. 3 and section 4.1.2).
+def by_batch(centred: NDArray[np.float64], rewards: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Advantages of the samples of one optimizer step, divided by the deviation of its rewards."""
+    return centred / ((float(np.std(rewards, ddof=1)) if len(rewards) > 1 else 0.0) + EPSILON)
 
-        Parameters
-        ----------
-        scale
-            What r − mean is divided by: the group's deviation (of a sample, n − 1, as in TRL), `deviation`, or nothing.
-        deviation
-            The batch's, for `scale="batch"`.
-        """
-        rewards = self.rewards
-        centred = rewards - rewards.mean()
-        if scale == "none":
-            divisor = 1.0
-        else:
-            divisor = (float(rewards.std(ddof=1)) if scale == "group" else deviation) + EPSILON
-        return np.asarray(centred / divisor, dtype=np.float32)
+
+def have_equal_rewards(rewards: NDArray[np.float64], starts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(G,) True for groups in which no sample is better than another.
+
+    All advantages are 0, and the group carries no gradient (L15). Arguments as those of `advantages`.
+    """
+    least = np.minimum.reduceat(rewards, starts[:-1])
+    equal: NDArray[np.bool_] = np.maximum.reduceat(rewards, starts[:-1]) - least < EQUAL
+    return equal
 
 
 @dataclass(frozen=True)
@@ -122,105 +141,49 @@ class Counts:
     equal_groups: int
 
 
+class Rows(Protocol):
+    """Where samples lie."""
+
+    def __call__(self, places: NDArray[Any]) -> list[Rollout]:
+        """The samples of some rows of the index, in their order."""
+
+
 @dataclass(frozen=True, eq=False)
 class Rollouts:
-    """All that a round trains on, in order of groups."""
+    """All that a round trains on.
 
-    groups: tuple[Group, ...]
+    Attributes
+    ----------
+    index
+        (N,) of `INDEX`: the samples, ordered by group and attempt.
+    starts
+        (G + 1,) where each group starts in it, and N.
+    rows
+        Reads samples.
+    counts, weights_hash
+        What became of all samples; what they were drawn with.
+    """
+
+    index: NDArray[Any]
+    starts: NDArray[np.int64]
+    rows: Rows
     counts: Counts
     weights_hash: str
 
     def __len__(self) -> int:
-        return sum(len(group.rollouts) for group in self.groups)
+        return len(self.index)
+
+    @property
+    def rewards(self) -> NDArray[np.float64]:
+        """(N,) rewards."""
+        return self.index["reward"].astype(np.float64)
+
+    @property
+    def groups(self) -> Iterator[Sequence[Rollout]]:
+        """The samples of one prompt after the other, two or more each, read as they are asked for."""
+        for start, end in zip(self.starts[:-1], self.starts[1:], strict=True):
+            yield self.rows(self.index[start:end])
 
     def mean(self, part: str | None = None) -> float:
         """Mean of a part of the reward, or of its total."""
-        all = [rollout for group in self.groups for rollout in group.rollouts]
-        return float(np.mean([rollout.reward if part is None else rollout.parts[part] for rollout in all]))
-
-
-def read(files: Iterable[Path], group_size: int, prompts: int) -> Rollouts:
-    """Read the graded parquet files of a round.
-
-    Parameters
-    ----------
-    files
-        One per shard.
-    group_size
-        G: how many samples of each prompt were wanted.
-    prompts
-        How many prompts the round has. One that none of its completions was accepted for is in no file, and dropped.
-
-    Raises
-    ------
-    UnusableRollouts
-        When a sample is there twice, was drawn with other weights than the rest, or is damaged; when no group is left.
-    """
-    import pyarrow.parquet as pq
-
-    groups: dict[int, list[Rollout]] = {}
-    seen: set[str] = set()
-    hashes: set[str] = set()
-    left_out = 0
-    for file in files:
-        table = pq.read_table(file)
-        arrays = {name: table[name].combine_chunks() for name in ("prompt_token_ids", "token_ids", "logprobs")}
-        names = [name for name in table.column_names if name not in (*arrays, "yes_probabilities", "text")]
-        for place, row in enumerate(table.select(names).to_pylist()):
-            id = row["sample_id"]
-            if id in seen:
-                raise UnusableRollouts(f"sample {id} is there twice, the second time in {file}")
-            seen.add(id)
-            hashes.add(row["weights_hash"])
-            members = groups.setdefault(row["group"], [])
-            if row["left_out"]:
-                left_out += 1
-                continue
-            values = {name: array[place].values.to_numpy(zero_copy_only=False) for name, array in arrays.items()}
-            members.append(_rollout(row, values, file))
-    if len(hashes) > 1:
-        raise UnusableRollouts(f"the samples were drawn with different weights: {', '.join(sorted(hashes))}")
-    used = [Group(tuple(sorted(g, key=lambda r: r.attempt))) for _, g in sorted(groups.items()) if len(g) >= 2]
-    if not used:
-        raise UnusableRollouts(f"{left_out} of {len(seen)} samples were left out: no group has two to compare")
-    counts = Counts(
-        samples=len(seen),
-        left_out=left_out,
-        groups=prompts,
-        dropped_groups=prompts - len(used),
-        short_groups=sum(len(group.rollouts) < group_size for group in used),
-        equal_groups=sum(group.has_equal_rewards for group in used),
-    )
-    return Rollouts(tuple(used), counts, hashes.pop())
-
-
-def _rollout(row: Mapping[str, Any], values: Mapping[str, NDArray[Any]], file: Path) -> Rollout:
-    tokens, logprobs = values["token_ids"].astype(np.int32), values["logprobs"].astype(np.float32)
-    problem = None
-    if not len(tokens) or not len(values["prompt_token_ids"]):
-        problem = "has no tokens"
-    elif len(tokens) != len(logprobs):
-        problem = f"has {len(tokens)} tokens and {len(logprobs)} log-probabilities"
-    elif not np.isfinite(logprobs).all():
-        problem = "has a log-probability that is no number"
-    elif not np.isfinite(row["reward"]):
-        problem = "has a reward that is no number"
-    if problem:
-        raise UnusableRollouts(f"sample {row['sample_id']} in {file} {problem}")
-    return Rollout(
-        id=row["sample_id"],
-        row_id=row["row_id"],
-        group=row["group"],
-        attempt=row["attempt"],
-        prompt_ids=values["prompt_token_ids"].astype(np.int32),
-        token_ids=tokens,
-        logprobs=logprobs,
-        finished=row["finish_reason"] != "length",
-        parts={part: float(row[f"reward_{part}"]) for part in PARTS},
-        reward=float(row["reward"]),
-    )
-
-
-def batch_deviation(rewards: Sequence[float]) -> float:
-    """Deviation of the rewards of one optimizer step, for `train.scale_rewards: batch`."""
-    return float(np.std(rewards, ddof=1)) if len(rewards) > 1 else 0.0
+        return float(self.index["reward" if part is None else f"reward_{part}"].mean(dtype=np.float64))

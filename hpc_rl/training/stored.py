@@ -47,8 +47,8 @@ def train(training: RoundTraining, rollouts: Rollouts) -> Trained | None:
     counts = rollouts.counts
     log.info(
         "%d samples in %d groups, %d left out, %d groups dropped, %d with equal rewards; %d steps of up to %d",
-        len(rollouts), len(rollouts.groups), counts.left_out, counts.dropped_groups,
-        counts.equal_groups, len(made.steps), made.shape.samples,
+        len(rollouts), counts.groups - counts.dropped_groups, counts.left_out, counts.dropped_groups,
+        counts.equal_groups, len(made), made.shape.samples,
     )  # fmt: skip
     checkpoints = training.checkpoints(made.fingerprint())
     trainer = _trainer(training, made, checkpoints)
@@ -60,7 +60,7 @@ def train(training: RoundTraining, rollouts: Rollouts) -> Trained | None:
     numbers = {
         **asdict(counts),
         "used_samples": len(rollouts),
-        "tokens": sum(step.tokens for step in made.steps),
+        "tokens": made.tokens,
         "mean_reward": rollouts.mean(),
         **{f"mean_reward_{part}": rollouts.mean(part) for part in PARTS},
         "first_step_by_rank": [asdict(one) for one in first if one is not None],
@@ -76,6 +76,7 @@ def _trainer(training: RoundTraining, made: plan.Plan, checkpoints: Checkpoints)
     root, rows = training.start.image_root, training.start.rows
     batches = Batches(
         made,
+        made.shape,
         training.world.rank,
         Pixels(processor.image_processor, lambda row_id: [load_image(root / rows[row_id].image)]),
         pad_id=tokenizer.pad_token_id,

@@ -12,7 +12,6 @@ from PIL import Image
 
 from hpc_rl.engines.base import Prompt, render
 from hpc_rl.engines.loading import load_processor
-from hpc_rl.training import plan
 from hpc_rl.training.batches import Batches, Pixels
 from hpc_rl.training.plan import Item, Shape
 from hpc_rl.training.rollouts import Rollout, UnusableRollouts
@@ -38,12 +37,8 @@ def batches(processor: Any, images: dict[str, list[Image.Image]], cache_bytes: i
     tokenizer = processor.tokenizer
     image_id = tokenizer.convert_tokens_to_ids(processor.image_token)
     pixels = Pixels(processor.image_processor, lambda row: images[row], cache_bytes)
-    empty = plan.Plan(Shape(1, 1, 2), ())
-    return Batches(empty, 0, pixels, pad_id=tokenizer.pad_token_id, image_id=image_id, vision_ids=frozenset({image_id}))
-
-
-def step(*items: Item) -> plan.Step:
-    return plan.Step(((items,),), sum(len(i.rollout.token_ids) for i in items if i.weight), 0.0)
+    ids = {"pad_id": tokenizer.pad_token_id, "image_id": image_id, "vision_ids": frozenset({image_id})}
+    return Batches((), Shape(1, 1, 2), 0, pixels, **ids)
 
 
 def test_several_and_large_pictures_line_up_with_their_tokens(processor: Any, speaker: Path) -> None:
@@ -58,7 +53,7 @@ def test_several_and_large_pictures_line_up_with_their_tokens(processor: Any, sp
         Item(rollout(processor, "two", images["two"], [95, 96, 97]), 0.5),
         Item(rollout(processor, "large", images["large"], [98, 99]), -0.5),
     ]
-    made = batches(processor, images).tensors(step(*items), items)
+    made = batches(processor, images).tensors(items, step_tokens=5)
     assert made["num_images"] == [2, 1] and made["image_grid_thw"].shape == (3, 3)
     assert made["image_grid_thw"][2].prod() * 14 * 14 <= LIMITS[1], "scaled down to max_pixels"
     assert made["mm_token_type_ids"].sum() == made["image_grid_thw"].prod(-1).sum() // 4
@@ -78,7 +73,7 @@ def test_a_filler_has_no_part_in_the_loss(processor: Any) -> None:
     images = {"a": [Image.new("RGB", (56, 56), "red")]}
     real = Item(rollout(processor, "a", images["a"], [95, 96]), 1.0)
     filler = Item(real.rollout, 0.0, 0)
-    made = batches(processor, images).tensors(step(real, filler), [real, filler])
+    made = batches(processor, images).tensors([real, filler], step_tokens=2)
     assert made["completion_mask"].tolist() == [[1, 1], [0, 0]] and made["num_items_in_batch"] == 2
     assert made["old_per_token_logps"][1].tolist() == [0, 0] and made["advantages"].tolist() == [1, 0]
 
@@ -88,7 +83,7 @@ def test_a_vision_token_in_a_completion_is_named(processor: Any) -> None:
     pad = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     item = Item(rollout(processor, "a", images["a"], [95, pad]), 1.0)
     with pytest.raises(UnusableRollouts, match=r"r01-a-g0 holds a vision token, which sampling must ban"):
-        batches(processor, images).tensors(step(item), [item])
+        batches(processor, images).tensors([item], step_tokens=2)
 
 
 def test_pictures_are_loaded_again_when_there_is_no_room_for_them(processor: Any) -> None:

@@ -94,12 +94,12 @@ def test_loss_and_gradient_are_those_of_the_formula(new_run: NewRun, speaker: Pa
     from hpc_rl.data.lewis import read_rows
     from hpc_rl.engines.base import BAN_BIAS, banned_ids
     from hpc_rl.engines.loading import load_processor
-    from hpc_rl.training import plan, rollouts
+    from hpc_rl.training import plan, store
     from hpc_rl.training.plan import Shape
 
     config = config_of(ws)
     files = [manifest.read(ws, 1, "grade", shard).path("graded.parquet") for shard in range(2)]
-    made = plan.make(rollouts.read(files, 4), Shape(1, 1, 8), epochs=1, passes=1, scale="group", run_seed=0, round=1)
+    made = plan.make(store.read(files, 4, 12), Shape(1, 1, 8), epochs=1, passes=1, scale="group", run_seed=0, round=1)
     rows = {row.id: row for row in read_rows(ws.dataset_dir(0) / "train.parquet")}
     processor = load_processor(speaker, config.speaker.min_pixels, config.speaker.max_pixels)
     model = AutoModelForImageTextToText.from_pretrained(speaker, dtype=torch.float32)
@@ -107,7 +107,7 @@ def test_loss_and_gradient_are_those_of_the_formula(new_run: NewRun, speaker: Pa
         parameter.requires_grad_("visual" not in name)
     bias = torch.zeros(model.config.get_text_config().vocab_size)
     bias[list(banned_ids(speaker, processor.tokenizer))] = BAN_BIAS
-    items = made.steps[0].items
+    items = made[0].items
     tokens = sum(len(item.rollout.token_ids) for item in items)
     total = torch.zeros(())
     for item in items:

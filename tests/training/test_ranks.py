@@ -164,3 +164,14 @@ def test_killed_between_the_final_weights_and_the_manifest(new_run: NewRun) -> N
     again = here(whole)
     assert again.made_from["weights_out"] == made.made_from["weights_out"]
     assert {Path(o.path).name: o.sha256 for o in again.outputs} == {Path(o.path).name: o.sha256 for o in made.outputs}
+
+
+def test_what_is_wrong_with_the_samples_is_said_by_every_rank_though_one_reads_them(new_run: NewRun) -> None:
+    ws = new_run(*TWO)
+    made = manifest.read(ws, 1, "grade", 1)
+    ws.resolve(made.outputs[0].path).unlink()
+    ranks = start_ranks(ws, 2)
+    assert ranks.wait() == [1, 1], ranks.said()
+    for log in ranks.logs:
+        said = log.read_text()
+        assert "is missing or changed since it was written. Remove" in said and "another rank is gone" not in said

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_rl.grading.samples import GradedSample, write_samples
-from hpc_rl.training import rollouts
-from hpc_rl.training.rollouts import Group, UnusableRollouts
+from hpc_rl.training import rollouts, store
+from hpc_rl.training.rollouts import UnusableRollouts, advantages, have_equal_rewards
 
 
 def graded(group: int, attempt: int, reward: float | None = 1.0, **changes: object) -> GradedSample:
@@ -33,15 +35,15 @@ def read(
     paths = [tmp_path / f"{number}.parquet" for number in range(len(shards))]
     for path, shard in zip(paths, shards, strict=True):
         write_samples(path, shard, GradedSample)
-    return rollouts.read(paths, group_size, prompts or len({one.group for shard in shards for one in shard}))
+    return store.read(paths, group_size, prompts or len({one.group for shard in shards for one in shard}))
 
 
 def test_samples_come_back_as_groups_in_order_with_their_tokens(tmp_path: Path) -> None:
     found = read(tmp_path, [graded(1, 1, 0.0), graded(1, 0)], [graded(0, i, float(i)) for i in range(4)])
-    assert [[r.id for r in g.rollouts] for g in found.groups] == [
+    assert [[r.id for r in group] for group in found.groups] == [
         [f"r01-0-g{i}" for i in range(4)], ["r01-1-g0", "r01-1-g1"]
     ]  # fmt: skip
-    one = found.groups[0].rollouts[2]
+    one = next(found.groups)[2]
     assert (one.prompt_ids.tolist(), one.token_ids.tolist(), one.logprobs.tolist()) == ([5, 6, 7], [8, 9], [-0.5, -1.5])
     assert one.parts == {"accuracy": 2.0, "format": 1.0, "length": pytest.approx(0.1)} and one.reward == 2.0
     assert one.finished and found.weights_hash == "w" and len(found) == 6
@@ -56,30 +58,29 @@ def test_a_sample_without_a_score_is_out_of_its_group_and_a_group_of_one_is_drop
     assert found.counts == rollouts.Counts(
         samples=16, left_out=4, groups=5, dropped_groups=2, short_groups=1, equal_groups=1
     )
-    assert [r.id for r in found.groups[1].rollouts] == ["r01-1-g0", "r01-1-g2", "r01-1-g3"]
+    groups = list(found.groups)
+    assert [r.id for r in groups[1]] == ["r01-1-g0", "r01-1-g2", "r01-1-g3"]
     rewards = np.array([2.0, 0.0, 1.0])
-    assert found.groups[1].advantages() == pytest.approx((rewards - 1) / (rewards.std(ddof=1) + 1e-4), rel=1e-6)
-    assert found.groups[2].has_equal_rewards and not found.groups[2].advantages().any()
+    worth = np.split(advantages(found.rewards, found.starts), found.starts[1:-1])
+    assert worth[1] == pytest.approx((rewards - 1) / (rewards.std(ddof=1) + 1e-4), rel=1e-6)
+    assert have_equal_rewards(found.rewards, found.starts).tolist() == [False, False, True] and not worth[2].any()
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 21), min_size=2, max_size=8), st.sampled_from(["group", "none"]))
-def test_advantages_are_those_of_trl(points: list[int], scale: str) -> None:
+@given(st.lists(st.lists(st.integers(0, 21), min_size=2, max_size=8), min_size=1), st.sampled_from(["group", "none"]))
+def test_advantages_are_those_of_trl(points: list[list[int]], scale: str) -> None:
     from trl.trainer.utils import nanstd
 
     from hpc_rl.training import trl_parts  # noqa: F401  (TRL without vLLM)
 
-    rewards = torch.tensor([point / 10 for point in points])
-    group = Group(tuple(_rollout(float(reward)) for reward in rewards))
-    theirs = rewards - torch.nanmean(rewards)
-    if scale == "group":
-        theirs = theirs / (nanstd(rewards, dim=0) + 1e-4)
-    assert group.advantages(scale) == pytest.approx(theirs.numpy(), abs=1e-3)  # type: ignore[arg-type]
-
-
-def _rollout(reward: float) -> rollouts.Rollout:
-    ids = np.array([1], np.int32)
-    return rollouts.Rollout("s", "r", 0, 0, ids, ids, np.zeros(1, np.float32), True, {}, reward)
+    starts = np.cumsum([0, *map(len, points)])
+    ours = advantages(np.concatenate(points) / 10, starts, scale)  # type: ignore[arg-type]
+    for group, found in zip(points, np.split(ours, starts[1:-1]), strict=True):
+        rewards = torch.tensor([point / 10 for point in group])
+        theirs = rewards - torch.nanmean(rewards)
+        if scale == "group":
+            theirs = theirs / (nanstd(rewards, dim=0) + 1e-4)
+        assert found == pytest.approx(theirs.numpy(), abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -96,3 +97,57 @@ def _rollout(reward: float) -> rollouts.Rollout:
 def test_what_cannot_be_trained_on_is_named(tmp_path: Path, samples: list[GradedSample], complaint: str) -> None:
     with pytest.raises(UnusableRollouts, match=complaint):
         read(tmp_path, *([sample] for sample in samples))
+
+
+def test_samples_come_back_from_every_chunk_as_they_were_graded(tmp_path: Path) -> None:
+    """More samples than fit into a chunk, a read or what is kept of chunks; of varied lengths, some of them empty."""
+    rng = np.random.default_rng(0)
+    shards, expected = [], {}
+    for shard in range(3):
+        samples = []
+        for group in range(500 * shard, 500 * shard + 500):
+            for attempt in range(4):
+                length = int(rng.integers(1, 30))
+                one = graded(
+                    group, attempt, None if rng.random() < 0.1 else float(rng.integers(0, 2)),
+                    prompt_token_ids=tuple(rng.integers(0, 1000, int(rng.integers(1, 20))).tolist()),
+                    token_ids=tuple(rng.integers(0, 1000, length).tolist()),
+                    logprobs=tuple(float(np.float32(x)) for x in -rng.random(length)),
+                    finish_reason=str(rng.choice(["stop", "length"])),
+                )  # fmt: skip
+                samples.append(one)
+                if not one.left_out:
+                    expected[one.sample_id] = one
+        shards.append(samples)
+    found = read(tmp_path, *shards, [])
+    together = [rollout for group in found.groups for rollout in group]
+    assert len(together) == len(found)
+    alone = len(expected) - len(found)
+    assert 0 <= alone == sum(size == 1 for size in Counter(one.group for one in expected.values()).values())
+    shuffled = rng.permutation(len(found))
+    for one in (*together, *found.rows(found.index[shuffled])):
+        sample = expected[one.id]
+        assert (one.row_id, one.group, one.attempt, one.reward) == (
+            sample.row_id, sample.group, sample.attempt, sample.reward
+        )  # fmt: skip
+        assert one.prompt_ids.tolist() == list(sample.prompt_token_ids)
+        assert one.token_ids.tolist() == list(sample.token_ids) and one.token_ids.dtype == np.int32
+        assert one.logprobs.tolist() == list(sample.logprobs)
+        assert one.finished == (sample.finish_reason == "stop")
+
+
+def test_the_files_have_no_names_once_they_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = tmp_path / "node"
+    node.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(node))
+    found = read(tmp_path, [graded(0, 0), graded(0, 1)])
+    assert list(node.iterdir()) == []
+    assert [r.id for r in next(found.groups)] == ["r01-0-g0", "r01-0-g1"]
+    with pytest.raises(UnusableRollouts):
+        read(tmp_path, [graded(0, 0)], [graded(0, 1, weights_hash="v")])
+    assert list(node.iterdir()) == []
+
+
+def test_an_id_that_is_there_twice_is_found_across_files_and_among_those_left_out(tmp_path: Path) -> None:
+    with pytest.raises(UnusableRollouts, match=r"r01-0-g1 is there twice, the second time in .*1\.parquet"):
+        read(tmp_path, [graded(0, 0), graded(0, 1)], [graded(1, 0), graded(1, 1, None, sample_id="r01-0-g1")])

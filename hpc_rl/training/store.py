@@ -1,0 +1,268 @@
+"""A round's graded samples in two files on the node's own disk, which all ranks of the node read.
+
+Graded samples come as one compressed parquet file per shard, on shared storage: thousands of files to open, and more
+memory than a rank should take if all of them are kept. So they are read once per node, checked, and written to the
+node's own disk: `samples.arrow`, chunks of samples that are read one at a time, and `index.npy`, a row of numbers for
+each sample, which the ranks map into memory and so share. Once all ranks have opened them the files lose their names:
+whatever ends the job, they are gone with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from hpc_rl.training.distributed import barrier
+from hpc_rl.training.nodes import once_per_node
+from hpc_rl.training.rollouts import INDEX, PARTS, Counts, Rollout, Rollouts, UnusableRollouts, have_equal_rewards
+
+CHUNK = 16
+"""Samples that are read together. Those of a group lie side by side."""
+
+CHUNKS_IN_MEMORY = 32
+READ_AT_ONCE = 1024
+"""Rows of a parquet file in memory while it is read."""
+
+TOKENS = ("prompt_token_ids", "token_ids", "logprobs")
+KEPT = ("sample_id", "row_id", *TOKENS)
+REWARDS = ("reward", *(f"reward_{part}" for part in PARTS))
+READ = (*KEPT, *REWARDS, "group", "attempt", "finish_reason", "weights_hash", "left_out")
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where the files are, and what is in them: what one rank of a node tells the others."""
+
+    folder: Path
+    counts: Counts
+    weights_hash: str
+
+
+def read(files: Iterable[Path], group_size: int, prompts: int, rank: int = 0) -> Rollouts:
+    """The rollouts of a round. All ranks must call it; only the first rank of each node goes through `files`.
+
+    Parameters and errors as those of `write`.
+    """
+    with tempfile.TemporaryDirectory(prefix="hpc_rl-rollouts-") as folder:
+        written = once_per_node(rank, lambda: write(files, Path(folder), group_size, prompts))
+        rollouts = open_rollouts(written)
+        barrier()  # who has opened the files needs their names no more
+    return rollouts
+
+
+def write(files: Iterable[Path], folder: Path, group_size: int, prompts: int) -> Written:
+    """Read the graded parquet files of a round once, check them, and write the files that `open_rollouts` opens.
+
+    Parameters
+    ----------
+    files
+        One per shard.
+    folder
+        Empty, on a disk with room for all tokens (a few hundred bytes per sample; prompts that repeat are compressed).
+    group_size
+        G: how many samples of each prompt were wanted.
+    prompts
+        How many prompts the round has. One that none of its completions was accepted for is in no file, and dropped.
+
+    Raises
+    ------
+    UnusableRollouts
+        When a sample is there twice, was drawn with other weights than the rest, or is damaged; when no group is left.
+    OSError
+        When the disk is full.
+    """
+    try:
+        with _Writer(folder / "samples.arrow") as writer:
+            for file in files:
+                writer.add(file)
+        writer.check_ids()
+        index, counts = writer.index(group_size, prompts)
+        np.save(folder / "index.npy", index)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            what = f"no room for the round's samples in {folder}: set TMPDIR to a folder on a disk with room"
+            raise OSError(errno.ENOSPC, what) from error
+        raise
+    return Written(folder, counts, writer.weights_hash())
+
+
+def open_rollouts(written: Written) -> Rollouts:
+    """The rollouts in files that a process of this node wrote; they may be removed afterwards."""
+    index: NDArray[Any] = np.load(written.folder / "index.npy", mmap_mode="r")
+    starts = np.append(_starts(index["group"]), len(index))
+    return Rollouts(index, starts, _Chunks(written.folder / "samples.arrow"), written.counts, written.weights_hash)
+
+
+def _starts(groups: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Where each run of equal numbers starts."""
+    return np.flatnonzero(np.concatenate(([True], groups[1:] != groups[:-1])) if len(groups) else [])
+
+
+class _Writer:
+    """Takes one parquet file after the other; keeps of each sample what the index says, and the hash of its id."""
+
+    def __init__(self, path: Path) -> None:
+        fields = [(name, pa.list_(pa.float32() if name == "logprobs" else pa.int32())) for name in TOKENS]
+        schema = pa.schema([("sample_id", pa.string()), ("row_id", pa.string()), *fields])
+        self._file = pa.ipc.new_file(path, schema, options=pa.ipc.IpcWriteOptions(compression="lz4"))
+        self._schema, self._chunks = schema, 0
+        self._files: list[Path] = []
+        self._rows: list[int] = []
+        self._ids: list[NDArray[np.uint64]] = []
+        self._used: list[NDArray[Any]] = []
+        self._weights: set[str] = set()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, file: Path) -> None:
+        """Read one file."""
+        rows = 0
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(READ_AT_ONCE, columns=list(READ), use_threads=False):
+                self._add(batch, file)
+                rows += len(batch)
+        self._files.append(file)
+        self._rows.append(rows)
+
+    def _add(self, batch: pa.RecordBatch, file: Path) -> None:
+        hashes = np.frombuffer(
+            b"".join(hashlib.blake2b(id.encode(), digest_size=8).digest() for id in batch["sample_id"].to_pylist()),
+            np.uint64,
+        )
+        self._ids.append(hashes)
+        self._weights.update(pc.unique(batch["weights_hash"]).to_pylist())
+        graded = pc.invert(batch["left_out"])
+        used, hashes = batch.filter(graded), hashes[graded.to_numpy(zero_copy_only=False)]
+        lengths = {name: pc.list_value_length(used[name]).to_numpy() for name in TOKENS}
+        _check(used, lengths, file)
+        rows = np.zeros(len(used), INDEX)
+        for name in ("group", "attempt", *REWARDS):
+            rows[name] = used[name].to_numpy(zero_copy_only=False)
+        rows["prompt_tokens"], rows["tokens"] = lengths["prompt_token_ids"], lengths["token_ids"]
+        rows["finished"] = pc.not_equal(used["finish_reason"], "length").to_numpy(zero_copy_only=False)
+        rows["id_hash"] = hashes
+        rows["chunk"] = self._chunks + np.arange(len(used)) // CHUNK
+        rows["row"] = np.arange(len(used)) % CHUNK
+        self._used.append(rows)
+        kept = used.select(list(KEPT)).cast(self._schema)
+        for start in range(0, len(kept), CHUNK):
+            self._file.write_batch(kept.slice(start, CHUNK))
+            self._chunks += 1
+
+    def check_ids(self) -> None:
+        """No sample may be there twice."""
+        hashes = np.concatenate([np.empty(0, np.uint64), *self._ids])
+        order = np.argsort(hashes, kind="stable")
+        same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+        ends = np.cumsum(self._rows)
+        for first, second in zip(order[same], order[same + 1], strict=True):
+            (_, id), (file, other) = (self._id(int(place), ends) for place in (first, second))
+            if id == other:  # and not only their hashes
+                raise UnusableRollouts(f"sample {id} is there twice, the second time in {file}")
+
+    def _id(self, place: int, ends: NDArray[np.int64]) -> tuple[Path, str]:
+        number = int(np.searchsorted(ends, place, side="right"))
+        row = place - int(ends[number]) + self._rows[number]
+        file = self._files[number]
+        return file, pq.read_table(file, columns=["sample_id"])["sample_id"][row].as_py()
+
+    def weights_hash(self) -> str:
+        """What all samples were drawn with."""
+        if len(self._weights) != 1:
+            found = ", ".join(sorted(self._weights))
+            raise UnusableRollouts(f"the samples were drawn with different weights: {found}")
+        return next(iter(self._weights))
+
+    def index(self, group_size: int, prompts: int) -> tuple[NDArray[Any], Counts]:
+        """The samples of all groups that can be used, ordered, and what became of the others."""
+        found = np.concatenate([np.empty(0, INDEX), *self._used])
+        found = found[np.lexsort((found["attempt"], found["group"]))]
+        starts = _starts(found["group"])
+        sizes = np.diff(np.append(starts, len(found)))
+        index, used = found[np.repeat(sizes > 1, sizes)], sizes[sizes > 1]
+        samples = sum(self._rows)
+        left_out = samples - len(found)
+        if not len(used):
+            raise UnusableRollouts(f"{left_out} of {samples} samples were left out: no group has two to compare")
+        bounds = np.concatenate(([0], np.cumsum(used)))
+        return index, Counts(
+            samples=samples,
+            left_out=left_out,
+            groups=prompts,
+            dropped_groups=prompts - len(used),
+            short_groups=int((used < group_size).sum()),
+            equal_groups=int(have_equal_rewards(index["reward"].astype(np.float64), bounds).sum()),
+        )
+
+
+def _check(batch: pa.RecordBatch, lengths: dict[str, NDArray[np.int32]], file: Path) -> None:
+    """Every sample must have tokens, a log-probability for each, and a reward that is a number."""
+    prompts, tokens, logprobs = (lengths[name] for name in TOKENS)
+    values = batch["logprobs"].flatten().to_numpy(zero_copy_only=False)
+    owner = np.repeat(np.arange(len(batch)), logprobs)
+    infinite = np.zeros(len(batch), np.bool_)
+    infinite[owner[~np.isfinite(values)]] = True
+    complaints: Sequence[tuple[NDArray[np.bool_], Callable[[int], str]]] = (
+        ((tokens == 0) | (prompts == 0), lambda row: "has no tokens"),
+        (tokens != logprobs, lambda row: f"has {tokens[row]} tokens and {logprobs[row]} log-probabilities"),
+        (infinite, lambda row: "has a log-probability that is no number"),
+        (~np.isfinite(batch["reward"].to_numpy(zero_copy_only=False)), lambda row: "has a reward that is no number"),
+    )
+    for wrong, complaint in complaints:
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise UnusableRollouts(f"sample {batch['sample_id'][row].as_py()} in {file} {complaint(row)}")
+
+
+class _Chunks:
+    """Reads samples from `samples.arrow`. The chunks read last stay in memory: a group is in one or two of them."""
+
+    def __init__(self, path: Path) -> None:
+        # Read, not mapped: what is mapped counts as a process's memory once it was touched, and an epoch touches all.
+        self._file = pa.ipc.open_file(pa.OSFile(str(path)))
+        self._kept: OrderedDict[int, pa.RecordBatch] = OrderedDict()
+
+    def __call__(self, places: NDArray[Any]) -> list[Rollout]:
+        """See `Rows`."""
+        return [self._rollout(place) for place in places]
+
+    def _chunk(self, number: int) -> pa.RecordBatch:
+        if number in self._kept:
+            self._kept.move_to_end(number)
+            return self._kept[number]
+        found = self._kept[number] = self._file.get_batch(number)
+        if len(self._kept) > CHUNKS_IN_MEMORY:
+            self._kept.popitem(last=False)
+        return found
+
+    def _rollout(self, place: Any) -> Rollout:
+        chunk, row = self._chunk(int(place["chunk"])), int(place["row"])
+        prompt, tokens, logprobs = (chunk[name][row].values.to_numpy(zero_copy_only=False).copy() for name in TOKENS)
+        return Rollout(
+            id=chunk["sample_id"][row].as_py(),
+            row_id=chunk["row_id"][row].as_py(),
+            group=int(place["group"]),
+            attempt=int(place["attempt"]),
+            prompt_ids=prompt,
+            token_ids=tokens,
+            logprobs=logprobs,
+            finished=bool(place["finished"]),
+            parts={part: float(place[f"reward_{part}"]) for part in PARTS},
+            reward=float(place["reward"]),
+        )
