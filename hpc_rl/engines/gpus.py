@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
+
+_GPU = re.compile(r"\d+|GPU-.+|MIG-.+")
 
 
 class GpuShareError(ValueError):
@@ -13,8 +16,8 @@ class GpuShareError(ValueError):
 def task_gpus(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """The GPUs of this task by the names that CUDA_VISIBLE_DEVICES takes: numbers, `GPU-<uuid>` or `MIG-<uuid>`.
 
-    Where the variable is not set they are all that the driver shows. As in CUDA, an entry that is empty or negative
-    ends the list (CUDA C++ Programming Guide, "CUDA Environment Variables").
+    Where the variable is not set they are all that the driver shows. As in CUDA, an entry that names no GPU ends the
+    list (CUDA C++ Programming Guide, "CUDA Environment Variables"): -1, or Slurm's `NoDevFiles`.
     """
     named = environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
@@ -23,7 +26,7 @@ def task_gpus(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
         return tuple(str(number) for number in range(torch.cuda.device_count()))  # asks NVML, takes no GPU memory
     gpus: list[str] = []
     for entry in (part.strip() for part in named.split(",")):
-        if not entry or entry.startswith("-"):
+        if not _GPU.fullmatch(entry):
             break
         gpus.append(entry)
     return tuple(gpus)
@@ -57,8 +60,6 @@ def share_gpus(
             raise GpuShareError(f"gpu_ids: {beyond} of {list(gpu_ids)}, but {sees}; they are numbered from 0")
         gpus = [gpus[number] for number in gpu_ids]
     if not gpus:
-        if per_engine is not None and per_engine > 1:
-            raise GpuShareError(f"tensor_parallel_size: {per_engine}, but the task has no GPU; give it some, or null")
         return [()] * engines
     wanted = f"data_parallel_size: {engines} engines"
     if per_engine is None:

@@ -21,6 +21,7 @@ from hpc_rl.engines.pool_slot import Slot, WorkerReport
 
 STEP_S = 0.5
 """Longest wait of a step, so that whoever calls it sees to other things too."""
+PAUSES_S = (1.0, 10.0, 60.0)
 CLOSE_S = 5.0
 """For an engine to end by itself; then it is killed."""
 KILLED_S = 15.0
@@ -63,6 +64,9 @@ class EnginePool:
         Argument of each place's first `open_worker`: how often earlier attempts ran out of memory.
     most_notches
         With more of them nothing gets less.
+    pauses_s
+        Before the next start at a place after one death, two, … in a row; after one more it stays empty. A death after
+        as many samples as the engine draws at once is the first in a row again; one on trial (`pool_queue`) is none.
 
     Raises
     ------
@@ -82,13 +86,16 @@ class EnginePool:
         gpus: Sequence[Sequence[str]] | None = None,
         notches: int = 0,
         most_notches: int = 4,
+        pauses_s: Sequence[float] = PAUSES_S,
     ) -> None:
         if gpus is None:
             gpus = share_gpus(task_gpus(), count)
         assert len(gpus) == count >= 1
-        self._opener = pickle.dumps(open_worker)
+        self._opener = _pickled(open_worker)
         self._queue = RequestQueue(count)
-        self._slots = [Slot(number, count, tuple(own), notches, most_notches) for number, own in enumerate(gpus)]
+        self._slots = [
+            Slot(number, count, tuple(own), notches, most_notches, pauses_s) for number, own in enumerate(gpus)
+        ]
         self._threads = max(1, len(os.sched_getaffinity(0)) // count)
         port = os.environ.get("VLLM_PORT", "")
         self._port = int(port) if port.isdigit() else None
@@ -175,8 +182,8 @@ class EnginePool:
             assert process is not None
             process.channel.send("abort", ids)
 
-    def close(self) -> None:
-        """End all workers: within seconds, at their next step, else by force."""
+    def close(self, patience_s: float = CLOSE_S) -> None:
+        """End all workers: at their next step, and those that are not there after `patience_s` by force."""
         self._closed = True
         self._made, self._errors = [], []
         alive = []
@@ -187,7 +194,7 @@ class EnginePool:
                 slot.stopped()
             slot.process, slot.given_up = None, True
         self._queue = RequestQueue(len(self._slots))
-        alive = _wait_for_end(alive, CLOSE_S)
+        alive = _wait_for_end(alive, patience_s)
         for process in alive:
             process.kill()
         for process in _wait_for_end(alive, KILLED_S):
@@ -290,6 +297,13 @@ class EnginePool:
         if all(slot.users_fault for slot in self._slots):
             raise ValueError(self._slots[0].last_error)
         raise PoolFailed("all workers are lost: " + "; ".join(f"{s.name}: {s.last_error}" for s in self._slots))
+
+
+def _pickled(open_worker: Callable[[int], Engine]) -> bytes:
+    data = pickle.dumps(open_worker)
+    if b"__main__" in data:  # workers have a program of their own
+        raise ValueError(f"{open_worker!r} is defined in the program that was started: put it into a module")
+    return data
 
 
 def _wait_for_end(processes: Sequence[WorkerProcess], timeout_s: float) -> list[WorkerProcess]:

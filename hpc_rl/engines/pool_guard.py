@@ -24,6 +24,7 @@ from pathlib import Path
 from hpc_rl.cluster.entry import die_with_parent
 
 TAIL_BYTES = 20_000
+LONGEST_LINE_BYTES = 1 << 20
 LOOK_S = 0.2
 """How often it looks whether the pool is still there."""
 LEFTOVERS_S = 2.0
@@ -50,12 +51,13 @@ class Output:
         except BlockingIOError:
             return True
         self.tail = (self.tail + data)[-TAIL_BYTES:]
-        *lines, self._line = (self._line + data).split(b"\n")
+        *lines, self._line = (self._line + data)[-LONGEST_LINE_BYTES:].split(b"\n")
         if not data and self._line:
             lines, self._line = [self._line], b""
         if lines:
             with suppress(OSError):  # nobody reads the task's log any more
-                sys.stderr.buffer.write(b"".join(b"%s%s\n" % (self._prefix, line) for line in lines))
+                shown = [self._prefix + line.rpartition(b"\r")[2] + b"\n" for line in lines]  # of a bar its last state
+                sys.stderr.buffer.write(b"".join(shown))
                 sys.stderr.buffer.flush()
         return bool(data)
 

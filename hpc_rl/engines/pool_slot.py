@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hpc_rl.cluster.failures import is_out_of_memory
@@ -13,9 +13,6 @@ from hpc_rl.engines.base import Completion
 from hpc_rl.engines.pool_process import Ended, WorkerProcess
 
 log = logging.getLogger(__name__)
-
-PAUSES_S = (1.0, 10.0, 60.0)
-"""Before the next start after one death, two, three in a row; after one more the place stays empty."""
 
 _PORT_TAKEN = re.compile(r"EADDRINUSE|[Aa]ddress already in use")
 
@@ -59,13 +56,14 @@ class WorkerReport:
 
 @dataclass(eq=False)
 class Slot:
-    """One place; `number` counts from 0, names from 1."""
+    """One place; `number` counts from 0, names from 1. `pauses_s`, `most_notches`: see `EnginePool`."""
 
     number: int
     of: int
     gpus: tuple[str, ...]
     notches: int
     most_notches: int
+    pauses_s: Sequence[float]
     process: WorkerProcess | None = None
     is_ready: bool = False
     start_at: float = 0.0
@@ -157,7 +155,7 @@ class Slot:
         what = f"{self.name} died after {lived_s:.0f} s{'' if was_ready else ', before it was ready'}"
         what += f" ({self.last_error})" + (f"; its {returned} requests wait for another" if returned else "")
         lower = is_out_of_memory(f"{ended.tail}\n{self._said}") and self.notches < self.most_notches
-        pause_s = PAUSES_S[0]
+        pause_s = 0.0
         if lower:
             self.notches += 1
             what += f". It ran out of memory, so the next one takes less (notch {self.notches} of {self.most_notches})"
@@ -165,14 +163,14 @@ class Slot:
             self.given_up = self.users_fault = True
         elif not on_trial:
             self._in_a_row = 1 if was_ready and self._life_completions >= self.capacity else self._in_a_row + 1
-            self.given_up = self._in_a_row > len(PAUSES_S)
-            pause_s = PAUSES_S[min(self._in_a_row, len(PAUSES_S)) - 1]
-            if _PORT_TAKEN.search(self.last_error + ended.tail):
-                pause_s = 0.0  # the next one has other ports
+            self.given_up = self._in_a_row > len(self.pauses_s)
+            port_taken = _PORT_TAKEN.search(self.last_error + ended.tail)  # the next one has others
+            if not self.given_up and not port_taken:
+                pause_s = self.pauses_s[self._in_a_row - 1]
         if self.given_up:
             log.error("%s. It is given up", what)
         else:
-            log.warning("%s. Another starts in %.0f s", what, pause_s)
+            log.warning("%s. Another starts %s", what, f"in {pause_s:g} s" if pause_s else "now")
         self.start_at = time.monotonic() + pause_s
         return lower
 

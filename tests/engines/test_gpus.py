@@ -1,0 +1,62 @@
+"""Which GPUs a task has, by whatever names, and how they are shared out."""
+
+from __future__ import annotations
+
+import pytest
+
+from hpc_rl.engines.gpus import GpuShareError, share_gpus, task_gpus
+
+UUIDS = ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "GPU-1f5a2d0e-0000-4106-c12f-20bd9faed9f6")
+SLICES = ("MIG-0a1b2c3d-1111-5222-9333-444455556666", "MIG-GPU-8932f937-d72c-4106-c12f-20bd9faed9f6/1/0")
+
+
+@pytest.mark.parametrize(
+    ("variable", "gpus"),
+    [
+        ("0,1,2,3", ("0", "1", "2", "3")),
+        ("5, 2", ("5", "2")),
+        (",".join(UUIDS), UUIDS),
+        (",".join(SLICES), SLICES),
+        ("", ()),
+        ("-1", ()),
+        ("0,-1,1", ("0",)),
+        ("NoDevFiles", ()),
+    ],
+)
+def test_gpus_are_those_that_the_task_was_given(variable: str, gpus: tuple[str, ...]) -> None:
+    assert task_gpus({"CUDA_VISIBLE_DEVICES": variable}) == gpus
+
+
+def test_gpus_are_shared_equally_neighbours_together() -> None:
+    assert share_gpus(["4", "5", "6", "7"], 4) == [("4",), ("5",), ("6",), ("7",)]
+    assert share_gpus(["4", "5", "6", "7"], 2) == [("4", "5"), ("6", "7")]
+    assert share_gpus(["4", "5", "6", "7"], 1) == [("4", "5", "6", "7")]
+    assert share_gpus(["4", "5", "6", "7"], 3, per_engine=1) == [("4",), ("5",), ("6",)]
+    assert share_gpus(UUIDS, 2) == [(UUIDS[0],), (UUIDS[1],)]
+    assert share_gpus(SLICES, 2) == [(SLICES[0],), (SLICES[1],)]
+
+
+def test_gpu_ids_are_places_among_the_tasks_own() -> None:
+    assert share_gpus(["4", "5", "6", "7"], 2, gpu_ids=(3, 1)) == [("7",), ("5",)]
+    assert share_gpus(["4", "5", "6", "7"], 1, gpu_ids=(0, 2)) == [("4", "6")]
+    assert share_gpus(UUIDS, 1, gpu_ids=(1,)) == [(UUIDS[1],)]
+
+
+def test_without_gpus_each_engine_has_none() -> None:
+    assert share_gpus([], 3) == [(), (), ()]
+    assert share_gpus([], 2, per_engine=2) == [(), ()]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gpus": ["0", "1", "2"], "engines": 2}, "2 engines cannot share 3 GPUs equally"),
+        ({"gpus": ["0", "1"], "engines": 2, "per_engine": 2}, "2 engines of 2 GPUs each need 4; there are 2"),
+        ({"gpus": ["0", "1"], "engines": 1, "gpu_ids": (0, 2)}, r"gpu_ids: \[2\] of \[0, 2\].* sees 2 GPUs \(0, 1\)"),
+        ({"gpus": [], "engines": 1, "gpu_ids": (0,)}, r"sees 0 GPUs \(none\)"),
+        ({"gpus": SLICES, "engines": 1}, r"slices of a GPU \(MIG\) cannot work as one"),
+    ],
+)
+def test_what_cannot_be_shared_is_said(given: dict[str, object], message: str) -> None:
+    with pytest.raises(GpuShareError, match=message):
+        share_gpus(**given)  # type: ignore[arg-type]
