@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from hpc_rl.cluster.base import Queued
 from hpc_rl.cluster.entry import EndRecord
 from hpc_rl.cluster.failures import Outcome, fingerprint
+from hpc_rl.engines.memory import count_notches
 from hpc_rl.orchestrate.graph import Graph, Kind, Stage, StageId
 from hpc_rl.run.ledger import Attempt, History
 
@@ -223,10 +224,14 @@ def _hopeless(view: View, plan: _Planner, unfinished: Sequence[Stage], policy: P
         tries = [a for a in attempts if not a.cancelled and (stage.id not in companions or a.name in view.ends)]
         if stage.kind is Kind.SERVICE:  # one that nobody asked for long has left by itself
             tries = [a for a in tries if not any(e.outcome == Outcome.DONE.value for e in view.ends.get(a.name, ()))]
+        short = [a for a in tries if _any(view, a, Outcome.OUT_OF_MEMORY)] if stage.notches else []
+        lowered = count_notches(end for end in ends if end.outcome == Outcome.OUT_OF_MEMORY.value)
+        if lowered > stage.notches > 0 or len(short) >= stage.notches + policy.max_attempts:
+            return _out_of_memory(stage, ends, lowered)
         # neither is the stage's fault: its inputs were not there, or it was told to leave (time limit, preemption)
         blocked = [a for a in tries if _only(view, a, Outcome.BLOCKED, Outcome.LEFT)]
         if (
-            len(tries) - len(blocked) >= policy.max_attempts
+            len(tries) - len(blocked) - len(short) >= policy.max_attempts
             or len(blocked) >= BLOCKED_PER_ATTEMPT * policy.max_attempts
         ):
             last = max(ends, key=lambda end: end.ended, default=None)
@@ -246,6 +251,19 @@ def _count_by_fingerprint(errors: Sequence[EndRecord]) -> Counter[str]:
     for (error, *_), count in of_jobs.items():
         counts[error] += count
     return counts
+
+
+def _out_of_memory(stage: Stage, ends: Sequence[EndRecord], times: int) -> str:
+    last = max((e for e in ends if e.outcome == Outcome.OUT_OF_MEMORY.value), key=lambda end: end.ended)
+    return (
+        f"{stage.id} ran out of memory {times} times, the last time with settings that go no lower. Lower "
+        "sample.max_model_len or min_gpu_memory_utilization, or give it more memory or more GPUs; "
+        f"the last one: {last.error} (log: {last.log})"
+    )
+
+
+def _any(view: View, attempt: Attempt, outcome: Outcome) -> bool:
+    return any(end.outcome == outcome.value for end in view.ends.get(attempt.name, ()))
 
 
 def _only(view: View, attempt: Attempt, *outcomes: Outcome) -> bool:

@@ -56,6 +56,8 @@ class Stage:
     beside
         Service stages that run in this stage's job, as further components of one heterogeneous job: they are
         submitted with it, start with it and end with it.
+    notches
+        How often it takes less memory after running out of it (`hpc_rl.engines.memory`), before that stops the run.
     """
 
     id: StageId
@@ -66,6 +68,7 @@ class Stage:
     uses: tuple[StageId, ...] = ()
     serves: tuple[StageId, ...] = ()
     beside: tuple[StageId, ...] = ()
+    notches: int = 0
 
     @property
     def round(self) -> int:

@@ -15,6 +15,7 @@ from math import ceil
 from pathlib import Path
 
 from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.engines.memory import most_notches
 from hpc_rl.orchestrate.graph import Kind, Stage, StageId
 
 
@@ -45,16 +46,15 @@ def stages(config: LewisConfig, round: int) -> Iterable[Stage]:
     inputs = weights
     if not live:
         shards = ceil(config.sample.prompts_per_round / config.sample.shard_size)
-        yield Stage(StageId(round, "sample"), "jobs.sample", Kind.ARRAY, needs=(weights,), shards=shards)
-        inputs = StageId(round, "grade")
-        yield from _with_listener(
-            config, Stage(inputs, "jobs.grade", Kind.ARRAY, needs=(StageId(round, "sample"),), shards=shards)
+        sample = StageId(round, "sample")
+        yield Stage(
+            sample, "jobs.sample", Kind.ARRAY, needs=(weights,), shards=shards, notches=_notches(config, sample)
         )
+        inputs = StageId(round, "grade")
+        yield from _with_listener(config, Stage(inputs, "jobs.grade", Kind.ARRAY, needs=(sample,), shards=shards))
     train = Stage(StageId(round, "train"), "jobs.train", Kind.MULTINODE, needs=(inputs,))
     yield from _with_listener(config, train) if live else (train,)
-    yield from _with_listener(
-        config, Stage(StageId(round, "evaluate"), "jobs.evaluate", Kind.SINGLE, needs=(train.id,))
-    )
+    yield from _with_listener(config, _evaluate(config, round, train.id))
 
 
 def _preparation(config: LewisConfig) -> Iterable[Stage]:
@@ -63,7 +63,18 @@ def _preparation(config: LewisConfig) -> Iterable[Stage]:
     prepare, dataset = StageId(0, "prepare"), StageId(0, "dataset")
     yield Stage(prepare, "jobs.prepare", Kind.ARRAY, shards=len(categories))
     yield Stage(dataset, "jobs.dataset", Kind.SINGLE, needs=(prepare,))
-    yield from _with_listener(config, Stage(StageId(0, "evaluate"), "jobs.evaluate", Kind.SINGLE, needs=(dataset,)))
+    yield from _with_listener(config, _evaluate(config, 0, dataset))
+
+
+def _evaluate(config: LewisConfig, round: int, after: StageId) -> Stage:
+    evaluate = StageId(round, "evaluate")
+    return Stage(evaluate, "jobs.evaluate", Kind.SINGLE, needs=(after,), notches=_notches(config, evaluate))
+
+
+def _notches(config: LewisConfig, id: StageId) -> int:
+    """How often a stage with an engine may take less memory; where it runs, it has GPUs or not."""
+    stage = config.stages.get(id.name)
+    return most_notches(config.sample, has_gpus=bool(stage and stage.gpus_per_node))
 
 
 def _with_listener(config: LewisConfig, stage: Stage) -> Iterable[Stage]:

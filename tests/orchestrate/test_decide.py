@@ -377,6 +377,42 @@ def test_ends_that_are_not_the_programs_fault_do_not_stop_the_run_when_they_repe
     assert decide(view(history=history, ends=ends), Policy(max_attempts=3)).status == "running"
 
 
+def short_of_memory(attempts: int, notches: int, tasks: int = 1) -> View:
+    """A sample stage that may take less memory so many times, after so many arrays that all ran out of it."""
+    graph = lewis_like(1, 2)
+    stages = tuple(replace(s, notches=notches) if s.name == "sample" else s for s in graph.stages)
+    history = History(tuple(replace(attempt("sample", n, str(n)), round=1) for n in range(1, attempts + 1)))
+    ends = {
+        f"sample-a{n}": [
+            end(f"sample-a{n}", "out of memory", "CUDA out of memory", ended=10.0 * n + task / 10, job_id=f"{n}_{task}")
+            for task in range(tasks)
+        ]
+        for n in range(1, attempts + 1)
+    }
+    return View(Graph(stages, graph.rounds), {StageId(0, "train"): 2}, history, (), ends)
+
+
+def test_attempts_that_take_less_memory_each_time_do_not_count_until_it_goes_no_lower() -> None:
+    few = Policy(max_attempts=2)
+    for attempts in range(1, 5):
+        assert decide(short_of_memory(attempts, notches=4), few).status == "running"
+    last = decide(short_of_memory(5, notches=4), few)
+    assert last.status == "stopped"
+    assert "round 1 sample ran out of memory 5 times, the last time with settings that go no lower" in last.reason
+    assert "(log: logs/x.out)" in last.reason
+
+
+def test_an_array_whose_tasks_all_run_out_of_memory_at_once_has_tried_once() -> None:
+    assert decide(short_of_memory(3, notches=4, tasks=8), Policy()).status == "running"
+    assert decide(short_of_memory(5, notches=4, tasks=8), Policy()).status == "stopped"
+
+
+def test_a_stage_that_cannot_take_less_memory_has_its_attempts_and_no_more() -> None:
+    assert decide(short_of_memory(2, notches=0), Policy(max_attempts=3)).status == "running"
+    last = decide(short_of_memory(3, notches=0), Policy(max_attempts=3))
+    assert last.status == "stopped" and "is not done after 3 attempts; the last one: out of memory" in last.reason
+
+
 def test_being_blocked_counts_for_less_than_failing() -> None:
     attempts = tuple(attempt("train", n) for n in range(1, 6))
     blocked = {a.name: [end(a.name, "blocked")] for a in attempts}
