@@ -1,18 +1,36 @@
-"""Which engine a stage uses, opened with the run's settings."""
+"""Which engine a stage uses, opened with the run's settings: the one door to vLLM, to transformers and to a pool."""
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
+import logging
+import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from hpc_rl.cluster.failures import has_no_room_for_cache
 from hpc_rl.config.modeling import SpeakerConfig
 from hpc_rl.config.phases import SampleConfig
+from hpc_rl.engines import compile_cache as caches
+from hpc_rl.engines import memory
 from hpc_rl.engines.base import Completion, Engine, Request, Sampling
+from hpc_rl.engines.memory import MemoryPlan
+from hpc_rl.engines.placing import Placed, place_weights
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["vllm", "transformers", "auto"]
+
+UNSUPPORTED = ("are not supported for now", "is not supported anymore", "is not supported in-tree anymore")
+"""What vLLM says of an architecture that it cannot serve (vllm/model_executor/models/registry.py)."""
+
+
+class NoRoomForCache(ValueError):
+    """The engine was given too little memory for the KV cache; the message says what to change."""
 
 
 class OpenedEngine:
@@ -20,25 +38,34 @@ class OpenedEngine:
 
     Attributes
     ----------
+    kind
+        `vllm` or `transformers`: what it really is.
     description
         What is really used, for manifests and reports: which engine and why, its memory, how it was loaded.
     loading
         Seconds by part: import, staging, merging, engine (reading the weights included).
     """
 
-    def __init__(self, engine: Engine, description: Mapping[str, object], loading: Mapping[str, float]) -> None:
-        self._engine: Any = engine
-        self.description, self.loading = description, loading
+    def __init__(
+        self,
+        engine: Engine,
+        kind: str,
+        description: Mapping[str, object],
+        loading: Mapping[str, float],
+        close: Callable[[], None],
+    ) -> None:
+        self._engine, self._close = engine, close
+        self.kind, self.description, self.loading = kind, description, loading
 
     @property
     def capacity(self) -> int:
         """See `Engine.capacity`."""
-        return int(self._engine.capacity)
+        return self._engine.capacity
 
     @property
     def unfinished(self) -> int:
         """See `Engine.unfinished`."""
-        return int(self._engine.unfinished)
+        return self._engine.unfinished
 
     def submit(self, key: str, request: Request, sampling: Sampling) -> None:
         """See `Engine.submit`."""
@@ -46,23 +73,20 @@ class OpenedEngine:
 
     def step(self) -> list[tuple[str, Completion]]:
         """See `Engine.step`."""
-        made: list[tuple[str, Completion]] = self._engine.step()
-        return made
+        return self._engine.step()
 
     def abort(self, keys: Collection[str]) -> None:
         """See `Engine.abort`."""
         self._engine.abort(keys)
 
     def close(self) -> None:
-        """See `Engine.close`."""
+        """See `Engine.close`; also gives back what the node and the workspace lent."""
         self._engine.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        self._close()
 
 
 def open_engine(
-    kind: Literal["vllm", "transformers", "auto"],
+    kind: Kind,
     speaker: SpeakerConfig,
     sample: SampleConfig,
     *,
@@ -72,55 +96,200 @@ def open_engine(
     cache_dir: Path | None = None,
     notches: int = 0,
 ) -> OpenedEngine:
-    """An engine with the speaker's weights in it.
+    """An engine with the speaker's weights in it, in this process.
 
     Parameters
     ----------
     kind
-        `sample.engine` or `evaluate.engine`.
+        `sample.engine` or `evaluate.engine`. auto: vllm; transformers where vLLM is not installed or does not know the
+        model's architecture, and in no other case.
     base, adapter, weights_hash
         The weights (`hpc_rl.engines.weights.speaker_weights`).
     cache_dir
-        The workspace's folder for what engines compile (`Workspace.compile_cache`); None = keep nothing.
+        Where to keep what the engine compiles (`Workspace.compile_cache`); None = nowhere.
     notches
         How often the stage ran out of memory with these settings (`hpc_rl.engines.memory.notches_of`).
+
+    Raises
+    ------
+    ValueError
+        For what the user can change: vLLM is not installed (`VllmMissing`), no room for the KV cache
+        (`NoRoomForCache`), `stage_to` that cannot be used (`NoNodeFolder`, `NoRoom`), no model folder.
     """
-    started = time.monotonic()
-    if kind == "transformers":
-        from hpc_rl.engines.transformers_engine import TransformersEngine
+    opening = _Opening(speaker, sample, base, adapter, weights_hash, cache_dir, notches)
+    try:
+        return opening.open(kind)
+    except BaseException:
+        opening.lent.close()
+        raise
 
-        engine: Any = TransformersEngine(
-            base,
-            adapter,
-            merge=sample.merge_adapter,
-            dtype=speaker.dtype,
-            attention=speaker.attn_implementation,
-            min_pixels=speaker.min_pixels,
-            max_pixels=speaker.max_pixels,
+
+@dataclass
+class _Opening:
+    """One engine on its way."""
+
+    speaker: SpeakerConfig
+    sample: SampleConfig
+    base: str
+    adapter: Path | None
+    weights_hash: str
+    cache_dir: Path | None
+    notches: int
+    lent: ExitStack = field(default_factory=ExitStack)
+    loading: dict[str, float] = field(default_factory=dict)
+    description: dict[str, object] = field(default_factory=dict)
+
+    def open(self, asked: Kind) -> OpenedEngine:
+        """The engine that is asked for."""
+        with self._timed("import"):
+            from hpc_rl.engines.vllm_start import VllmMissing, check_installed
+
+        why = ""
+        if asked == "auto":
+            try:
+                check_installed()
+            except VllmMissing as error:
+                why = str(error)
+        elif asked == "vllm":
+            check_installed()
+        merges = asked == "transformers" or bool(why)
+        placed = place_weights(self.base, self.adapter, self.sample, self.speaker.dtype, merges=merges, lent=self.lent)
+        self.loading |= placed.loading
+        self.description |= placed.about
+        if not merges:
+            try:
+                return self._opened(self._vllm(placed), "vllm", asked)
+            except ValueError as error:
+                if asked != "auto" or not any(words in str(error) for words in UNSUPPORTED):
+                    raise
+                why = f"vLLM cannot serve the model: {' '.join(str(error).split())[:300]}"
+        if why:
+            log.warning("engine auto: sampling with transformers, which is slower. %s", why)
+        return self._opened(self._transformers(placed), "transformers", asked, why)
+
+    def _opened(self, engine: Engine, kind: str, asked: str, why: str = "") -> OpenedEngine:
+        description = {"engine": kind, "asked": asked, **({"why": why} if why else {}), **self.description}
+        loading = {part: round(seconds, 2) for part, seconds in self.loading.items()}
+        log.info("the engine is ready: %s; seconds: %s", description, loading)
+        return OpenedEngine(engine, kind, description, loading, self.lent.close)
+
+    def _vllm(self, placed: Placed) -> Engine:
+        with self._timed("import"):
+            import torch
+
+            on_gpu = torch.cuda.is_available()
+            from hpc_rl.engines.vllm_start import import_vllm
+
+            slot = self._claim_slot()
+            compile_cache = None if slot is None else slot.folder
+            parallel = self.sample.tensor_parallel_size
+            import_vllm(
+                batch_invariant=self.sample.batch_invariant, tensor_parallel_size=parallel, compile_cache=compile_cache
+            )
+            from hpc_rl.engines.merging import lora_rank
+            from hpc_rl.engines.vllm_engine import VllmEngine
+        memory_field = "gpu_memory_utilization" if on_gpu else "cpu_kv_cache_gib"
+        plan = self._plan("vllm", memory_field, "max_num_seqs")
+        strategy = self.sample.load_strategy
+        if strategy == "auto":
+            strategy = "lazy" if placed.on_node else "prefetch"
+        with self._timed("engine"), _said_what_to_do(plan, memory_field):
+            engine = VllmEngine(
+                placed.base if slot is None else slot.stable_path(placed.base),
+                placed.adapter,
+                adapter_name=f"speaker-{self.weights_hash[:16]}",
+                adapter_rank=0 if placed.adapter is None else lora_rank(placed.adapter),
+                dtype=self.speaker.dtype,
+                min_pixels=self.speaker.min_pixels,
+                max_pixels=self.speaker.max_pixels,
+                max_model_len=self.sample.max_model_len,
+                gpu_memory_utilization=plan.gpu_memory_utilization,
+                batch_invariant=self.sample.batch_invariant,
+                max_num_seqs=plan.max_num_seqs,
+                tensor_parallel_size=parallel,
+                load_strategy=strategy,
+                compile_cache=compile_cache,
+                cpu_kv_cache_gib=plan.cpu_kv_cache_gib,
+            )
+        if slot is not None:
+            slot.settle()
+        self.description |= {
+            memory_field: getattr(plan, memory_field),
+            "max_num_seqs": engine.capacity,
+            "tensor_parallel_size": parallel or max(1, torch.cuda.device_count()),
+            "batch_invariant": os.environ.get("VLLM_BATCH_INVARIANT") == "1",
+            "load_strategy": strategy,
+            "compile_cache": None if slot is None else str(slot.folder),
+            "version": metadata.version("vllm"),
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        }
+        return engine
+
+    def _transformers(self, placed: Placed) -> Engine:
+        plan = self._plan("transformers", "max_num_seqs")
+        with self._timed("import"):
+            import torch
+
+            from hpc_rl.engines.transformers_engine import TransformersEngine
+        with self._timed("engine"):
+            engine = TransformersEngine(
+                placed.base,
+                placed.adapter,
+                merge=self.sample.merge_adapter,
+                dtype=self.speaker.dtype,
+                attention=self.speaker.attn_implementation,
+                min_pixels=self.speaker.min_pixels,
+                max_pixels=self.speaker.max_pixels,
+                max_model_len=self.sample.max_model_len,
+                max_num_seqs=plan.max_num_seqs,
+            )
+        self.description |= {
+            "max_num_seqs": engine.capacity,
+            "version": metadata.version("transformers"),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        }
+        return engine
+
+    def _claim_slot(self) -> caches.Slot | None:
+        """Where what vLLM compiles is kept; None where it is not."""
+        if self.cache_dir is None or not self.sample.keep_compiled:
+            return None
+        slot = caches.claim(self.cache_dir, caches.what_compiles(), caches.own_number(self.sample.data_parallel_size))
+        if slot is not None:
+            self.lent.callback(slot.close)
+        return slot
+
+    def _plan(self, engine: str, *lowered: str) -> MemoryPlan:
+        """The memory to take; what differs from the config is said aloud."""
+        plan = memory.plan(
+            self.sample,
+            self.notches,
+            engine,
+            memory_gib=memory.memory_gib(),
+            least_kv_gib=memory.kv_gib_of_longest(self.base, self.speaker.dtype, self.sample.max_model_len),
         )
-        return OpenedEngine(engine, {"engine": kind, "asked": kind}, {"engine": time.monotonic() - started})
-    rank = 0
-    if adapter is not None:
-        from hpc_rl.engines.merging import lora_rank, merge_adapter
+        memory.tell(plan, self.sample, lowered)
+        self.description["notches"] = plan.notches
+        return plan
 
-        if sample.merge_adapter:
-            folder = Path(tempfile.mkdtemp(prefix="hpc_rl-merged-"))
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            base, adapter = str(merge_adapter(base, adapter, speaker.dtype, folder)), None
-        else:
-            rank = lora_rank(adapter)
-    from hpc_rl.engines.vllm_engine import VllmEngine
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.loading[part] = self.loading.get(part, 0.0) + time.monotonic() - started
 
-    engine = VllmEngine(
-        base,
-        adapter,
-        adapter_name=f"speaker-{weights_hash[:16]}",
-        adapter_rank=rank,
-        dtype=speaker.dtype,
-        min_pixels=speaker.min_pixels,
-        max_pixels=speaker.max_pixels,
-        max_model_len=sample.max_model_len,
-        gpu_memory_utilization=sample.gpu_memory_utilization,
-        batch_invariant=sample.batch_invariant,
-    )
-    return OpenedEngine(engine, {"engine": "vllm", "asked": kind}, {"engine": time.monotonic() - started})
+
+@contextmanager
+def _said_what_to_do(plan: MemoryPlan, memory_field: str) -> Iterator[None]:
+    """Too little memory for the KV cache, in the words of the config. Less would not help, so it is no notch."""
+    try:
+        yield
+    except Exception as error:
+        if not has_no_room_for_cache(str(error)):
+            raise
+        lowered = f", lowered {plan.notches} times after running out of memory" if plan.notches else ""
+        raise NoRoomForCache(
+            f"the KV cache has no room with {memory_field} {getattr(plan, memory_field):g}{lowered}: "
+            f"raise sample.{memory_field}, lower sample.max_model_len, or give the engine more GPUs "
+            f"(tensor_parallel_size). vLLM says: {error}"
+        ) from error

@@ -31,9 +31,13 @@ class VllmMissing(ValueError):
     """vLLM is asked for and not installed in this environment; the message says what to do."""
 
 
-def is_vllm_installed() -> bool:
-    """True when this environment has vLLM. It is not imported."""
-    return importlib.util.find_spec("vllm") is not None
+def check_installed() -> None:
+    """VllmMissing when this environment has no vLLM. It is not imported."""
+    if importlib.util.find_spec("vllm") is None:
+        raise VllmMissing(
+            f"vLLM is not installed for {sys.executable}. Install it there, name an interpreter that has it "
+            "(stages.NAME.python), or set the engine to transformers; with auto whichever is there is taken"
+        )
 
 
 def import_vllm(
@@ -46,11 +50,7 @@ def import_vllm(
     VllmMissing
         When it is not installed.
     """
-    if not is_vllm_installed():
-        raise VllmMissing(
-            f"vLLM is not installed for {sys.executable}. Install it there, name the interpreter that has it "
-            "(stages.NAME.python), or set the engine to transformers; auto takes whichever is there"
-        )
+    check_installed()
     on_gpu = torch.cuda.is_available()
     engine_gpus = (tensor_parallel_size or torch.cuda.device_count()) if on_gpu else 0
     _set_environment(on_gpu, engine_gpus > 1, batch_invariant, compile_cache)

@@ -1,0 +1,85 @@
+"""Where an engine reads its weights: where they lie, on the node's own disk, or merged with their adapter."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hpc_rl.config.phases import SampleConfig
+from hpc_rl.engines.node_disk import node_folder
+from hpc_rl.engines.staging import Staging
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Weights in their place.
+
+    Attributes
+    ----------
+    base, adapter
+        Model folder, and LoRA folder on top or None.
+    on_node
+        They are read from this node's own disk.
+    about
+        For the engine's description.
+    loading
+        Seconds by part.
+    """
+
+    base: str
+    adapter: Path | None
+    on_node: bool = False
+    about: dict[str, object] = field(default_factory=dict)
+    loading: dict[str, float] = field(default_factory=dict)
+
+
+def place_weights(
+    base: str, adapter: Path | None, sample: SampleConfig, dtype: str, *, merges: bool, lent: ExitStack
+) -> Placed:
+    """Copy and merge as the config says.
+
+    An adapter that is not merged is small, and read from where it lies. A merged model is made once per node where
+    there is `stage_to`, else by each process for itself.
+
+    Parameters
+    ----------
+    merges
+        The engine merges an adapter in memory, so that without `stage_to` nothing need be written.
+    lent
+        Gets what must be given back when the weights are not read any more.
+
+    Raises
+    ------
+    ValueError
+        NoNodeFolder and NoRoom when `stage_to` cannot be used.
+    """
+    merged = adapter is not None and sample.merge_adapter
+    started = time.monotonic()
+    if sample.stage_to is not None:
+        staging = Staging(node_folder(sample.stage_to, os.environ))
+        if adapter is not None and merged:
+            copy = staging.merged(Path(base), adapter, dtype)
+        else:
+            copy = staging.model(Path(base))
+        lent.callback(copy.close)
+        about: dict[str, object] = {
+            "staged": str(copy.path),
+            "staged_by": "this process" if copy.how == "made" else "another process",
+            "file_system": staging.file_system,
+        }
+        part = "merging" if merged else "staging"
+        return Placed(str(copy.path), None if merged else adapter, True, about, {part: time.monotonic() - started})
+    if adapter is None or not merged or merges:
+        return Placed(base, adapter)
+    from hpc_rl.engines.merging import merge_adapter
+
+    folder = Path(tempfile.mkdtemp(prefix="hpc_rl-merged-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    merge_adapter(base, adapter, dtype, folder)
+    return Placed(str(folder), None, True, {}, {"merging": time.monotonic() - started})
