@@ -75,8 +75,8 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
     weights = broadcast_object(speaker_weights(job.ws, config, job.round - 1) if world.is_main else None)
     assert weights is not None
     (dataset,) = job.inputs(0, "dataset")
-    stored_rows = read_rows(dataset.path("train.parquet"))
-    rows = {row.id: row for row in stored_rows}
+    rows = read_rows(dataset.path("train.parquet"))
+    places_of_rows = {id: place for place, id in enumerate(rows.ids)}
     root = image_root(job.ws, config.data.image_root)
     final = job.ws.checkpoint_dir("speaker", job.round)
     places = Places(
@@ -85,12 +85,12 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
         tensorboard=job.ws.tb_dir / f"round_{job.round:02d}" / "train" if config.logging.tensorboard else None,
         token=token,
     )
-    start = Start(weights.base, weights.adapter, weights.hash, rows, root)
+    start = Start(weights.base, weights.adapter, weights.hash, lambda id: rows[places_of_rows[id]], root)
     training = RoundTraining(config, job.round, world, leaving, start, places, shard.progress, shard.still_ours)
     outputs: list[Path] = []
     if config.train.rollouts == "live":
         predictions = shard.output("predictions.jsonl")
-        trained = _train_live(job, config, training, stored_rows, predictions)
+        trained = _train_live(job, config, training, rows, predictions)
         outputs.append(predictions)
     else:
         sample = config.sample

@@ -34,12 +34,12 @@ VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "v
 
 @dataclass(frozen=True)
 class Start:
-    """What a round's training begins with: the policy's weights, games by row id, and where their pictures lie."""
+    """What a round's training begins with: the policy's weights, the game of a row id, and where its pictures lie."""
 
     base: str
     adapter: Path | None
     weights: str
-    rows: Mapping[str, GameRow]
+    row_of: Callable[[str], GameRow]
     image_root: Path
 
 

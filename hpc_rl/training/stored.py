@@ -73,12 +73,12 @@ def _trainer(training: RoundTraining, made: plan.Plan, checkpoints: Checkpoints)
     processor = training.processor()
     tokenizer = processor.tokenizer
     model = training.model(tokenizer)
-    root, rows = training.start.image_root, training.start.rows
+    root, row_of = training.start.image_root, training.start.row_of
     batches = Batches(
         made,
         made.shape,
         training.world.rank,
-        Pixels(processor.image_processor, lambda row_id: [load_image(root / rows[row_id].image)]),
+        Pixels(processor.image_processor, lambda row_id: [load_image(root / row_of(row_id).image)]),
         pad_id=tokenizer.pad_token_id,
         image_id=model.config.image_token_id,
         vision_ids=frozenset(getattr(model.config, name) for name in VISION_TOKENS if hasattr(model.config, name)),
