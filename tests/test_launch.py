@@ -17,6 +17,8 @@ import pytest
 from hpc_rl.run import manifest
 from hpc_rl.run.code import source_root
 from hpc_rl.run.ledger import Ledger
+from hpc_rl.run.presence import Presence
+from hpc_rl.run.shard_leases import leases_of, shard_lease_path
 from hpc_rl.run.workspace import Workspace
 
 NOOP = "benchmarks/noop.yaml"
@@ -85,13 +87,10 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str] | N
 
 
 def hold_up(shell: Shell, stage: str = "grade") -> Callable[[], None]:
-    """Keeps a stage from being done, by holding the lease of its shard from elsewhere; what is returned lets it go."""
-    folder = shell.ws.stage_dir(1, stage)
-    folder.mkdir(parents=True)
-    lease = folder / "shard_0000.lease.0001"
-    holder = {"token": "t", "host": "elsewhere", "pid": 1, "pid_start": "1", "pid_space": "x", "job_id": "", "taken": 0}
-    lease.write_text(json.dumps(holder))
-    return lambda: lease.with_name(f"{lease.name}.released").touch()
+    """Keeps a stage from being done, by holding the lease of its shard; what is returned lets it go."""
+    presence = Presence(leases_of(shell.ws.stage_dir(1, stage)), 60.0)
+    assert presence.link(shard_lease_path(presence.folder, 0, 1))
+    return presence.close
 
 
 def running(shell: Shell) -> list[str]:

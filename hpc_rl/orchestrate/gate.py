@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 
 from hpc_rl.orchestrate.graph import Stage, StageId
 from hpc_rl.run import atomic, manifest
-from hpc_rl.run.lease import look
+from hpc_rl.run.presence import file_system_now
+from hpc_rl.run.shard_leases import Hearts, leases_of, read_listing
 from hpc_rl.run.workspace import Workspace
 
 POLL_S = 0.5
@@ -21,9 +22,17 @@ def is_complete(ws: Workspace, stage: Stage) -> bool:
 
 
 def is_at_work(ws: Workspace, stage: Stage, ttl_s: float) -> bool:
-    """True while somebody holds one of a stage's shards."""
-    folder = ws.stage_dir(stage.round, stage.name)
-    return any(look(folder, f"shard_{shard:04d}").is_held(ttl_s) for shard in range(stage.shards))
+    """True while somebody holds one of a stage's shards. Two listings, and a look at each holder until one lives."""
+    folder = leases_of(ws.stage_dir(stage.round, stage.name))
+    listing = read_listing(folder)
+    done = manifest.done_shards(ws, stage.round, stage.name)
+    at_work = {claimed.inode for shard, claimed in listing.shards.items() if shard not in done}
+    holders = {listing.holders[inode] for inode in at_work & listing.holders.keys()}
+    if not holders:
+        return False
+    now = file_system_now(folder)
+    hearts = Hearts(folder, ttl_s, lambda: now)
+    return any(hearts.beats(holder) for holder in holders)
 
 
 def missing(ws: Workspace, stages: Iterable[Stage]) -> list[StageId]:

@@ -21,7 +21,12 @@ class CorruptFile(ValueError):
 
 def _write_temporary(path: Path, data: bytes, mode: int) -> Path:
     temporary = path.parent / f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        descriptor = os.open(temporary, flags, mode)
+    except FileNotFoundError:  # asked for only now: most folders are there, and looking is a request to their server
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(temporary, flags, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
         file.flush()
@@ -44,7 +49,6 @@ def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
 
 
 def _replace(path: Path, data: bytes, mode: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _write_temporary(path, data, mode)
     try:
         temporary.replace(path)
@@ -69,12 +73,12 @@ def write_json(path: Path, value: Any, *, private: bool = False, closed: bool = 
     _replace(path, to_json(value).encode(), 0o600 if private else 0o644 if closed else 0o666)
 
 
-def create_exclusive(path: Path, data: bytes | str, *, private: bool = False) -> bool:
+def create_exclusive(path: Path, data: bytes | str, *, private: bool = False, folder: int | None = None) -> bool:
     """Create `path` with `data` unless it exists. Of any number of callers on any hosts exactly one gets True.
 
-    The name appears with its whole content (link of a finished file), so a reader never sees it empty.
+    The name appears with its whole content (link of a finished file), so a reader never sees it empty. `folder` is a
+    descriptor of its folder where the caller has it open, which saves opening it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _write_temporary(path, data.encode() if isinstance(data, str) else data, 0o600 if private else 0o666)
     try:
         os.link(temporary, path)
@@ -83,7 +87,10 @@ def create_exclusive(path: Path, data: bytes | str, *, private: bool = False) ->
         return os.stat(temporary).st_nlink == 2
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    if folder is None:
+        fsync_folder(path.parent)
+    else:
+        os.fsync(folder)
     return True
 
 

@@ -11,10 +11,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from hpc_rl.run import atomic
 from hpc_rl.run.workspace import SCHEMA, Workspace
@@ -105,17 +105,21 @@ def manifest_path(ws: Workspace, round: int, stage: str, shard: int) -> Path:
 
 
 def describe_output(ws: Workspace, path: Path) -> Output:
-    """Size and checksum of a finished file, which is forced to disk first."""
+    """Size and checksum of a finished file, which is forced to disk first. It is opened once."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return Output(ws.relative(path), path.stat().st_size, sha256_of(path))
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return Output(ws.relative(path), os.fstat(file.fileno()).st_size, sha256)
 
 
-def write(ws: Workspace, manifest: Manifest) -> bool:
-    """Declare a shard done. False when it was done already (then ours is void)."""
-    return atomic.create_exclusive(
-        manifest_path(ws, manifest.round, manifest.stage, manifest.shard), manifest.to_json()
-    )
+def write(ws: Workspace, manifest: Manifest, folder: int | None = None) -> bool:
+    """Declare a shard done. False when it was done already (then ours is void).
+
+    `folder` is a descriptor of the stage's folder, where the caller has it open: four metadata operations (create,
+    link, unlink, fsync of the folder) instead of five.
+    """
+    path = manifest_path(ws, manifest.round, manifest.stage, manifest.shard)
+    return atomic.create_exclusive(path, manifest.to_json(), folder=folder)
 
 
 def read(ws: Workspace, round: int, stage: str, shard: int) -> StoredManifest:
@@ -140,6 +144,32 @@ def done_shards(ws: Workspace, round: int, stage: str) -> frozenset[int]:
     except FileNotFoundError:
         return frozenset()
     return frozenset(int(match[1]) for name in names if (match := _NAME.match(name)))
+
+
+class Manifests(Sequence[StoredManifest]):
+    """The manifests of a finished stage, in shard order. Each is read when it is asked for, and not kept."""
+
+    def __init__(self, ws: Workspace, round: int, stage: str, shards: int) -> None:
+        self.ws, self.round, self.stage, self._shards = ws, round, stage, range(shards)
+
+    @property
+    def folder(self) -> Path:
+        """The stage's folder."""
+        return self.ws.stage_dir(self.round, self.stage)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    @overload
+    def __getitem__(self, index: int) -> StoredManifest: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[StoredManifest]: ...
+
+    def __getitem__(self, index: int | slice) -> StoredManifest | list[StoredManifest]:
+        if isinstance(index, slice):
+            return [self[shard] for shard in self._shards[index]]
+        return read(self.ws, self.round, self.stage, self._shards[index])
 
 
 def to_plain(value: Any) -> Any:

@@ -103,7 +103,7 @@ def test_rewards_are_the_same_when_the_listener_is_killed_while_it_grades(sample
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         grading = subprocess.Popen(command, env=environment, cwd=REPOSITORY)
         try:
-            while not list(disturbed.stage_dir(1, "grade").glob("*.lease.*")):
+            while not list(disturbed.stage_dir(1, "grade").glob("leases/*.lease.*")):
                 assert grading.poll() is None
                 time.sleep(0.02)
             time.sleep(0.5)

@@ -19,6 +19,7 @@ from hpc_rl.orchestrate.start import open_run
 from hpc_rl.recipes import lewis
 from hpc_rl.run import manifest
 from hpc_rl.run.atomic import read_json
+from hpc_rl.run.shard_leases import leases_of
 from hpc_rl.run.workspace import Workspace
 from jobs import dataset, prepare
 
@@ -62,7 +63,7 @@ def test_a_late_claim_leaves_committed_data_sets_alone(tmp_path: Path, monkeypat
 
     def merge_late(*given: Any) -> tuple[GameRow, ...]:
         monkeypatch.setattr(dataset, "merge_rows", merge)
-        (held,) = ws.stage_dir(0, "dataset").glob("*.lease.*")
+        (held,) = leases_of(ws.stage_dir(0, "dataset")).glob("*.lease.*")
         os.utime(held, (0, 0))  # no heartbeat for long: it is taken for dead
         assert dataset.main(arguments) == 0
         return tuple(reversed(merge(*given)))

@@ -15,7 +15,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hpc_rl import config as configs
 from hpc_rl.orchestrate.job import Job, load
 from hpc_rl.orchestrate.start import open_run
-from hpc_rl.run.lease import acquire
 from hpc_rl.run.workspace import Workspace
 from jobs import serve
 
@@ -130,14 +129,15 @@ def test_a_service_that_nobody_asks_stays_while_its_consumer_is_at_work(
 ) -> None:
     ws = new_run("services.listener.idle_timeout_s=0.1", "run.lease_ttl_s=60")
     monkeypatch.setattr(serve, "POLL_S", 0.2)
-    lease = acquire(ws.stage_dir(0, "evaluate"), "shard_0000", 60)
-    assert lease is not None
+    ws.stage_dir(0, "evaluate").mkdir(parents=True)
+    claims = load(ws.root, 0, "evaluate").claims()
+    assert claims.next() is not None
     seen, really_at_work = [], serve.consumers_at_work
 
     def at_work(job: Job) -> bool:
         seen.append(really_at_work(job))
         if len(seen) == 3:
-            lease.release()
+            claims.close()
         return seen[-1]
 
     monkeypatch.setattr(serve, "consumers_at_work", at_work)

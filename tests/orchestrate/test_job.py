@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from hpc_rl import config as configs
 from hpc_rl.orchestrate import job as jobs
 from hpc_rl.orchestrate.reconcile import Run
 from hpc_rl.orchestrate.start import open_run
-from hpc_rl.run import lease, manifest
+from hpc_rl.run import manifest
 from hpc_rl.run.code import source_root
 from hpc_rl.run.manifest import Manifest
 from tests.orchestrate.shards_body import LINES
@@ -164,9 +165,9 @@ def test_a_worker_does_not_stay_for_ever_when_all_is_in_other_hands(
     for shard in range(done):
         manifest.write(run.ws, Manifest(1, "cut", shard, ()))
     left = done if stage == "cut" else 0
-    held = lease.acquire(run.ws.stage_dir(1, stage), f"shard_{left:04d}", 60.0)
-    assert held is not None
-    with held:
+    with jobs.load(run.ws.root, 1, stage).claims() as claims:
+        shard = claims.next()
+        assert shard is not None and shard.index == left
         process = start(run, stage)
         output, _ = process.communicate(timeout=30)
     assert process.returncode == code
@@ -183,7 +184,8 @@ def test_a_worker_that_is_told_to_leave_gives_its_shard_back(make_run: Callable[
     worker.terminate()
     worker.communicate(timeout=30)
     assert worker.returncode == 128 + signal.SIGTERM
-    assert lease.look(run.ws.stage_dir(1, "cut"), f"shard_{shard:04d}").released
+    with jobs.load(run.ws.root, 1, "cut").claims() as claims:
+        assert shard in {free.index for free in iter(claims.next, None)}
 
 
 def test_a_worker_that_fails_gives_its_shard_back(make_run: Callable[..., Run], start: Start) -> None:
@@ -192,21 +194,19 @@ def test_a_worker_that_fails_gives_its_shard_back(make_run: Callable[..., Run], 
     shard = int(wait_for_line(worker, "middle")[1])
     worker.communicate(timeout=30)
     assert worker.returncode == 1
-    assert lease.look(run.ws.stage_dir(1, "cut"), f"shard_{shard:04d}").released
+    with jobs.load(run.ws.root, 1, "cut").claims() as claims:
+        assert shard in {free.index for free in iter(claims.next, None)}
 
 
-def test_progress_is_shown_while_a_shard_is_worked_on_and_gone_when_it_is_done(
+def test_progress_is_shown_while_a_task_is_at_work_and_gone_when_it_leaves(
     make_run: Callable[..., Run], start: Start
 ) -> None:
     run = make_run()
     worker = start(run, MODE="hold")
-    shard = int(wait_for_line(worker, "middle")[1])
-    progress = run.ws.stage_dir(1, "cut") / f"shard_{shard:04d}.progress"
+    wait_for_line(worker, "middle")
+    (progress,) = (run.ws.stage_dir(1, "cut") / "tasks").glob("*.progress")
     assert f'"total": {LINES}' in progress.read_text()
-    assert worker.stdin is not None
-    worker.stdin.write("go on\n")
-    worker.stdin.flush()
-    assert wait_for_line(worker, "committed")[1] == str(shard)
+    worker.communicate("go on\n", timeout=30)
     assert not progress.exists()
 
 
@@ -257,8 +257,9 @@ def test_a_manifest_says_from_what_its_outputs_were_made(make_run: Callable[...,
     assert cut.made_from["run_seed"] == 3
     assert cut.made_from["config"] == configs.config_hash(run.config)
     assert cut.started <= cut.ended
-    hashes = [manifest.read(run.ws, 1, "cut", shard).outputs[0].sha256 for shard in range(SHARDS)]
-    assert join.made_from["inputs"] == {"round_01/cut": hashes}
+    made = [manifest.read(run.ws, 1, "cut", shard).outputs[0] for shard in range(SHARDS)]
+    lines = "".join(f"{output.sha256}  {output.path}\n" for output in made)  # as sha256sum(1) prints them
+    assert join.made_from["inputs"] == {"round_01/cut": hashlib.sha256(lines.encode()).hexdigest()}
 
 
 def test_ranks_that_follow_get_the_shards_without_a_lease_and_cannot_commit(make_run: Callable[..., Run]) -> None:

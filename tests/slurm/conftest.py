@@ -68,8 +68,8 @@ def run_from(cluster: SlurmCluster, tmp_path: Path, undisturbed: ClusterRun) -> 
     def make(*stages: str, settings: tuple[str, ...] = (), folder: str = "run") -> ClusterRun:
         run = ClusterRun(cluster, tmp_path / folder, CONFIG, [*SMALL, *settings])
         for part in ("rounds/round_00", "datasets", "images", *(f"rounds/round_01/{stage}" for stage in stages)):
-            leases = shutil.ignore_patterns("*.lease.*", "attempts")
-            shutil.copytree(undisturbed.ws.root / part, run.ws.root / part, ignore=leases, dirs_exist_ok=True)
+            claims = shutil.ignore_patterns("leases", "tasks", "attempts")
+            shutil.copytree(undisturbed.ws.root / part, run.ws.root / part, ignore=claims, dirs_exist_ok=True)
         return run
 
     yield make

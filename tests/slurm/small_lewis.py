@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import pyarrow.parquet as pq
 
+from hpc_rl.orchestrate.gate import is_at_work
+from hpc_rl.orchestrate.graph import StageId
+from hpc_rl.orchestrate.reconcile import Run
 from tests.slurm.runs import ClusterRun
 
 CONFIG = "tests/slurm/lewis.yaml"
@@ -43,9 +46,5 @@ def assert_finishes_with_the_same_samples(run: ClusterRun, undisturbed: ClusterR
 
 def holds_a_shard(run: ClusterRun, stage: str) -> Callable[[], bool]:
     """Whether some task of a stage is in the middle of a shard."""
-    folder = run.ws.stage_dir(1, stage)
-    return lambda: any(
-        not path.with_name(f"{path.name}.released").exists()
-        and not (folder / f"{path.name.partition('.')[0]}.json").exists()
-        for path in folder.glob("shard_*.lease.????")
-    )
+    declared = Run.load(run.ws.root).graph[StageId(1, stage)]
+    return lambda: is_at_work(run.ws, declared, 60.0)

@@ -1,0 +1,337 @@
+"""Claims of a stage's shards: which are free, which are ours, which are in other hands. Cheap for the file system.
+
+with job.claims() as claims:
+    while (shard := claims.next()) is not None:
+        ...
+        shard.commit([path], made_from={...})
+
+A shard that is done without trouble costs seven metadata operations: the claim (one link), the output's creation and
+its opening to force it to disk, and the manifest's creation, link, unlink and the folder's fsync. Listings are shared
+by many claims: a task begins at a random free shard and goes on from there, so that a thousand tasks that start at once
+go separate ways; where it meets another it jumps; having met as many as a new listing costs, it lists again.
+
+Two tasks can be at one shard: a copy made on purpose (`duplicate`), or the holder was frozen and taken for dead. The
+first manifest stands (`hpc_rl.run.manifest`), the other's files are thrown away.
+
+Safe to use from several threads, with one exception: `close` comes after the last commit.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hpc_rl.orchestrate.shard import Shard, ShardLease
+from hpc_rl.run import manifest
+from hpc_rl.run.presence import Presence
+from hpc_rl.run.shard_leases import (
+    Claimed,
+    Hearts,
+    Listing,
+    copy_path,
+    is_given_back,
+    leases_of,
+    read_listing,
+    shard_lease_path,
+)
+
+if TYPE_CHECKING:
+    from hpc_rl.orchestrate.job import Job
+
+log = logging.getLogger("hpc_rl")
+
+POLL_FIRST_S, POLL_MOST_S = 0.1, 5.0
+"""Pauses between two looks at shards in other hands, growing from the first to the most."""
+SHARE = 50
+"""A look is followed by a pause of so many times what it took: a slow file system is asked less often."""
+OVERTAKEN_EVERY_S, OVERTAKEN_AT_THE_END_S = 30.0, 5.0
+"""Pauses between two looks at whether others have done what is ours; the shorter one when none were free any more,
+since others begin to make copies then."""
+PROGRESS_EVERY_S = 5.0
+STRANGERS = 8
+"""Holders of nothing that are looked at in one look, so that dead ones do not count as peers for ever."""
+
+
+class Claims:
+    """The claims of this task; `Job.claims` makes them.
+
+    Parameters
+    ----------
+    job
+        The stage's job.
+    done
+        Shards that were done when the job began, None to look now.
+    """
+
+    def __init__(self, job: Job, done: frozenset[int] | None = None) -> None:
+        self._job, self._shards = job, range(job.stage.shards)
+        self._lock = threading.RLock()
+        self._folder = leases_of(job.folder)
+        self._presence = Presence(self._folder, job.config.run.lease_ttl_s)
+        self._hearts = Hearts(self._folder, job.config.run.lease_ttl_s, self._presence.now)
+        self._descriptor: int | None = os.open(job.folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._done = self._read_done() if done is None else set(done)
+        self._mine: dict[int, Shard] = {}
+        self._linked: set[tuple[int, int]] = set()
+        self._listing = Listing()
+        self._free: list[int] = []  # may be claimed, as far as we know; in order
+        self._others: dict[int, str] = {}  # undone, in the hands of the holder with this token
+        self._at = self._misses = self._claimed_since_look = 0
+        self._listed = False
+        self._looked, self._look_took_s, self._look_at, self._pause_s = -float("inf"), 0.0, 0.0, 0.0
+        self._beyond: dict[int, int] = {}  # generations that others have, whatever an old listing says
+        self._met: dict[str, float] = {}  # other holders → when we first saw them
+        self._overslept = 0
+        self._progress = job.folder / "tasks" / f"{self.token}.progress"
+        self._reported = -PROGRESS_EVERY_S
+
+    @property
+    def token(self) -> str:
+        """Unique to these claims; it begins the tokens of all of their shards."""
+        return self._presence.token
+
+    @property
+    def descriptor(self) -> int | None:
+        """The stage's folder, open."""
+        return self._descriptor
+
+    # taking
+
+    def next(self) -> Shard | None:
+        """A free shard, claimed now. None when all that is left is in other hands, or when nothing is left."""
+        with self._lock:
+            if not self._listed:
+                self._list()
+            elif self._claimed_since_look >= 16 * self._listing.operations:
+                self._look()
+            shard = self._claim_one()
+            if shard is None and time.monotonic() >= self._look_at:
+                self._look()
+                shard = self._claim_one()
+                self._pause_s = min(max(2 * self._pause_s, POLL_FIRST_S), POLL_MOST_S)
+                pause_s = max(self._pause_s, SHARE * self._look_took_s)
+                self._look_at = time.monotonic() + pause_s * random.uniform(0.75, 1.25)  # not all tasks at once
+            if shard is not None:
+                self._pause_s = 0.0
+            return shard
+
+    @property
+    def pause_s(self) -> float:
+        """How long it makes no sense to ask `next` again, after it gave None."""
+        return max(0.0, self._look_at - time.monotonic())
+
+    def _claim_one(self) -> Shard | None:
+        while self._free:
+            if self._at >= len(self._free):
+                self._at = random.randrange(len(self._free))
+            index = self._free.pop(self._at)  # the next one is at the same place now
+            if shard := self._take(index):
+                self._claimed_since_look += 1
+                return shard
+            if self._misses >= self._listing.operations:
+                self._list()
+            elif self._free:
+                self._at = random.randrange(len(self._free))
+        return None
+
+    def _take(self, index: int) -> Shard | None:
+        known = self._listing.shards.get(index)
+        generation = 0 if known is None else known.generation
+        if known is not None:
+            if not self._presence.wrote(known.inode):
+                if not is_given_back(shard_lease_path(self._folder, index, generation), self._hearts):
+                    return None
+            elif (index, generation) not in self._linked:
+                # an NFS server made the link that we asked for, and its answer was lost (link(2), BUGS)
+                return self._hold(index, generation)
+        generation += 1
+        if not self._presence.link(shard_lease_path(self._folder, index, generation)):
+            self._misses += 1
+            self._beyond[index] = generation
+            return None
+        shard = self._hold(index, generation)
+        if generation > 1 and shard.manifest_path.exists():  # whoever had it has done it since we looked
+            self._done.add(index)
+            del self._mine[index]
+            return None
+        return shard
+
+    def _hold(self, index: int, generation: int, copy: bool = False) -> Shard:
+        path = copy_path(self._folder, index, generation) if copy else shard_lease_path(self._folder, index, generation)
+        if not copy:
+            self._linked.add((index, generation))
+        shard = Shard(self._job, index, ShardLease(self, index, generation, copy, path))
+        self._mine[index] = shard
+        return shard
+
+    # looking
+
+    def _read_done(self) -> set[int]:
+        job = self._job
+        return set(manifest.done_shards(job.ws, job.round, job.stage.name).intersection(self._shards))
+
+    def _list(self) -> None:
+        """List the leases; what may be claimed then is what nobody has ever claimed."""
+        self._listing, self._listed = read_listing(self._folder), True
+        self._misses = self._claimed_since_look = 0
+        claimed = (self._listing.shards, self._beyond, self._done, self._mine)
+        self._free = [index for index in self._shards if not any(index in known for known in claimed)]
+        self._at = random.randrange(len(self._free)) if self._free else 0
+
+    def _look(self) -> None:
+        """List leases and manifests: what may be claimed is also what a holder that is gone has left undone."""
+        began = time.monotonic()
+        self._list()
+        # after the leases: what a holder has done before it left is seen
+        self._done = self._read_done()
+        self._free, self._others = [], {}
+        for index in self._shards:
+            if index in self._done or index in self._mine:
+                continue
+            known = self._listing.shards.get(index)
+            if index in self._beyond and (known is None or known.generation < self._beyond[index]):
+                continue
+            holder = None if known is None else self._living_holder(known)
+            if holder is None:
+                self._free.append(index)
+            else:
+                self._others[index] = holder
+        self._at = random.randrange(len(self._free)) if self._free else 0
+        self._look_at_strangers()
+        self._looked, self._look_took_s = time.monotonic(), time.monotonic() - began
+
+    def _living_holder(self, known: Claimed) -> str | None:
+        for inode in (known.inode, known.copy_inode):
+            token = self._listing.holders.get(inode) if inode is not None else None
+            if token is not None and not self._presence.wrote(inode or 0):
+                if self._hearts.beats(token):
+                    return token
+                self._bury(token)
+        return None
+
+    def _bury(self, token: str) -> None:
+        self._hearts.bury(token)
+        self._listing.holders = {inode: other for inode, other in self._listing.holders.items() if other != token}
+
+    def _look_at_strangers(self) -> None:
+        """Remove the files of holders that are dead and hold nothing that is undone."""
+        now, met = time.monotonic(), self._met
+        tokens = [token for inode, token in self._listing.holders.items() if not self._presence.wrote(inode)]
+        self._met = {token: met.get(token, now) for token in tokens}
+        old = [token for token in tokens if now - self._met[token] > self._presence.ttl_s]
+        for token in random.sample(old, min(STRANGERS, len(old))):
+            if not self._hearts.beats(token):
+                self._bury(token)
+
+    # what others do
+
+    def duplicate(self) -> Shard | None:
+        """A copy of a shard that another holder is still at: at most one copy of each. None when there is none.
+
+        The holder with the most shards left is helped first. For bodies whose outputs have names of their own
+        (`Shard.output`).
+        """
+        with self._lock:
+            if time.monotonic() >= self._look_at:
+                self._look()
+            left = Counter(self._others.values())
+            candidates = [i for i in self._others if self._listing.shards[i].copy_inode is None and i not in self._mine]
+            random.shuffle(candidates)
+            for index in sorted(candidates, key=lambda i: -left[self._others[i]]):
+                known = self._listing.shards[index]
+                made = self._presence.link(copy_path(self._folder, index, known.generation))
+                # whether it was made now or before: there is one from now on
+                self._listing.shards[index] = Claimed(known.generation, known.inode, known.inode)
+                if made:
+                    shard = self._hold(index, known.generation, copy=True)
+                    if not shard.manifest_path.exists():
+                        return shard
+                    self._done.add(index)
+                    del self._mine[index]
+            return None
+
+    def all_done(self) -> bool:
+        """True when every shard has its manifest. Cheap to poll: it looks no more often than `next` does."""
+        with self._lock:
+            if self.left() and time.monotonic() >= self._look_at:
+                self._look()
+            return not self.left()
+
+    def left(self) -> int:
+        """How many shards had no manifest at the last look."""
+        with self._lock:
+            return len(self._shards) - len(self._done)
+
+    def free(self) -> int:
+        """How many shards nobody had at the last listing, less those that were claimed here since."""
+        with self._lock:
+            return len(self._free)
+
+    def peers(self) -> int:
+        """How many tasks of this stage showed signs of life at the last listing, ours included."""
+        with self._lock:
+            return max(1, len(self._listing.holders))
+
+    def overtaken(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Those of `shards` that somebody else has committed or taken over meanwhile. Cheap to poll."""
+        with self._lock:
+            pause_s = OVERTAKEN_EVERY_S if self._free else OVERTAKEN_AT_THE_END_S
+            if self._presence.overslept > self._overslept:
+                self._overslept, pause_s = self._presence.overslept, 0.0
+            if time.monotonic() - self._looked >= max(pause_s, SHARE * self._look_took_s):
+                self._look()
+            return [shard for shard in shards if self._is_overtaken(shard)]
+
+    def _is_overtaken(self, shard: Shard) -> bool:
+        assert shard.lease is not None
+        known = self._listing.shards.get(shard.index)
+        newer = known is not None and known.generation > shard.lease.generation
+        return not shard.committed and (newer or shard.index in self._done)
+
+    # giving back
+
+    def settled(self, shard: Shard) -> None:
+        """The shard has its manifest now, ours or another."""
+        with self._lock:
+            self._done.add(shard.index)
+            self._mine.pop(shard.index, None)
+
+    def give_back(self, shard: Shard) -> None:
+        """The shard is not ours any more; free at once for others unless it is done or taken over."""
+        with self._lock:
+            if self._mine.pop(shard.index, None) is None or shard.index in self._done:
+                return
+            assert shard.lease is not None
+            shard.lease.give_back()
+
+    def progress(self, done: int, total: int) -> None:
+        """Say how far this task is with the shards in its hands; for `status`, one small file for the task."""
+        if time.monotonic() - self._reported < PROGRESS_EVERY_S:
+            return
+        self._reported = time.monotonic()
+        temporary = self._progress.with_name(f".tmp-{self._progress.name}")
+        self._progress.parent.mkdir(exist_ok=True)
+        temporary.write_text(f'{{"done": {done}, "total": {total}}}\n')
+        temporary.replace(self._progress)
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._presence.close()
+        self._progress.unlink(missing_ok=True)
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, None
+            self._mine.clear()
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __enter__(self) -> Claims:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
