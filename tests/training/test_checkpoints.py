@@ -145,7 +145,7 @@ def test_a_claim_that_wakes_up_late_leaves_the_weights_alone(tmp_path: Path, fro
     if frozen_until != "taken over":
         assert shard.commit([target / "model.safetensors"], made_from={})
     if frozen_until == "released":
-        shard.lease.release()
+        shard.lease.claims.close()
 
     again = write_weights(target, late, 2.0)
     assert not export.put_in_place(again, target, token_of(late), late.still_ours)
