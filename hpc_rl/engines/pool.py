@@ -145,6 +145,12 @@ class EnginePool:
         """What each worker has done so far, for the record."""
         return tuple(slot.report() for slot in self._slots)
 
+    def wait_until_all_are_ready(self) -> None:
+        """Wait until each worker is ready or given up. Nobody has to: requests can be submitted before."""
+        while not all(slot.is_ready or slot.given_up for slot in self._slots):
+            self._turn(STEP_S)
+            self._check_alive()
+
     def submit(self, key: str, request: Request, sampling: Sampling) -> None:
         """Take one more request; see `Engine.submit`. What its engine refuses, `step` raises (`RequestRefused`)."""
         assert not self._closed

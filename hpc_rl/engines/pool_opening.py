@@ -12,6 +12,7 @@ from hpc_rl.config.phases import SampleConfig
 from hpc_rl.engines.base import Engine
 from hpc_rl.engines.gpus import share_gpus, task_gpus
 from hpc_rl.engines.memory import most_notches
+from hpc_rl.engines.node_disk import node_folder
 from hpc_rl.engines.pool import EnginePool
 
 
@@ -62,10 +63,12 @@ def open_pool(
     ------
     GpuShareError
         When the task has not the GPUs that the config shares out.
+    NoNodeFolder
+        When `stage_to` cannot be used.
     """
     gpus = share_gpus(task_gpus(), sample.data_parallel_size, sample.gpu_ids, sample.tensor_parallel_size)
     if sample.stage_to is not None:  # workers have a TMPDIR of their own, and share what is staged
-        sample = sample.model_copy(update={"stage_to": os.path.expandvars(sample.stage_to)})
+        sample = sample.model_copy(update={"stage_to": str(node_folder(sample.stage_to, os.environ).parent)})
     return EnginePool(
         OpenEngine(kind, speaker, sample, base, adapter, weights_hash, cache_dir),
         sample.data_parallel_size,

@@ -99,11 +99,6 @@ def wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def all_ready(pool: EnginePool) -> None:
-    while not all(worker.ready_s for worker in pool.workers):
-        pool._turn(0.1)
-
-
 def test_a_pool_samples_what_one_engine_does(open_pool: Open) -> None:
     pool = open_pool(OpenLetters(capacity=3), 3)
     assert pool.capacity == 9
@@ -116,7 +111,7 @@ def test_a_pool_samples_what_one_engine_does(open_pool: Open) -> None:
 
 def test_all_workers_work_and_completions_come_as_they_finish(open_pool: Open) -> None:
     pool = open_pool(OpenLetters(pause_s=0.005))
-    all_ready(pool)
+    pool.wait_until_all_are_ready()
     asked = requests()
     submit(pool, asked, Sampling(1.0, 40))
     order = []
@@ -130,7 +125,7 @@ def test_all_workers_work_and_completions_come_as_they_finish(open_pool: Open) -
 
 def test_a_group_goes_to_one_worker_and_its_prompt_travels_once(open_pool: Open, tmp_path: Path) -> None:
     pool = open_pool(OpenLetters(notes=tmp_path))
-    all_ready(pool)
+    pool.wait_until_all_are_ready()
     submit(pool, requests(groups=16, size=8))
     finish(pool)
     notes = [file.read_text().splitlines() for file in tmp_path.iterdir() if file.name.isdigit()]
@@ -144,7 +139,7 @@ def test_a_killed_worker_is_replaced_and_every_request_is_answered_once(
     open_pool: Open, temporary: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pool = open_pool(OpenLetters(pause_s=0.005))
-    all_ready(pool)
+    pool.wait_until_all_are_ready()
     asked = requests(40)
     submit(pool, asked)
     found = dict(pool.step())
@@ -154,7 +149,7 @@ def test_a_killed_worker_is_replaced_and_every_request_is_answered_once(
     (dead,) = [worker for worker in pool.workers if worker.deaths]
     assert dead.deaths == 1 and dead.returned > 0 and "SIGKILL" in dead.last_error
     assert "died after" in caplog.text and "wait for another" in caplog.text
-    all_ready(pool)
+    pool.wait_until_all_are_ready()
     assert generate(pool, asked, SAMPLING) == list(alone(asked).values())
     assert len(workers_of(temporary)) == 2
 
@@ -169,7 +164,7 @@ def guards_of(temporary: Path) -> list[int]:
 
 def test_killing_a_guard_kills_its_worker_and_both_are_replaced(open_pool: Open, temporary: Path) -> None:
     pool = open_pool(OpenLetters(pause_s=0.005))
-    all_ready(pool)
+    pool.wait_until_all_are_ready()
     before = workers_of(temporary)
     asked = requests(40)
     submit(pool, asked)
@@ -247,7 +242,7 @@ def test_a_fault_of_the_users_is_not_tried_again(open_pool: Open, caplog: pytest
 
 def test_after_running_out_of_memory_a_worker_takes_less(open_pool: Open, caplog: pytest.LogCaptureFixture) -> None:
     pool = open_pool(OpenLetters(needs=3), 2, notches=1)
-    all_ready(pool)
+    pool.wait_until_all_are_ready()
     assert [worker.notches for worker in pool.workers] == [3, 3]
     assert [one["notches"] for one in pool.description["workers"]] == [3, 3]  # type: ignore[attr-defined]
     assert "CUDA out of memory" in caplog.text and "takes less (notch 3 of 4)" in caplog.text
@@ -302,7 +297,7 @@ def test_aborted_requests_never_come_back(open_pool: Open) -> None:
 
 def test_submitting_does_not_wait_for_workers_that_do_not_read(open_pool: Open, temporary: Path) -> None:
     pool = open_pool()
-    all_ready(pool)
+    pool.wait_until_all_are_ready()
     for pid in workers_of(temporary):
         os.kill(pid, signal.SIGSTOP)
     noise = np.random.default_rng(0).integers(0, 255, (600, 600, 3), dtype=np.uint8)
@@ -326,7 +321,7 @@ def test_closing_leaves_nothing_behind(open_pool: Open, temporary: Path) -> None
 def test_a_worker_that_does_not_end_is_killed(open_pool: Open, temporary: Path) -> None:
     pool = open_pool(OpenLetters(pause_s=600.0), 2)
     submit(pool, requests(2))
-    all_ready(pool)
+    pool.wait_until_all_are_ready()
     pool.step()
     pool.close(patience_s=0.2)
     assert processes(temporary) == [] and list(temporary.iterdir()) == []
@@ -345,8 +340,7 @@ pool = EnginePool(OpenLetters(pause_s=0.02), 2, gpus=[(), ()])
 prompt = Prompt.of("a")
 for number in range(200):
     pool.submit(str(number), Request(prompt, number), Sampling(1.0, 20))
-while not all(worker.ready_s for worker in pool.workers):
-    pool.step()
+pool.wait_until_all_are_ready()
 print("ready", flush=True)
 while pool.unfinished:
     pool.step()
@@ -397,5 +391,5 @@ def test_what_a_worker_opens_must_be_in_a_module(tmp_path: Path) -> None:
 def test_the_log_says_who_is_ready_and_which_worker_prints(open_pool: Open, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     pool = open_pool(OpenLetters(), 2)
-    all_ready(pool)
+    pool.wait_until_all_are_ready()
     assert "worker 1 of 2 on GPU 0 is ready after 0 s, 4 samples at once" in caplog.text
