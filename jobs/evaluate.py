@@ -14,7 +14,9 @@ from typing import Any
 
 from hpc_rl.cluster.failures import EXIT_BLOCKED
 from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.orchestrate.graph import StageId
 from hpc_rl.orchestrate.job import Job, Shard, open_job
+from hpc_rl.orchestrate.sampled import summarise
 from hpc_rl.run.seeds import derive
 
 log = logging.getLogger("hpc_rl")
@@ -191,7 +193,7 @@ def write_predictions(path: Path, job: Job, config: LewisConfig, played: Sequenc
 def write_tensorboard(
     job: Job, config: LewisConfig, played: Sequence[Played], metrics: dict[str, float], root: Path
 ) -> None:
-    """Metrics of the round, and the first games of each set with image, candidates, description and decision."""
+    """Metrics of the round and of its sampling; the first games of each set with image, candidates and decision."""
     import numpy as np
     from torch.utils.tensorboard import SummaryWriter
 
@@ -200,6 +202,8 @@ def write_tensorboard(
     with SummaryWriter(str(job.ws.tb_dir / "run"), filename_suffix=f".evaluate-{job.round:02d}") as writer:
         for name, value in metrics.items():
             writer.add_scalar(f"evaluate/{name}", value, job.round)
+        for name, value in sampling_scalars(job).items():
+            writer.add_scalar(f"sampling/{name}", value, job.round)
         for set_name in SETS:
             games = [game for game in played if game.set == set_name][: config.evaluate.sample_texts_to_log]
             for number, game in enumerate(games):
@@ -211,6 +215,13 @@ def write_tensorboard(
                 said = f"`{game.text}`\n\ntarget {game.row.label}, picked {game.verdict.predicted_index}"
                 chances = ", ".join(f"{p:.3f}" for p in game.verdict.yes_probabilities)
                 writer.add_text(tag, f"{said}, P(yes) {chances or '-'}", job.round)
+
+
+def sampling_scalars(job: Job) -> dict[str, float]:
+    """What the round's sampling was like, for curves beside those of what came of it; none where no job sampled."""
+    stage = job.graph.by_id.get(StageId(job.round, "sample"))
+    sampled = summarise(job.ws, stage) if stage is not None else None
+    return sampled.to_scalars() if sampled is not None else {}
 
 
 def find_wandb(config: LewisConfig) -> Any:
