@@ -79,7 +79,7 @@ def test_a_round_is_shown_while_it_is_sampled_and_afterwards(run: Run, monkeypat
     assert "40 samples of 8 prompts, 400 tokens; 50 tokens lost" in shown
     assert "speaker 32 of 40 accepted (80.0 %); tasks by tries 4: 4, 6: 4; 0 of 8 tasks exhausted" in shown
     assert "GPU seconds for each accepted sample" in shown
-    assert "transformers, asked auto (1 task)" in shown
+    assert "engine transformers, asked auto" in shown
 
 
 def test_a_damaged_record_is_named(run: Run) -> None:

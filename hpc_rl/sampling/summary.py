@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from hpc_rl.run.manifest import Manifest
 from hpc_rl.sampling.lives import PARTS, Life
 from hpc_rl.sampling.tally import Tally
+
+Settings = Mapping[str, Mapping[str, int]]
+"""By name, each value that tasks had, with how many had it."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ class Summary:
     loaded
         How many tasks these are.
     engines
-        What generated, with how many tasks used it.
+        What generated: by its name, settings as those tasks had them.
+    worker_deaths
+        Engines of pools that died and were replaced.
     """
 
     published: Published
@@ -86,7 +89,8 @@ class Summary:
     lost_tokens: int
     loading: Mapping[str, float]
     loaded: int
-    engines: tuple[tuple[Mapping[str, Any], int], ...]
+    engines: Mapping[str, Settings]
+    worker_deaths: int
 
     @property
     def task_s(self) -> float:
@@ -167,11 +171,16 @@ def summarise(done: Published, tasks: Iterable[Life]) -> Summary:
     tasks = list(tasks)
     records = [life.record for life in tasks if life.record is not None]
     loading: Counter[str] = Counter()
-    engines: Counter[str] = Counter()
+    engines: dict[str, dict[str, Counter[str]]] = {}
     for record in records:
         loading.update(record.loading)
-        if record.engine:
-            engines[json.dumps(record.engine)] += 1
+        settings = dict(record.engine)
+        if workers := settings.pop("workers", None):
+            settings["workers"] = len(workers)
+        if settings:
+            of_its_kind = engines.setdefault(str(settings.pop("engine", "?")), {})
+            for name, value in settings.items():
+                of_its_kind.setdefault(name, Counter())[str(value)] += 1
     return Summary(
         published=done,
         tasks=len(tasks),
@@ -187,7 +196,8 @@ def summarise(done: Published, tasks: Iterable[Life]) -> Summary:
         lost_tokens=sum(life.lost_tokens for life in tasks),
         loading=dict(loading),
         loaded=sum(bool(record.loading) for record in records),
-        engines=tuple((json.loads(engine), count) for engine, count in engines.most_common()),
+        engines=engines,
+        worker_deaths=sum(w["deaths"] for record in records for w in record.engine.get("workers", ())),
     )
 
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 
 from hpc_rl.sampling.lives import PARTS
-from hpc_rl.sampling.summary import Summary
+from hpc_rl.sampling.summary import Settings, Summary
 from hpc_rl.sampling.tally import Tally
 
 COLUMNS = 120
@@ -15,6 +15,9 @@ LABEL = 12
 
 TRIES_SHOWN = 10
 """Numbers of tries that the histogram names; what is beyond is one number."""
+
+VALUES_SHOWN = 3
+"""Different values of an engine's setting that are named."""
 
 WORDS = {"start_up": "start-up", "publishing": "files"}
 
@@ -33,8 +36,10 @@ def text(title: str, sampled: Summary) -> str:
         lines += _line("start-up", f"{parts} (mean of {_count(sampled.loaded, 'task')})")
     if sampled.published.accepted:
         lines += _line("cost", _cost(sampled))
-    for engine, tasks in sampled.engines:
-        lines += _line("engine", f"{_settings(engine)} ({_count(tasks, 'task')})")
+    for engine, settings in sampled.engines.items():
+        lines += _line("engine", ", ".join([engine, *_settings(settings)]))
+    if sampled.worker_deaths:
+        lines += _line("workers", f"{sampled.worker_deaths:,} died and were replaced")
     return "\n".join(lines)
 
 
@@ -88,10 +93,18 @@ def _cost(sampled: Summary) -> str:
     return f"{of_tasks} for each accepted sample (no GPUs)"
 
 
-def _settings(engine: Mapping[str, object]) -> str:
-    """`vllm, max_num_seqs 256`: the engine's own name stands alone."""
-    said = {name: value for name, value in engine.items() if value not in (None, "", [], {})}
-    return ", ".join(str(value) if name == "engine" else f"{name} {value}" for name, value in said.items())
+def _settings(settings: Settings) -> Iterable[str]:
+    """`max_num_seqs 256 (7 tasks) or 128 (1 task)`; what every task has its own of is only counted."""
+    for name, values in settings.items():
+        if set(values) <= {"None", "", "[]", "{}"}:
+            continue
+        if len(values) > VALUES_SHOWN:
+            yield f"{name}: {len(values)} different"
+        elif len(values) == 1:
+            yield f"{name} {next(iter(values))}"
+        else:
+            ordered = sorted(values.items(), key=lambda item: -item[1])
+            yield f"{name} " + " or ".join(f"{value} ({_count(tasks, 'task')})" for value, tasks in ordered)
 
 
 def _seconds(seconds: float) -> str:

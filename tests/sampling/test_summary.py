@@ -132,11 +132,14 @@ def sampled() -> Summary:
     records = [
         replace(
             record("one", 105.0, 199.0, 800, start_up=10.0, sampling=70.0, judging=4.0, publishing=2.0, waiting=8.0),
-            full_s=63.0, loading={"staging": 1.0, "engine": 8.0}, engine={"engine": "vllm", "asked": "auto"},
+            full_s=63.0, loading={"staging": 1.0, "engine": 8.0}, engine={
+                "engine": "vllm", "asked": "auto", "max_num_seqs": 256, "compile_cache": None,
+                "workers": [{"deaths": 2}, {"deaths": 0}],
+            },
         ),
         replace(
             record("two", 110.0, None, 400, start_up=10.0, sampling=40.0), full_s=36.0,
-            loading={"staging": 3.0, "engine": 10.0}, engine={"engine": "vllm", "asked": "auto"},
+            loading={"staging": 3.0, "engine": 10.0}, engine={"engine": "vllm", "asked": "auto", "max_num_seqs": 128},
         ),
     ]  # fmt: skip
     ends = [end("one", 100.0, 200.0), end("two", 105.0, 170.0), end("late", 195.0, 205.0)]
@@ -173,7 +176,8 @@ def test_the_report_says_it_in_lines_that_fit() -> None:
         "unknown 12.0 %",
         "staging 2.0 s, engine 9.0 s (mean of 2 tasks)",
         "15.9 GPU seconds for each accepted sample (7.95 s of tasks)",
-        "engine vllm, asked auto (2 tasks)",
+        "engine vllm, asked auto, max_num_seqs 256 (1 task) or 128 (1 task), workers 2",
+        "workers 2 died and were replaced",
         "1 prompt left out as too long; 200 tokens lost",
     ):
         assert said in flat
