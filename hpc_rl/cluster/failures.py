@@ -28,12 +28,13 @@ _OUT_OF_MEMORY = re.compile(
     r"(?:CUDA|HIP) out of memory|torch\.(?:cuda\.)?OutOfMemoryError|(?:CUDA|HIP) error: out of memory"
     r"|is less than desired (?:GPU|CPU) memory utilization"  # vllm/v1/worker/utils.py and cpu_worker.py
     r"|on kv cache allocation is less than requested memory for kv"  # vllm/v1/worker/cpu_worker.py
-    r"|DefaultCPUAllocator: can't allocate memory|^MemoryError\b",
+    r"|DefaultCPUAllocator: can't allocate memory|^(?:\[rank\d+\]: )?MemoryError\b",
     re.MULTILINE,
 )
 _NO_ROOM_FOR_CACHE = re.compile(  # vllm/v1/core/kv_cache_utils.py
     r"No available memory for the cache blocks|is needed, which is larger than the available KV cache memory"
 )
+_RANK = re.compile(r"^\[rank\d+\]: ")  # torch puts it before each line of a traceback once processes are joined
 _EXCEPTION = re.compile(
     r"^([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Warning|Corrupt\w*|Unavailable|Output|Failure))\b"
 )
@@ -64,7 +65,7 @@ def has_no_room_for_cache(text: str) -> bool:
 
 def last_error(log_tail: str) -> str:
     """The line of a log that says what went wrong: the last exception, else the last line that is not empty."""
-    lines = [line.rstrip() for line in log_tail.splitlines() if line.strip()]
+    lines = [_RANK.sub("", line.rstrip()) for line in log_tail.splitlines() if line.strip()]
     for line in reversed(lines):
         if _EXCEPTION.match(line):
             return line[:500]

@@ -44,6 +44,7 @@ SHORT_CACHE = (
         (1, GPU_TAKEN, False, Outcome.OUT_OF_MEMORY),
         (1, CPU_CACHE, False, Outcome.OUT_OF_MEMORY),
         (1, "MemoryError\n", False, Outcome.OUT_OF_MEMORY),
+        (1, "[rank0]: MemoryError\n", False, Outcome.OUT_OF_MEMORY),
         (1, "NoMemoryErrorHere: x\n", False, Outcome.ERROR),
         (1, NO_BLOCKS, False, Outcome.ERROR),
         (1, SHORT_CACHE, False, Outcome.ERROR),
@@ -65,6 +66,7 @@ def test_the_class_of_an_end(code: int, log: str, asked: bool, outcome: Outcome)
         (TRACEBACK + "some library says goodbye\n\n", "KeyError: 'speaker_problm'"),
         (TRACEBACK + "\nDuring handling ...\n" + TRACEBACK.replace("Key", "Value"), "ValueError: 'speaker_problm'"),
         (GPU, GPU.strip()),
+        ("[rank0]: KeyError: 'x'\nsome library says goodbye\n", "KeyError: 'x'"),
         (
             "hpc_rl.run.atomic.CorruptFile: x.json is not valid JSON\n",
             "hpc_rl.run.atomic.CorruptFile: x.json is not valid JSON",
