@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -17,7 +18,8 @@ from hpc_rl.config.modeling import SpeakerConfig
 from hpc_rl.config.phases import SampleConfig
 from hpc_rl.engines import compile_cache as caches
 from hpc_rl.engines import memory
-from hpc_rl.engines.base import Completion, Engine, Request, Sampling
+from hpc_rl.engines.base import Engine
+from hpc_rl.engines.described import DescribedEngine, OpenedEngine
 from hpc_rl.engines.memory import MemoryPlan
 from hpc_rl.engines.placing import Placed, place_weights
 
@@ -25,64 +27,15 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["vllm", "transformers", "auto"]
 
-UNSUPPORTED = ("are not supported for now", "is not supported anymore", "is not supported in-tree anymore")
-"""What vLLM says of an architecture that it cannot serve (vllm/model_executor/models/registry.py)."""
+_UNSUPPORTED = re.compile(  # vllm/model_executor/models/registry.py
+    r"Model architecture.*? (?:are not supported for now|is not supported anymore|is not supported in-tree anymore)"
+    r"|The Transformers implementation of .*? is not compatible with vLLM",
+    re.DOTALL,
+)
 
 
 class NoRoomForCache(ValueError):
     """The engine was given too little memory for the KV cache; the message says what to change."""
-
-
-class OpenedEngine:
-    """An engine, and what opening it was like.
-
-    Attributes
-    ----------
-    kind
-        `vllm` or `transformers`: what it really is.
-    description
-        What is really used, for manifests and reports: which engine and why, its memory, how it was loaded.
-    loading
-        Seconds by part: import, staging, merging, engine (reading the weights included).
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        kind: str,
-        description: Mapping[str, object],
-        loading: Mapping[str, float],
-        close: Callable[[], None],
-    ) -> None:
-        self._engine, self._close = engine, close
-        self.kind, self.description, self.loading = kind, description, loading
-
-    @property
-    def capacity(self) -> int:
-        """See `Engine.capacity`."""
-        return self._engine.capacity
-
-    @property
-    def unfinished(self) -> int:
-        """See `Engine.unfinished`."""
-        return self._engine.unfinished
-
-    def submit(self, key: str, request: Request, sampling: Sampling) -> None:
-        """See `Engine.submit`."""
-        self._engine.submit(key, request, sampling)
-
-    def step(self) -> list[tuple[str, Completion]]:
-        """See `Engine.step`."""
-        return self._engine.step()
-
-    def abort(self, keys: Collection[str]) -> None:
-        """See `Engine.abort`."""
-        self._engine.abort(keys)
-
-    def close(self) -> None:
-        """See `Engine.close`; also gives back what the node and the workspace lent."""
-        self._engine.close()
-        self._close()
 
 
 def open_engine(
@@ -95,8 +48,9 @@ def open_engine(
     weights_hash: str,
     cache_dir: Path | None = None,
     notches: int = 0,
-) -> OpenedEngine:
-    """An engine with the speaker's weights in it, in this process.
+    pool: bool = False,
+) -> DescribedEngine:
+    """An engine with the speaker's weights in it.
 
     Parameters
     ----------
@@ -109,6 +63,8 @@ def open_engine(
         Where to keep what the engine compiles (`Workspace.compile_cache`); None = nowhere.
     notches
         How often the stage ran out of memory with these settings (`hpc_rl.engines.memory.notches_of`).
+    pool
+        As many engines as `sample.data_parallel_size` says, on `sample.gpu_ids`; else one, in this process.
 
     Raises
     ------
@@ -116,6 +72,19 @@ def open_engine(
         For what the user can change: vLLM is not installed (`VllmMissing`), no room for the KV cache
         (`NoRoomForCache`), `stage_to` that cannot be used (`NoNodeFolder`, `NoRoom`), no model folder.
     """
+    if pool and (sample.data_parallel_size > 1 or sample.gpu_ids is not None):
+        from hpc_rl.engines.pool_opening import open_pool
+
+        return open_pool(
+            kind,
+            speaker,
+            sample,
+            base=base,
+            adapter=adapter,
+            weights_hash=weights_hash,
+            cache_dir=cache_dir,
+            notches=notches,
+        )
     opening = _Opening(speaker, sample, base, adapter, weights_hash, cache_dir, notches)
     try:
         return opening.open(kind)
@@ -160,9 +129,10 @@ class _Opening:
             try:
                 return self._opened(self._vllm(placed), "vllm", asked)
             except ValueError as error:
-                if asked != "auto" or not any(words in str(error) for words in UNSUPPORTED):
+                refused = _UNSUPPORTED.search(str(error))
+                if asked != "auto" or refused is None:
                     raise
-                why = f"vLLM cannot serve the model: {' '.join(str(error).split())[:300]}"
+                why = f"vLLM: {refused[0]}"
         if why:
             log.warning("engine auto: sampling with transformers, which is slower. %s", why)
         return self._opened(self._transformers(placed), "transformers", asked, why)
