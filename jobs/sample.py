@@ -1,15 +1,25 @@
-"""Job body of the sample stage: G completions of each prompt of a shard, from the speaker after the last round."""
+"""Job body of the sample stage: completions of each prompt of the round, from the speaker after the last round."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
+from hpc_rl.cluster.failures import EXIT_BLOCKED, EXIT_OUT_OF_TIME
+from hpc_rl.cluster.walltime import Deadline
 from hpc_rl.config.lewis import LewisConfig
-from hpc_rl.orchestrate.job import Job, Shard, open_job
-from hpc_rl.run.seeds import derive
+from hpc_rl.config.modeling import SpeakerConfig
+from hpc_rl.config.phases import SampleConfig
+from hpc_rl.orchestrate.job import Job, open_job
+from hpc_rl.run import manifest
+
+if TYPE_CHECKING:
+    from hpc_rl.engines.weights import Weights
+    from hpc_rl.sampling.source import Source
 
 log = logging.getLogger("hpc_rl")
 
@@ -17,108 +27,109 @@ log = logging.getLogger("hpc_rl")
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jobs.sample --workspace W --round R`"""
     job = open_job("sample", argv)
+    from hpc_rl.engines.weights import speaker_weights
+
     config = job.config
     assert isinstance(config, LewisConfig)
-    speaker = None
-    for shard in job.shards():
-        speaker = speaker or _Speaker(job, config)
-        speaker.work(shard)
-    return 0
+    weights = speaker_weights(job.ws, config, job.round - 1)
+    return sample(job, config.speaker, config.sample, weights, lambda: lewis_source(job, config, weights.base))
 
 
-class _Speaker:
-    """The round's engine and rows, loaded when the first shard was claimed."""
+def sample(
+    job: Job, speaker: SpeakerConfig, options: SampleConfig, weights: Weights, source: Callable[[], Source]
+) -> int:
+    """Sample shards of the stage until there are none to be had; the exit code.
 
-    def __init__(self, job: Job, config: LewisConfig) -> None:
-        from hpc_rl.data.lewis import image_root, read_rows, rows_of_round
-        from hpc_rl.engines.opening import open_engine
-        from hpc_rl.engines.weights import speaker_weights
+    Parameters
+    ----------
+    speaker, weights
+        The model that samples.
+    options
+        How.
+    source
+        What is asked, and what counts. Made before the engine is started, so that what is wrong with prompts is said
+        first.
 
-        self.job, self.config = job, config
-        self.root = image_root(job.ws, config.data.image_root)
-        (dataset,) = job.inputs(0, "dataset")
-        self.rows = rows_of_round(
-            read_rows(dataset.path("train.parquet")),
-            job.round,
-            prompts_per_round=config.sample.prompts_per_round,
-            seed=config.run.seed,
-        )
-        self.weights = speaker_weights(job.ws, config, job.round - 1)
-        started = time.monotonic()
-        self.engine = open_engine(
-            config.sample.engine,
-            config.speaker,
-            config.sample,
-            base=self.weights.base,
-            adapter=self.weights.adapter,
-            weights_hash=self.weights.hash,
-        )
-        self.loading_s = time.monotonic() - started
-        log.info("%s is ready after %.1f s, weights %s", config.sample.engine, self.loading_s, self.weights.hash[:16])
+    Returns
+    -------
+    int
+        0; 124 when the rest does not fit before the time limit; 75 when the stage's only shard is in other hands.
+    """
+    from hpc_rl.engines.memory import notches_of
+    from hpc_rl.engines.opening import open_engine
+    from hpc_rl.engines.pool_opening import open_pool
+    from hpc_rl.sampling.at_work import Origin
+    from hpc_rl.sampling.record import Recorder
+    from hpc_rl.sampling.stream import Ending, Stream
 
-    def work(self, shard: Shard) -> None:
-        """Sample one shard and commit it."""
-        from hpc_rl.data.images import load_image
-        from hpc_rl.data.lewis import shard_of
-        from hpc_rl.engines.base import Prompt, Request, Sampling, generate
-        from hpc_rl.grading.samples import Sample, write_samples
+    made_from: dict[str, Any] = {"temperature": options.temperature}
+    with ExitStack() as stack:
+        claims = stack.enter_context(job.claims())
+        task = stack.enter_context(Recorder(job.folder, claims.token, job.config.stage(job.stage.name).gpus_per_node))
 
-        config, number = self.config, self.job.round
-        first = shard.index * config.sample.shard_size
-        rows = shard_of(self.rows, shard.index, config.sample.shard_size)
-        drawn = [
-            (first + place, attempt, derive(config.run.seed, number, "speaker", row.id, attempt), row)
-            for place, row in enumerate(rows)
-            for attempt in range(config.sample.samples_per_prompt)
-        ]
-        prompts = {row.id: Prompt.of(row.speaker_problem, load_image(self.root / row.image)) for row in rows}
-        shard.progress(0, len(drawn))
-        started = time.monotonic()
-        completions = generate(
-            self.engine,
-            [Request(prompts[row.id], seed) for _, _, seed, row in drawn],
-            Sampling(config.sample.temperature, config.sample.max_tokens),
-        )
-        took_s = time.monotonic() - started
-        samples = [
-            Sample(
-                sample_id=f"r{number:02d}-{row.id}-g{attempt}",
-                row_id=row.id,
-                role="speaker",
-                group=group,
-                attempt=attempt,
-                accepted=True,
-                prompt_token_ids=made.prompt_token_ids,
-                token_ids=made.token_ids,
-                logprobs=made.logprobs,
-                text=made.text,
-                finish_reason=made.finish_reason,
-                seed=seed,
-                weights_hash=self.weights.hash,
+        def start_engine() -> Any:
+            start: Callable[..., Any] = open_engine if options.data_parallel_size == 1 else open_pool
+            engine = start(
+                options.engine,
+                speaker,
+                options,
+                base=weights.base,
+                adapter=weights.adapter,
+                weights_hash=weights.hash,
+                cache_dir=job.ws.compile_cache,
+                notches=notches_of(job.ws, job.round, job.stage.name),
             )
-            for (group, attempt, seed, row), made in zip(drawn, completions, strict=True)
-        ]
-        path = shard.output("samples.parquet")
-        write_samples(path, samples, Sample)
-        tokens = sum(len(sample.token_ids) for sample in samples)
-        shard.commit(
-            [path],
-            made_from={
-                "weights": self.weights.hash,
-                "engine": config.sample.engine,
-                "temperature": config.sample.temperature,
-                "seeds": "derive(run seed, round, 'speaker', row id, attempt)",
-            },
-            metrics={
-                "prompts": len(rows),
-                "samples": len(samples),
-                "tokens": tokens,
-                "tokens_per_s": round(tokens / took_s, 1),
-                "cut_off": sum(sample.finish_reason == "length" for sample in samples),
-                "loading_s": round(self.loading_s, 1),
-                "sampling_s": round(took_s, 2),
-            },
-        )
+            stack.callback(engine.close)
+            task.opened(engine.description, engine.loading)
+            stack.callback(lambda: task.opened(engine.description, engine.loading))  # workers may have been replaced
+            made_from["engine"] = engine.description["engine"]
+            log.info("sampling from weights %s", weights.hash[:16])
+            return engine
+
+        ending = Stream(
+            claims,
+            start_engine,
+            source(),
+            Origin(job.config.run.seed, job.round, weights.hash, claims.token, made_from),
+            task,
+            deadline=Deadline.of(os.environ),
+            linger_s=job.config.run.linger_s,
+            speculate=options.speculate,
+            open_images=options.data_parallel_size == 1,
+        ).run()
+    if ending is Ending.OTHERS:
+        left = job.stage.shards - len(manifest.done_shards(job.ws, job.round, job.stage.name))
+        log.warning("leaving %s: %d shards are in other hands", job.stage.id, left)
+    if ending is Ending.OUT_OF_TIME:
+        return EXIT_OUT_OF_TIME
+    return EXIT_BLOCKED if ending is Ending.OTHERS and job.stage.shards == 1 else 0
+
+
+def lewis_source(job: Job, config: LewisConfig, model: str) -> Source:
+    """The prompts of a round of the Lewis game, checked."""
+    from hpc_rl.data.lewis import image_root, read_rows, rows_of_round
+    from hpc_rl.sampling.lewis import LewisSource
+    from hpc_rl.sampling.prompts import check_prompts
+
+    (dataset,) = job.inputs(0, "dataset")
+    rows = rows_of_round(
+        read_rows(dataset.path("train.parquet")),
+        job.round,
+        prompts_per_round=config.sample.prompts_per_round,
+        seed=config.run.seed,
+    )
+    source = LewisSource(config.sample, rows, job.round, image_root(job.ws, config.data.image_root))
+    checked = check_prompts(
+        source.prompts(),
+        model,
+        source.sampling,
+        max_model_len=config.sample.max_model_len,
+        min_pixels=config.speaker.min_pixels,
+        max_pixels=config.speaker.max_pixels,
+        how=config.sample.long_prompts,
+    )
+    source.make_fit(checked.fit)
+    return source
 
 
 if __name__ == "__main__":

@@ -142,6 +142,7 @@ class AtWork:
             return self.shard.commit([path], made_from=made_from, metrics=metrics)
         except OSError as error:
             path.unlink(missing_ok=True)
+            self.shard.abandon()
             raise WriteFailure(
                 f"shard {self.shard.index} is drawn, but cannot be written to {path.parent}: {error}. Nothing of it is "
                 "left behind, and shards that are published stay. Make room there and launch again: the same samples "

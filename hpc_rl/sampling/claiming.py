@@ -23,7 +23,7 @@ class Shard(Protocol):
         """Declare the shard done; False when somebody else was faster."""
 
     def abandon(self) -> None:
-        """Give the claim back; does nothing the second time."""
+        """Give the claim back; does nothing once the shard is done, or the second time."""
 
 
 class Claims(Protocol):
@@ -37,6 +37,16 @@ class Claims(Protocol):
 
     def all_done(self) -> bool:
         """True when every shard has its manifest."""
+
+    def free(self) -> int:
+        """How many shards nobody had at the last look, as far as we know."""
+
+    def peers(self) -> int:
+        """How many tasks share the stage and are alive, this one included."""
+
+    @property
+    def pause_s(self) -> float:
+        """How long it makes no sense to ask `next` again, after it gave None."""
 
     def overtaken(self, shards: Sequence[Any]) -> Sequence[Any]:
         """Those of `shards` that others have published or taken over."""

@@ -33,8 +33,8 @@ from hpc_rl.sampling.tasks import Attempt
 
 log = logging.getLogger("hpc_rl")
 
-POLL_FIRST_S, POLL_MOST_S = 0.1, 2.0
-"""Pauses between two looks at shards in other hands, growing from the first to the most."""
+POLL_S = 0.1
+"""Shortest pause between two questions for a shard when there was none."""
 LOOK_EVERY_S = 5.0
 """Pause between two looks at whether others have done what is under way here."""
 WAIT_S = 0.1
@@ -103,7 +103,7 @@ class Stream:
         self._took_s: deque[float] = deque(maxlen=PACES)  # from claim to last sample
         self._numbers = 0
         self._requests_per_shard = 1
-        self._pause_s, self._ask_at, self._look_at = POLL_FIRST_S, 0.0, 0.0
+        self._ask_at = self._look_at = 0.0
         self._idle_since: float | None = None
         self._time_is_up = False
         self._leaving = Leaving()
@@ -131,8 +131,8 @@ class Stream:
 
     def _turn(self) -> Ending | None:
         self._leaving.check()
-        self._claim_ahead()
         self._take_in()
+        self._claim_ahead()
         self._hand_over()
         self._collect()
         self._settle()
@@ -154,10 +154,16 @@ class Stream:
         ):
             idle_s = 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
             bored = self._speculate and not in_hand and idle_s >= self._usual_s()
-            self._claiming = self._ahead.submit(self._claim, bored)
+            self._claiming = self._ahead.submit(self._claim, len(self._shards), bored)
 
-    def _claim(self, bored: bool) -> AtWork | None:
-        """A shard with its prompts, in a thread. None when there is none to be had."""
+    def _claim(self, held: int, bored: bool) -> AtWork | None:
+        """A shard with its prompts, in a thread. None when there is none to be had.
+
+        The last ones are for all tasks that are alive: one that holds its share of what is left leaves them the rest.
+        """
+        free = self._claims.free()
+        if held and free and held * self._claims.peers() >= held + free:
+            return None
         shard = self._claims.next()
         if shard is None and bored:
             shard = self._claims.duplicate()
@@ -179,10 +185,9 @@ class Stream:
         future, self._claiming = self._claiming, None
         work = future.result()
         if work is None:
-            self._ask_at = time.monotonic() + self._pause_s
-            self._pause_s = min(2 * self._pause_s, POLL_MOST_S)
+            self._ask_at = time.monotonic() + max(POLL_S, self._claims.pause_s)
             return
-        self._pause_s, self._idle_since = POLL_FIRST_S, None
+        self._idle_since = None
         self._shards[work.number] = work
         attempts = work.start()
         self._requests_per_shard = max(1, len(attempts))
@@ -209,12 +214,14 @@ class Stream:
 
     def _hand_over(self) -> None:
         """Fill the engine's batch; beyond it one prompt a turn, since reading prompts keeps the batch waiting."""
-        if self._waiting and self._engine is None:
+        if not self._waiting:
+            return
+        if self._engine is None:
             with self._leaving.at_once():
                 self._engine = self._open()
+        self._task.enter("sampling")
         prompt = None
         while self._waiting:
-            assert self._engine is not None
             work, attempt = self._waiting[0]
             if len(self._flying) >= self._engine.capacity and prompt not in (None, attempt.task.id):
                 break
@@ -228,8 +235,6 @@ class Stream:
                 raise ValueError(f"row {attempt.task.row_id}, role {attempt.task.role}: {error}") from error
             work.in_flight[key] = attempt
             self._flying[key] = work, attempt
-        if prompt is not None:
-            self._task.enter("sampling")
 
     def _collect(self) -> None:
         """One step of the engine; what has finished is judged, and what it calls for goes back into the batch."""
@@ -258,6 +263,7 @@ class Stream:
     def _publish_if_done(self, work: AtWork) -> None:
         if work.done:
             del self._shards[work.number]
+            self._ask_at = 0.0
             self._took_s.append(time.monotonic() - work.since)
             self._publishing[self._publishers.submit(work.publish, self._origin)] = work
 
@@ -269,14 +275,13 @@ class Stream:
                 self._task.published(work.tokens)
             else:
                 self._task.lost(work.tokens)
-            work.shard.abandon()
 
     def _look_around(self) -> None:
         """Now and then: say how far we are, and drop shards that others have done meanwhile."""
         if self._looking is not None and self._looking.done():
             future, self._looking = self._looking, None
-            indices = {shard.index for shard in future.result()}
-            for work in [work for work in self._shards.values() if work.shard.index in indices]:
+            gone = future.result()
+            for work in [work for work in self._shards.values() if work.shard in gone]:
                 self._drop(work)
         if self._looking is None and self._shards and time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + LOOK_EVERY_S
@@ -287,7 +292,10 @@ class Stream:
 
     def _look(self, shards: Sequence[Shard], done: int, total: int) -> Sequence[Shard]:
         self._claims.progress(done, total)
-        return self._claims.overtaken(shards)
+        gone = self._claims.overtaken(shards)
+        for shard in gone:
+            shard.abandon()
+        return gone
 
     def _drop(self, work: AtWork) -> None:
         log.info("shard %d is left to who has published it or taken it over", work.shard.index)
@@ -298,7 +306,6 @@ class Stream:
         self._waiting = deque(entry for entry in self._waiting if entry[0] is not work)
         del self._shards[work.number]
         self._task.lost(work.tokens)
-        work.shard.abandon()
 
     # the ends
 
@@ -312,7 +319,7 @@ class Stream:
         if self._idle_since is None:
             self._idle_since = now
             self._task.enter("waiting")
-            self._task.at_work_on(0, self._engine.capacity)
+            self._task.at_work_on(0, self._engine.capacity if self._engine else 0)
         if now - self._idle_since > self._linger_s:
             return Ending.OTHERS
         with self._leaving.at_once():
