@@ -56,6 +56,7 @@ class Played:
 def evaluate(job: Job, shard: Shard) -> None:
     """Describe, ask, count; write the files, commit, and tell TensorBoard."""
     from hpc_rl.data.lewis import image_root, read_rows
+    from hpc_rl.engines.memory import notches_of
     from hpc_rl.engines.opening import open_engine
     from hpc_rl.engines.weights import speaker_weights
     from hpc_rl.grading import predictions
@@ -69,7 +70,14 @@ def evaluate(job: Job, shard: Shard) -> None:
     weights = speaker_weights(job.ws, config, job.round)
     kind = config.evaluate.engine or config.sample.engine
     engine = open_engine(
-        kind, config.speaker, config.sample, base=weights.base, adapter=weights.adapter, weights_hash=weights.hash
+        kind,
+        config.speaker,
+        config.sample,
+        base=weights.base,
+        adapter=weights.adapter,
+        weights_hash=weights.hash,
+        cache_dir=job.ws.compile_cache,
+        notches=notches_of(job.ws, job.round, job.stage.name),
     )
     root = image_root(job.ws, config.data.image_root)
     played: list[Played] = []
@@ -82,7 +90,7 @@ def evaluate(job: Job, shard: Shard) -> None:
     table, log_lines = shard.output("evaluation.parquet"), shard.output("predictions.jsonl")
     write_table(table, played)
     write_predictions(log_lines, job, config, played)
-    made_from = {"weights": weights.hash, "engine": kind, "temperature": config.evaluate.temperature}
+    made_from = {"weights": weights.hash, "engine": engine.kind, "temperature": config.evaluate.temperature}
     if config.logging.tensorboard:  # before the commit: written twice it does no harm, missing it would stay missing
         write_tensorboard(job, config, played, metrics, root)
     if shard.commit([table, log_lines], made_from=made_from, metrics=metrics):

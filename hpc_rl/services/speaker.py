@@ -199,7 +199,7 @@ def open_service(ws: Workspace, config: Config, round: int, options: SpeakerServ
         seed_of=lambda path: derive(config.run.seed, round, "describe", path),
     )
     desk: SpeakerDesk = Desk(describer, options, workers=1)
-    about = {"model": config.speaker.path, "round": round, "engine": config.sample.engine}
+    about = {"model": config.speaker.path, "round": round, "engine": engine.kind}
     return Service("speaker", create_app(desk), desk.batcher, weights.hash, about)
 
 
