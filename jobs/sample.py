@@ -18,6 +18,7 @@ from hpc_rl.orchestrate.job import Job, open_job
 from hpc_rl.run import manifest
 
 if TYPE_CHECKING:
+    from hpc_rl.engines.described import DescribedEngine
     from hpc_rl.engines.weights import Weights
     from hpc_rl.sampling.source import Source
 
@@ -57,19 +58,18 @@ def sample(
     """
     from hpc_rl.engines.memory import notches_of
     from hpc_rl.engines.opening import open_engine
-    from hpc_rl.engines.pool_opening import open_pool
     from hpc_rl.sampling.at_work import Origin
     from hpc_rl.sampling.record import Recorder
     from hpc_rl.sampling.stream import Ending, Stream
 
     made_from: dict[str, Any] = {"temperature": options.temperature}
-    with ExitStack() as stack:
-        claims = stack.enter_context(job.claims())
+    pooled = options.data_parallel_size > 1 or options.gpu_ids is not None
+    # the engine is closed last: that may take seconds, and others wait for the shards that are given back
+    with ExitStack() as engines, job.claims() as claims, ExitStack() as stack:
         task = stack.enter_context(Recorder(job.folder, claims.token, job.config.stage(job.stage.name).gpus_per_node))
 
-        def start_engine() -> Any:
-            start: Callable[..., Any] = open_engine if options.data_parallel_size == 1 else open_pool
-            engine = start(
+        def start_engine() -> DescribedEngine:
+            engine = open_engine(
                 options.engine,
                 speaker,
                 options,
@@ -78,11 +78,12 @@ def sample(
                 weights_hash=weights.hash,
                 cache_dir=job.ws.compile_cache,
                 notches=notches_of(job.ws, job.round, job.stage.name),
+                pool=pooled,
             )
-            stack.callback(engine.close)
+            engines.callback(engine.close)
             task.opened(engine.description, engine.loading)
             stack.callback(lambda: task.opened(engine.description, engine.loading))  # workers may have been replaced
-            made_from["engine"] = engine.description["engine"]
+            made_from["engine"] = dict(engine.description)
             log.info("sampling from weights %s", weights.hash[:16])
             return engine
 
@@ -95,7 +96,7 @@ def sample(
             deadline=Deadline.of(os.environ),
             linger_s=job.config.run.linger_s,
             speculate=options.speculate,
-            open_images=options.data_parallel_size == 1,
+            open_images=not pooled,  # workers get paths
         ).run()
     if ending is Ending.OTHERS:
         left = job.stage.shards - len(manifest.done_shards(job.ws, job.round, job.stage.name))
