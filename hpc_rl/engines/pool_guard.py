@@ -76,6 +76,7 @@ def watch(worker: subprocess.Popen[bytes], output: Output, pool_pid: int) -> Non
 
 def end(worker: subprocess.Popen[bytes], output: Output) -> int:
     """Kill the worker if it is alive, then all that it has left; its exit code, minus the signal if one killed it."""
+    shared = _shared_memory(_descendants())
     if worker.poll() is None:
         worker.kill()
     code = worker.wait()
@@ -85,13 +86,16 @@ def end(worker: subprocess.Popen[bytes], output: Output) -> int:
         if waited_s > KILLED_S:
             break
         if waited_s > LEFTOVERS_S:
-            for pid in _children():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            for pid in _descendants():
+                if waited_s > 2 * LEFTOVERS_S or not _is_tracker(pid):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
         output.pump()
         time.sleep(0.02)
     while output.pump():
         pass
+    for path in shared:
+        path.unlink(missing_ok=True)
     return code
 
 
@@ -105,16 +109,35 @@ def _reap() -> bool:
     return True
 
 
-def _children() -> list[int]:
-    """Processes whose parent we are."""
-    found = []
+def _descendants() -> list[int]:
+    """Processes that come from us: our children, theirs, and so on."""
+    parents: dict[int, int] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with suppress(OSError):  # it has ended meanwhile
                 after_name = (folder / "stat").read_text().rpartition(")")[2].split()
-                if int(after_name[1]) == os.getpid():
-                    found.append(int(folder.name))
-    return found
+                parents[int(folder.name)] = int(after_name[1])
+    found = [os.getpid()]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found[1:]
+
+
+def _is_tracker(pid: int) -> bool:
+    """Whether this is Python's process that removes the shared memory of others once they have ended."""
+    with suppress(OSError):
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+def _shared_memory(pids: list[int]) -> set[Path]:
+    """Named shared memory (shm_overview(7)) that these processes use: whoever made it may not live to remove it."""
+    found = set()
+    for pid in pids:
+        with suppress(OSError):
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            found |= {Path(line.split(maxsplit=5)[5]) for line in lines if " /dev/shm/" in line}
+    return {path for path in found if path.exists() and path.stat().st_uid == os.getuid()}
 
 
 def main(argv: list[str]) -> int:

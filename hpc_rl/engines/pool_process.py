@@ -39,10 +39,12 @@ class Ended:
 
     def why(self) -> str:
         """In a line."""
+        if self.code in (-signal.SIGKILL, -signal.SIGTERM):
+            return f"killed by {signal.Signals(-self.code).name}"  # it had no time to say anything
+        last = last_error(self.tail)
         if self.code < 0:
-            name = signal.Signals(-self.code).name
-            return f"killed by {name}" + (f" ({last})" if (last := last_error(self.tail)) else "")
-        return last_error(self.tail) or f"left with exit code {self.code}"
+            return f"killed by {signal.Signals(-self.code).name}" + (f" ({last})" if last else "")
+        return last or f"left with exit code {self.code}"
 
 
 class WorkerProcess:

@@ -6,12 +6,14 @@ letters so far decide, by the request's own seed. Some prompts are bad for it.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,8 @@ class LettersEngine:
         text = text_of(request.prompt)
         if "refuse" in text:
             raise ValueError(f"the prompt {text!r} is too long")
+        if "helper" in text:
+            self._start_helper()
         if self._notes is not None:
             with (self._notes / str(os.getpid())).open("a") as file:
                 file.write(f"{id(request.prompt)} {text}\n")
@@ -76,6 +80,12 @@ class LettersEngine:
         self.abort([key for key, _ in finished])
         return finished
 
+    def _start_helper(self) -> None:
+        """As an engine on several GPUs: another process, in a session of its own, and memory that both share."""
+        context = multiprocessing.get_context("spawn")
+        self._shared = SharedMemory(create=True, size=1000), context.Semaphore()
+        context.Process(target=use_memory, args=(self._shared[0].name, self._shared[1])).start()
+
     @staticmethod
     def _completion(row: _Row) -> Completion:
         words = "".join(LETTERS[token] for token in row.tokens)
@@ -89,6 +99,13 @@ class LettersEngine:
 
     def close(self) -> None:
         self._rows.clear()
+
+
+def use_memory(name: str, _: object) -> None:
+    os.setsid()
+    memory = SharedMemory(name)
+    time.sleep(600)
+    memory.close()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -327,6 +328,27 @@ def test_a_worker_that_does_not_end_is_killed(open_pool: Open, temporary: Path) 
     assert processes(temporary) == [] and list(temporary.iterdir()) == []
 
 
+@pytest.mark.parametrize("by", ["a signal", "closing"])
+def test_nothing_is_left_of_what_an_engine_has_started(open_pool: Open, temporary: Path, by: str) -> None:
+    pool = open_pool(count=1)
+    pool.submit("a", Request(Prompt.of("helper"), 0), SAMPLING)
+    finish(pool)
+    (helper,) = processes(temporary, "multiprocessing.spawn")
+    wait_until(lambda: len(shared_memory(helper)) == 2)  # memory and a semaphore
+    shared = shared_memory(helper)
+    assert all(path.exists() for path in shared)
+    if by == "a signal":
+        os.kill(workers_of(temporary)[0], signal.SIGKILL)
+        while not pool.workers[0].deaths:
+            pool._turn(0.1)
+    pool.close(patience_s=0.5)
+    assert processes(temporary) == [] and not any(path.exists() for path in shared)
+
+
+def shared_memory(pid: int) -> set[Path]:
+    return {Path(path) for path in re.findall(r"/dev/shm/\S+", Path(f"/proc/{pid}/maps").read_text())}
+
+
 PARENT = """
 import signal, sys, time
 from engines.letters import OpenLetters
@@ -388,8 +410,9 @@ def test_what_a_worker_opens_must_be_in_a_module(tmp_path: Path) -> None:
     assert "put it into a module" in ended.stderr
 
 
-def test_the_log_says_who_is_ready_and_which_worker_prints(open_pool: Open, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_who_is_ready(open_pool: Open, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     pool = open_pool(OpenLetters(), 2)
     pool.wait_until_all_are_ready()
-    assert "worker 1 of 2 on GPU 0 is ready after 0 s, 4 samples at once" in caplog.text
+    for number in (0, 1):
+        assert re.search(rf"worker {number + 1} of 2 on GPU {number} is ready after \d+ s, 4 samples at", caplog.text)
