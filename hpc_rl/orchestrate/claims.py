@@ -5,10 +5,11 @@ with job.claims() as claims:
         ...
         shard.commit([path], made_from={...})
 
-A shard that is done without trouble costs seven metadata operations: the claim (one link), the output's creation and
-its opening to force it to disk, and the manifest's creation, link, unlink and the folder's fsync. Listings are shared
-by many claims: a task begins at a random free shard and goes on from there, so that a thousand tasks that start at once
-go separate ways; where it meets another it jumps; having met as many as a new listing costs, it lists again.
+A shard that is done without trouble costs six metadata operations: the claim (one link), the output's creation
+(`Shard.create`; a seventh if it is closed and opened again to be committed), and the manifest's creation, link, unlink
+and the folder's fsync. Listings are shared by many claims: a task begins at a random free shard and goes on from there,
+so that a thousand tasks that start at once go separate ways; where it meets another it jumps; having met as many as a
+new listing costs, it lists again.
 
 Two tasks can be at one shard: a copy made on purpose (`duplicate`), or the holder was frozen and taken for dead. The
 first manifest stands (`hpc_rl.run.manifest`), the other's files are thrown away.
@@ -50,6 +51,8 @@ POLL_FIRST_S, POLL_MOST_S = 0.1, 5.0
 """Pauses between two looks at shards in other hands, growing from the first to the most."""
 SHARE = 50
 """A look is followed by a pause of so many times what it took: a slow file system is asked less often."""
+FRESH_S = 0.1
+"""A listing in which nothing was free need not be made again within so long."""
 OVERTAKEN_EVERY_S, OVERTAKEN_AT_THE_END_S = 30.0, 5.0
 """Pauses between two looks at whether others have done what is ours; the shorter one when none were free any more,
 since others begin to make copies then."""
@@ -83,13 +86,13 @@ class Claims:
         self._free: list[int] = []  # may be claimed, as far as we know; in order
         self._others: dict[int, str] = {}  # undone, in the hands of the holder with this token
         self._at = self._misses = self._claimed_since_look = 0
-        self._listed = False
+        self._listed = -1.0
         self._looked, self._look_took_s, self._look_at, self._pause_s = -float("inf"), 0.0, 0.0, 0.0
         self._beyond: dict[int, int] = {}  # generations that others have, whatever an old listing says
         self._met: dict[str, float] = {}  # other holders → when we first saw them
         self._overslept = 0
         self._progress = job.folder / "tasks" / f"{self.token}.progress"
-        self._reported = -PROGRESS_EVERY_S
+        self._reported = -float("inf")
 
     @property
     def token(self) -> str:
@@ -106,13 +109,13 @@ class Claims:
     def next(self) -> Shard | None:
         """A free shard, claimed now. None when all that is left is in other hands, or when nothing is left."""
         with self._lock:
-            if not self._listed:
+            if self._listed < 0:
                 self._list()
             elif self._claimed_since_look >= 16 * self._listing.operations:
                 self._look()
             shard = self._claim_one()
             if shard is None and time.monotonic() >= self._look_at:
-                self._look()
+                self._look(FRESH_S)
                 shard = self._claim_one()
                 self._pause_s = min(max(2 * self._pause_s, POLL_FIRST_S), POLL_MOST_S)
                 pause_s = max(self._pause_s, SHARE * self._look_took_s)
@@ -178,18 +181,18 @@ class Claims:
 
     def _list(self) -> None:
         """List the leases; what may be claimed then is what nobody has ever claimed."""
-        self._listing, self._listed = read_listing(self._folder), True
+        self._listed, self._listing = time.monotonic(), read_listing(self._folder)
         self._misses = self._claimed_since_look = 0
         claimed = (self._listing.shards, self._beyond, self._done, self._mine)
         self._free = [index for index in self._shards if not any(index in known for known in claimed)]
         self._at = random.randrange(len(self._free)) if self._free else 0
 
-    def _look(self) -> None:
-        """List leases and manifests: what may be claimed is also what a holder that is gone has left undone."""
+    def _look(self, fresh_s: float = 0.0) -> None:
+        """List manifests and leases: what may be claimed is also what a holder that is gone has left undone."""
         began = time.monotonic()
-        self._list()
-        # after the leases: what a holder has done before it left is seen
         self._done = self._read_done()
+        if self.left() and began - self._listed > fresh_s:
+            self._list()
         self._free, self._others = [], {}
         for index in self._shards:
             if index in self._done or index in self._mine:
@@ -323,7 +326,8 @@ class Claims:
     def close(self) -> None:
         """Give everything back."""
         self._presence.close()
-        self._progress.unlink(missing_ok=True)
+        if self._reported > -float("inf"):
+            self._progress.unlink(missing_ok=True)
         with self._lock:
             descriptor, self._descriptor = self._descriptor, None
             self._mine.clear()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hpc_rl.run import atomic, manifest
 from hpc_rl.run.digest import forget_digest
@@ -76,6 +76,10 @@ class Shard:
         token = self.lease.token if self.lease else "follower"
         return self.job.folder / f"shard_{self.index:04d}.{token}.{name}"
 
+    def create(self, name: str) -> BinaryIO:
+        """The output `name`, open for writing; to be committed as it is, which saves the server opening it again."""
+        return self.output(name).open("w+b")
+
     def progress(self, done: int, total: int) -> None:
         """Say how far the shard is, for bodies that do one at a time; see `Claims.progress`."""
         if self.lease is not None:
@@ -90,11 +94,16 @@ class Shard:
         return self.lease is not None and not self.lease.lost and not self.manifest_path.exists()
 
     def commit(
-        self, outputs: Sequence[Path], *, made_from: Mapping[str, Any], metrics: Mapping[str, Any] | None = None
+        self,
+        outputs: Sequence[Path | BinaryIO],
+        *,
+        made_from: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None = None,
     ) -> bool:
         """Declare the shard done: outputs are forced to disk and summed up, the manifest is written last.
 
-        Returns False when another worker was faster; then ours is void and its files are removed.
+        Outputs are paths, or files that `create` opened and that are still open. Returns False when another worker was
+        faster; then ours is void and its files are removed.
         """
         assert self.lease is not None, "only the holder of the lease commits"
         job, ws = self.job, self.job.ws
@@ -102,7 +111,7 @@ class Shard:
             round=job.round,
             stage=job.stage.name,
             shard=self.index,
-            outputs=tuple(manifest.describe_output(ws, path) for path in outputs),
+            outputs=tuple(manifest.describe_output(ws, output) for output in outputs),
             made_from=manifest.to_plain({**job.provenance, **made_from}),
             metrics=manifest.to_plain(dict(metrics or {})),
             attempt=os.environ.get("HPC_RL_ATTEMPT", ""),
@@ -119,9 +128,9 @@ class Shard:
             log.warning(
                 "shard %d of %s was done by somebody else meanwhile; this copy is thrown away", self.index, job.stage.id
             )
-            for path in outputs:
-                if self.lease.token in path.name:
-                    path.unlink(missing_ok=True)
+            for output in record.outputs:
+                if self.lease.token in output.path:
+                    ws.resolve(output.path).unlink(missing_ok=True)
         return self.committed
 
     def abandon(self) -> None:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, BinaryIO, overload
 
 from hpc_rl.run import atomic
 from hpc_rl.run.workspace import SCHEMA, Workspace
@@ -104,12 +104,19 @@ def manifest_path(ws: Workspace, round: int, stage: str, shard: int) -> Path:
     return ws.stage_dir(round, stage) / f"shard_{shard:04d}.json"
 
 
-def describe_output(ws: Workspace, path: Path) -> Output:
-    """Size and checksum of a finished file, which is forced to disk first. It is opened once."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return Output(ws.relative(path), os.fstat(file.fileno()).st_size, sha256)
+def describe_output(ws: Workspace, output: Path | BinaryIO) -> Output:
+    """Size and checksum of a finished file, which is forced to disk first.
+
+    Given as the file object through which it was written (mode `w+b`), it need not be opened again.
+    """
+    if isinstance(output, Path):
+        with output.open("rb") as file:
+            return describe_output(ws, file)
+    output.flush()
+    os.fsync(output.fileno())
+    output.seek(0)
+    sha256 = hashlib.file_digest(output, "sha256").hexdigest()  # type: ignore[arg-type]  # typeshed: needs readinto
+    return Output(ws.relative(Path(output.name)), os.fstat(output.fileno()).st_size, sha256)
 
 
 def write(ws: Workspace, manifest: Manifest, folder: int | None = None) -> bool:

@@ -1,10 +1,11 @@
 #!/bin/sh
-# Installs what tests/slurm needs, by apt and as root: Slurm, its accounting, munge, MariaDB. None of their services is
+# Installs what tests/slurm needs, by apt and as root: Slurm, its accounting, munge, MariaDB; and strace, with which the
+# tests of claims count metadata operations. None of the services is
 # started or enabled: the tests bring up a cluster of their own (tests/slurm/cluster.py). Where it cannot install, it
 # says so and ends well, and those tests are skipped; in CI (CI=true) that is an error.
 set -eu
 
-packages="slurmctld slurmd slurm-client slurmdbd munge mariadb-server util-linux coreutils shellcheck"
+packages="slurmctld slurmd slurm-client slurmdbd munge mariadb-server util-linux coreutils shellcheck strace"
 
 give_up() {
     echo "tests/slurm/install.sh: $1" >&2
