@@ -24,8 +24,8 @@ class OpenEngine:
     speaker: SpeakerConfig
     sample: SampleConfig
     base: str
-    adapter: Path | None
-    weights_hash: str
+    adapter: Path | None = None
+    weights_hash: str = ""
     cache_dir: Path | None = None
 
     def __call__(self, notches: int) -> Engine:

@@ -177,7 +177,13 @@ class Slot:
     def difference(self, common: Mapping[str, object]) -> dict[str, object]:
         """What is its own, and in what its engine differs from `common`."""
         own = {name: value for name, value in self.description.items() if common.get(name) != value}
-        return {"gpus": list(self.gpus), "notches": self.notches, "deaths": self.deaths, **own}
+        made: dict[str, object] = {"gpus": list(self.gpus), "notches": self.notches, "deaths": self.deaths, **own}
+        report = self.report()
+        if report.completions:
+            made |= {"up_s": report.up_s, "busy_s": report.busy_s, "tokens": report.tokens}
+        if report.given_up:
+            made["given_up"] = report.last_error
+        return made
 
     def report(self) -> WorkerReport:
         """See `WorkerReport`."""

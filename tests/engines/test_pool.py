@@ -122,6 +122,8 @@ def test_all_workers_work_and_completions_come_as_they_finish(open_pool: Open) -
     for worker in pool.workers:
         assert worker.completions > 8 and worker.tokens > worker.completions
         assert 0 < worker.busy_s <= worker.up_s and worker.deaths == 0
+    told = pool.description["workers"]
+    assert [one["tokens"] for one in told] == [worker.tokens for worker in pool.workers]  # type: ignore[attr-defined]
 
 
 def test_a_group_goes_to_one_worker_and_its_prompt_travels_once(open_pool: Open, tmp_path: Path) -> None:
@@ -133,7 +135,8 @@ def test_a_group_goes_to_one_worker_and_its_prompt_travels_once(open_pool: Open,
     assert len(notes) == 2 and sum(map(len, notes)) == 128
     objects = {line for lines in notes for line in set(lines)}  # an object, where it lies, and its text
     split = len(objects) - 16
-    assert split <= 2  # the last groups may be shared when a worker would have had nothing to do
+    # shared when a worker would have had nothing to do: the first one, where it does not fit, and the last two
+    assert split <= 3
 
 
 def test_a_killed_worker_is_replaced_and_every_request_is_answered_once(
