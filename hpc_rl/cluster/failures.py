@@ -37,6 +37,7 @@ _NO_ROOM_FOR_CACHE = re.compile(  # vllm/v1/core/kv_cache_utils.py
 _RANK = re.compile(r"^\[rank\d+\]: ")  # torch puts it before each line of a traceback once processes are joined
 _EXCEPTION = re.compile(
     r"^([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Warning|Corrupt\w*|Unavailable|Output|Failure))\b"
+    r"|^(?:[a-z_]\w*\.)+[A-Z]\w*(?=:|$)"  # whatever a class of a package is called, its module stands before it
 )
 
 

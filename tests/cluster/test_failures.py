@@ -71,6 +71,12 @@ def test_the_class_of_an_end(code: int, log: str, asked: bool, outcome: Outcome)
             "hpc_rl.run.atomic.CorruptFile: x.json is not valid JSON\n",
             "hpc_rl.run.atomic.CorruptFile: x.json is not valid JSON",
         ),
+        (
+            TRACEBACK + "hpc_rl.services.trust.Untrusted: x is no file\nbye\n",
+            "hpc_rl.services.trust.Untrusted: x is no file",
+        ),
+        (TRACEBACK + "a.b.Stop\n", "a.b.Stop"),
+        (TRACEBACK + "see docs.example.Org, it says why\n", "KeyError: 'speaker_problm'"),
         ("error: no such file\n", "error: no such file"),
         ("", ""),
         ("\n\n  \n", ""),
