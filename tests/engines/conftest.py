@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hpc_rl.engines.base import Prompt, Request
+from hpc_rl.engines.base import Completion, Prompt, Request
 from tools.tiny_model import build, save
 
 PIXELS = {"min_pixels": 784, "max_pixels": 12544}
@@ -54,3 +56,20 @@ def requests(samples: int = 4, first_seed: int = 0) -> list[Request]:
         for place, picture in enumerate(pictures())
         for sample in range(samples)
     ]
+
+
+def by_path(asked: list[Request], folder: Path) -> list[Request]:
+    """The same requests with their pictures as files in `folder`."""
+    made = []
+    for request in asked:
+        (picture,) = request.prompt.open_images()
+        path = folder / f"{picture.width}x{picture.height}.png"
+        picture.save(path)
+        made.append(Request(Prompt(request.prompt.messages, (path,)), request.seed))
+    return made
+
+
+def words_of(completions: Sequence[Completion]) -> tuple[str, ...]:
+    """Pieces of two printable characters that were said; the speaker, with its random weights, says bytes."""
+    found = (re.search(r"[!-~]{2}", completion.text) for completion in completions)
+    return tuple(dict.fromkeys(match.group() for match in found if match))
