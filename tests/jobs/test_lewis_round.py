@@ -73,7 +73,9 @@ def test_samples_are_the_same_whoever_draws_them_and_in_which_order(sampled: Wor
             path = manifest.manifest_path(other, 1, "sample", done)
             if path.read_text() == "{}":
                 path.unlink()
-    assert samples_of(other) == samples_of(sampled)
+    for one, two in zip(samples_of(other), samples_of(sampled), strict=True):
+        assert {**vars(one), "logprobs": ()} == {**vars(two), "logprobs": ()}
+        assert one.logprobs == pytest.approx(two.logprobs, abs=1e-4)  # the last bits depend on the batch
 
 
 def test_grading_asks_the_service_and_writes_parts_total_and_log(sampled: Workspace) -> None:
