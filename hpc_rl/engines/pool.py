@@ -15,7 +15,7 @@ from types import TracebackType
 from hpc_rl.engines.base import Completion, Engine, EngineFailed, Request, Sampling
 from hpc_rl.engines.gpus import share_gpus, task_gpus
 from hpc_rl.engines.pool_channel import wait
-from hpc_rl.engines.pool_process import Ended, WorkerProcess, free_ports
+from hpc_rl.engines.pool_process import Ended, WorkerProcess, free_ports, wait_for_end
 from hpc_rl.engines.pool_queue import RequestQueue
 from hpc_rl.engines.pool_slot import Slot, WorkerReport
 
@@ -200,10 +200,10 @@ class EnginePool:
                 slot.stopped()
             slot.process, slot.given_up = None, True
         self._queue = RequestQueue(len(self._slots))
-        alive = _wait_for_end(alive, patience_s)
+        alive = wait_for_end(alive, patience_s)
         for process in alive:
             process.kill()
-        for process in _wait_for_end(alive, KILLED_S):
+        for process in wait_for_end(alive, KILLED_S):
             process.kill_with_guard()
 
     def __enter__(self) -> EnginePool:
@@ -310,18 +310,3 @@ def _pickled(open_worker: Callable[[int], Engine]) -> bytes:
     if b"__main__" in data:  # workers have a program of their own
         raise ValueError(f"{open_worker!r} is defined in the program that was started: put it into a module")
     return data
-
-
-def _wait_for_end(processes: Sequence[WorkerProcess], timeout_s: float) -> list[WorkerProcess]:
-    """Wait until nothing is left of these; those of which something is when the time is up."""
-    deadline = time.monotonic() + timeout_s
-    alive = list(processes)
-    while True:
-        for process in alive:
-            process.channel.flush()
-            process.channel.receive()
-        alive = [process for process in alive if process.ended() is None]
-        left_s = deadline - time.monotonic()
-        if not alive or left_s <= 0:
-            return alive
-        wait([source for process in alive for source in process.sources()], [], min(left_s, 0.1))

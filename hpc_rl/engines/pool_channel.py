@@ -49,8 +49,8 @@ class Channel:
 
     @property
     def unsent_bytes(self) -> int:
-        """What waits here for the other side to read."""
-        return len(self._unsent)
+        """What waits here for the other side to read; nothing once that has ended."""
+        return 0 if self.ended else len(self._unsent)
 
     def send(self, *message: Any) -> None:
         """Send a message, or keep it for `flush`; never waits."""
@@ -61,7 +61,7 @@ class Channel:
 
     def flush(self) -> None:
         """Send on what was kept, as far as the other side has room."""
-        while self._unsent and not self.ended:
+        while self.unsent_bytes:
             try:
                 with memoryview(self._unsent) as whole, whole[:_CHUNK_BYTES] as part:
                     sent = self._sock.send(part)
@@ -75,10 +75,10 @@ class Channel:
     def drain(self, timeout_s: float) -> bool:
         """Wait until everything is sent, or the time is up; whether it is."""
         deadline = time.monotonic() + timeout_s
-        while self._unsent and (left_s := deadline - time.monotonic()) > 0:
+        while self.unsent_bytes and (left_s := deadline - time.monotonic()) > 0:
             wait([], [self.fileno()], left_s)
             self.flush()
-        return not self._unsent
+        return not self.unsent_bytes
 
     def receive(self) -> list[tuple[Any, ...]]:
         """All whole messages that have come; sets `ended` at the end of them."""
@@ -103,7 +103,7 @@ class Channel:
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until something can be received, sending on what was kept meanwhile."""
-        wait([self.fileno()], [self.fileno()] if self._unsent else [], timeout_s)
+        wait([self.fileno()], [self.fileno()] if self.unsent_bytes else [], timeout_s)
         self.flush()
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rl.cluster.failures import last_error
-from hpc_rl.engines.pool_channel import Channel
+from hpc_rl.engines.pool_channel import Channel, wait
 from hpc_rl.engines.pool_queue import Item
 from hpc_rl.run.code import source_root
 
@@ -148,6 +148,21 @@ class WorkerProcess:
         with suppress(ProcessLookupError):
             os.killpg(self._guard.pid, signal.SIGKILL)
         self._bury()
+
+
+def wait_for_end(processes: Iterable[WorkerProcess], timeout_s: float) -> list[WorkerProcess]:
+    """Wait until nothing is left of these; those of which something is when the time is up."""
+    deadline = time.monotonic() + timeout_s
+    alive = list(processes)
+    while True:
+        for process in alive:
+            process.channel.flush()
+            process.channel.receive()
+        alive = [process for process in alive if process.ended() is None]
+        left_s = deadline - time.monotonic()
+        if not alive or left_s <= 0:
+            return alive
+        wait([source for process in alive for source in process.sources()], [], min(left_s, 0.1))
 
 
 def worker_environment(

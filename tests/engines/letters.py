@@ -44,7 +44,8 @@ class LettersEngine:
     def __init__(self, capacity: int, pause_s: float, notes: Path | None) -> None:
         self.capacity, self._pause_s, self._notes = capacity, pause_s, notes
         self._rows: dict[str, _Row] = {}
-        self.description = {"engine": self.kind, "capacity": capacity}
+        sees = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "VLLM_PORT", "OMP_NUM_THREADS")}
+        self.description = {"engine": self.kind, "capacity": capacity, **sees}
         self.loading = {"engine": 0.25}
 
     @property

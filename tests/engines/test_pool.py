@@ -19,7 +19,7 @@ from PIL import Image
 from hpc_rl.cluster.failures import is_out_of_memory
 from hpc_rl.engines.base import Completion, Prompt, Request, Sampling, generate
 from hpc_rl.engines.pool import EnginePool, PoisonedRequest, PoolFailed, RequestRefused
-from hpc_rl.engines.pool_process import PORTS, free_ports
+from hpc_rl.engines.pool_process import PORTS, free_ports, worker_environment
 
 from .letters import LettersEngine, OpenLetters
 
@@ -267,6 +267,24 @@ def test_workers_have_ports_of_their_own() -> None:
         taken.append(free_ports(taken, None, number))
     assert len({port // PORTS for port in taken}) == 50 and max(taken) + PORTS <= 32768
     assert [free_ports(taken, 29500, number) for number in range(3)] == [29500, 29500 + PORTS, 29500 + 2 * PORTS]
+
+
+def test_workers_see_their_own_gpus_and_ports_and_share_the_processors(
+    open_pool: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    pool = open_pool(count=2, gpus=[("GPU-aa", "GPU-bb"), ("GPU-cc", "GPU-dd")])
+    pool.wait_until_all_are_ready()
+    sees = [{**pool.description, **worker} for worker in pool.description["workers"]]  # type: ignore[attr-defined]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in sees] == ["GPU-aa,GPU-bb", "GPU-cc,GPU-dd"]
+    assert len({one["VLLM_PORT"] for one in sees}) == 2
+    assert {one["OMP_NUM_THREADS"] for one in sees} == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
+
+
+def test_names_of_sockets_stay_short_enough(tmp_path: Path) -> None:
+    environment = worker_environment({"PYTHONPATH": "/x"}, 0, ("3",), 9000, 4, tmp_path / ("long" * 20))
+    assert environment["VLLM_RPC_BASE_PATH"] == "/tmp" and environment["PYTHONPATH"].endswith(":/x")
+    assert "VLLM_RPC_BASE_PATH" not in worker_environment({}, 0, (), 9000, 4, Path("/tmp/short"))
 
 
 def test_a_refused_request_is_named_and_the_others_go_on(open_pool: Open) -> None:
