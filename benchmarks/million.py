@@ -4,13 +4,13 @@
 
 Makes the workspace of a Lewis run, and goes through one round of it, each side in a process of its own:
 
-    sample   the real stream of one sampling task, from claiming to publishing every shard. The engine has no model: it
-             draws tokens at random (a million completions of the tiny model would take hours on two cores).
+    sample   one sampling task: prompts that are checked, claims, the real stream, published shards. Its engine has no
+             model: it draws tokens at random (a million completions of the tiny model would take hours on two cores).
     grade    the real grading job, but for the listener, which is another process: its answers are random too.
     train    all that the training job reads: samples, the plan, every batch of one rank of 8. No model.
     report, status    the commands, over what is there by then.
 
-Pictures are named and never opened. Prints seconds, memory (peak, and how much of it the libraries had taken before any
+Of pictures only headers are read. Prints seconds, memory (peak, and how much of it the libraries had taken before any
 data was read), inodes and bytes per shard of the sample stage and of the grade stage. Exit status 1 when a side takes
 more than 1.5 GB, or the sample stage more than 3 inodes a shard.
 """
@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from hpc_rl import config as configs
 from hpc_rl.config.lewis import LewisConfig
@@ -61,12 +63,16 @@ def make(root: Path, samples: int, shards: int, tokens: int) -> None:
     for shard in job.shards():
         path = job.ws.dataset_dir(0) / "train.parquet"
         path.parent.mkdir(parents=True)
-        write_rows(path, (_row(number, loaded.data.speaker_problem) for number in range(prompts)))
+        rows = [_row(number, loaded.data.speaker_problem) for number in range(prompts)]
+        write_rows(path, rows)
         shard.commit([path], made_from={})
+    for image in sorted({row.image for row in rows}):
+        (job.ws.images_dir / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (56, 56)).save(job.ws.images_dir / image)
 
 
 def _row(number: int, problem: str) -> GameRow:
-    category, concept = ("ring", "square")[number % 2], f"concept{number % 997}"
+    category, concept = ("ring", "square")[number % 2], f"concept{number % 97}"
     views = tuple(f"{category}/{concept}/{view}.png" for view in range(4))
     return GameRow(
         f"{category}-{concept}-{number}", views[0], views[1:], ("A", "B", "C"), problem, "A", 0, category, concept

@@ -83,24 +83,19 @@ class Picking:
 
 
 def sample(root: Path, ready: Callable[[], None]) -> dict[str, Any]:
-    """The sampling task: claims, prompts, the stream, publishing; with an engine that draws at random."""
+    """The sampling task: prompts, claims, the stream, publishing; with an engine that draws at random."""
     from hpc_rl.cluster.walltime import Deadline
-    from hpc_rl.data.lewis import image_root, read_rows, rows_of_round
     from hpc_rl.orchestrate.job import load
     from hpc_rl.sampling.at_work import Origin
-    from hpc_rl.sampling.lewis import LewisSource
     from hpc_rl.sampling.record import Recorder
     from hpc_rl.sampling.stream import Stream
+    from jobs.sample import lewis_source
 
     job = load(root, ROUND, "sample")
     job.folder.mkdir(parents=True, exist_ok=True)
     config: Any = job.config
     ready()
-    rows = rows_of_round(
-        read_rows(job.input(0, "dataset", 0).path("train.parquet")), ROUND,
-        prompts_per_round=config.sample.prompts_per_round, seed=config.run.seed,
-    )  # fmt: skip
-    source = LewisSource(config.sample, rows, ROUND, image_root(job.ws, None))
+    source = lewis_source(job, config, config.speaker.path)
     with job.claims() as claims, Recorder(job.folder, claims.token) as task:
         origin = Origin(config.run.seed, ROUND, WEIGHTS, task.name)
         stream = Stream(

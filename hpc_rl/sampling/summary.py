@@ -15,6 +15,15 @@ Settings = Mapping[str, Mapping[str, int]]
 
 
 @dataclass(frozen=True)
+class Worker:
+    """One engine of a task that has several: seconds with a request and seconds ready for one; how often it died."""
+
+    busy_s: float
+    up_s: float
+    deaths: int
+
+
+@dataclass(frozen=True)
 class Published:
     """What the manifests of a stage say together.
 
@@ -71,8 +80,8 @@ class Summary:
         How many tasks these are.
     engines
         What generated: by its name, settings as those tasks had them.
-    worker_deaths
-        Engines of pools that died and were replaced.
+    workers
+        The engines of tasks that had several.
     """
 
     published: Published
@@ -90,7 +99,7 @@ class Summary:
     loading: Mapping[str, float]
     loaded: int
     engines: Mapping[str, Settings]
-    worker_deaths: int
+    workers: tuple[Worker, ...]
 
     @property
     def task_s(self) -> float:
@@ -197,7 +206,11 @@ def summarise(done: Published, tasks: Iterable[Life]) -> Summary:
         loading=dict(loading),
         loaded=sum(bool(record.loading) for record in records),
         engines=engines,
-        worker_deaths=sum(w["deaths"] for record in records for w in record.engine.get("workers", ())),
+        workers=tuple(
+            Worker(w.get("busy_s", 0.0), w.get("up_s", 0.0), w["deaths"])
+            for record in records
+            for w in record.engine.get("workers", ())
+        ),
     )
 
 

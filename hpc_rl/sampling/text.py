@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from hpc_rl.sampling.lives import PARTS
-from hpc_rl.sampling.summary import Settings, Summary
+from hpc_rl.sampling.summary import Settings, Summary, Worker
 from hpc_rl.sampling.tally import Tally
 
 COLUMNS = 120
@@ -38,8 +38,8 @@ def text(title: str, sampled: Summary) -> str:
         lines += _line("cost", _cost(sampled))
     for engine, settings in sampled.engines.items():
         lines += _line("engine", ", ".join([engine, *_settings(settings)]))
-    if sampled.worker_deaths:
-        lines += _line("workers", f"{sampled.worker_deaths:,} died and were replaced")
+    if sampled.workers:
+        lines += _line("workers", _workers(sampled.workers))
     return "\n".join(lines)
 
 
@@ -105,6 +105,15 @@ def _settings(settings: Settings) -> Iterable[str]:
         else:
             ordered = sorted(values.items(), key=lambda item: -item[1])
             yield f"{name} " + " or ".join(f"{value} ({_count(tasks, 'task')})" for value, tasks in ordered)
+
+
+def _workers(workers: Sequence[Worker]) -> str:
+    said = [_count(len(workers), "engine")]
+    if shares := sorted(100 * worker.busy_s / worker.up_s for worker in workers if worker.up_s):
+        said.append(f"busy {shares[0]:.0f} to {shares[-1]:.0f} % of their time")
+    if deaths := sum(worker.deaths for worker in workers):
+        said.append(f"died and replaced {_count(deaths, 'time')}")
+    return "; ".join(said)
 
 
 def _seconds(seconds: float) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +28,8 @@ from numpy.typing import NDArray
 from hpc_rl.training.distributed import barrier
 from hpc_rl.training.nodes import once_per_node
 from hpc_rl.training.rollouts import INDEX, PARTS, Counts, Rollout, Rollouts, UnusableRollouts, have_equal_rewards
+
+log = logging.getLogger(__name__)
 
 CHUNK = 16
 """Samples that are read together. Those of a group lie side by side."""
@@ -95,7 +98,10 @@ def write(files: Iterable[Path], folder: Path, group_size: int, prompts: int) ->
             what = f"no room for the round's samples in {folder}: set TMPDIR to a folder on a disk with room"
             raise OSError(errno.ENOSPC, what) from error
         raise
-    return Written(folder, counts, writer.weights_hash())
+    weights = writer.weights_hash()
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    log.info("%d samples are in %s: %.1f MB", counts.samples, folder, size / 1e6)
+    return Written(folder, counts, weights)
 
 
 def open_rollouts(written: Written) -> Rollouts:

@@ -134,7 +134,7 @@ def sampled() -> Summary:
             record("one", 105.0, 199.0, 800, start_up=10.0, sampling=70.0, judging=4.0, publishing=2.0, waiting=8.0),
             full_s=63.0, loading={"staging": 1.0, "engine": 8.0}, engine={
                 "engine": "vllm", "asked": "auto", "max_num_seqs": 256, "compile_cache": None,
-                "workers": [{"deaths": 2}, {"deaths": 0}],
+                "workers": [{"deaths": 2, "up_s": 50.0, "busy_s": 20.0}, {"deaths": 0, "up_s": 60.0, "busy_s": 57.0}],
             },
         ),
         replace(
@@ -177,7 +177,7 @@ def test_the_report_says_it_in_lines_that_fit() -> None:
         "staging 2.0 s, engine 9.0 s (mean of 2 tasks)",
         "15.9 GPU seconds for each accepted sample (7.95 s of tasks)",
         "engine vllm, asked auto, max_num_seqs 256 (1 task) or 128 (1 task), workers 2",
-        "workers 2 died and were replaced",
+        "workers 2 engines; busy 40 to 95 % of their time; died and replaced 2 times",
         "1 prompt left out as too long; 200 tokens lost",
     ):
         assert said in flat
