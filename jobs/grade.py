@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     places = {id: place for place, id in enumerate(rows.ids)}
     with ListenerClient(job.ws, config) as listener:
         for shard in job.shards():
-            sampled = job.inputs(job.round, "sample")[shard.index].path("samples.parquet")
+            sampled = job.input(job.round, "sample", shard.index).path("samples.parquet")
             try:
                 grade(job, config, shard, sampled, lambda id: rows[places[id]], listener)
             except ServiceUnavailable as error:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 ROWS = 256
 """Samples in one row group."""
@@ -89,13 +89,13 @@ class GradedSample(Sample):
 S = TypeVar("S", bound=Sample)
 
 
-def write_samples(path: Path, samples: Sequence[S], kind: type[S]) -> None:
+def write_samples(to: Path | BinaryIO, samples: Sequence[S], kind: type[S]) -> None:
     """Write samples ordered by group, role and attempt.
 
     Parameters
     ----------
-    path
-        A parquet file.
+    to
+        A parquet file, or one that is open for writing and stays open.
     samples
         In any order. There may be none: the file then has columns only.
     kind
@@ -114,7 +114,7 @@ def write_samples(path: Path, samples: Sequence[S], kind: type[S]) -> None:
         if _place(one) == _place(other):
             raise ValueError(f"attempt {one.attempt} at {one.row_id} as {one.role} is there twice: {one.sample_id}")
     schema = _schema(kind)
-    with pq.ParquetWriter(path, schema) as writer:
+    with pq.ParquetWriter(to, schema) as writer:
         for start in range(0, len(ordered), ROWS):
             rows = ordered[start : start + ROWS]
             columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in schema]

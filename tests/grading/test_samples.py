@@ -79,6 +79,14 @@ def test_graded_samples_come_back_with_what_is_missing(tmp_path: Path) -> None:
     assert read_graded(tmp_path / "graded") == tuple(iter_graded(tmp_path / "graded")) == (whole, out)
 
 
+def test_an_open_file_takes_the_same_and_stays_open(tmp_path: Path) -> None:
+    write_samples(tmp_path / "named", [sample()], Sample)
+    with (tmp_path / "open").open("w+b") as file:
+        write_samples(file, [sample()], Sample)
+        file.seek(0)
+        assert file.read() == (tmp_path / "named").read_bytes()
+
+
 @pytest.mark.parametrize("kind", [Sample, GradedSample])
 def test_a_shard_without_samples_has_the_columns_of_the_others(tmp_path: Path, kind: type[Sample]) -> None:
     write_samples(tmp_path / "none", [], kind)
