@@ -1,0 +1,196 @@
+"""The one door to engines: which one it is and why, where its weights and caches lie, what it does about memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rl.cluster.entry import EndRecord, Spec
+from hpc_rl.engines.memory import notches_of
+from hpc_rl.engines.vllm_start import VllmMissing
+from hpc_rl.orchestrate.graph import StageId
+from hpc_rl.orchestrate.reconcile import end_records
+from hpc_rl.run import atomic
+from hpc_rl.run.workspace import Workspace
+
+from .opened_with import open_and_sample
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}", "OMP_NUM_THREADS": "1"}
+FAILING = "raise ValueError('… on kv cache allocation is less than requested memory for kv (10000.0 GiB).')"
+
+
+@pytest.fixture
+def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an environment without vLLM: neither found nor importable."""
+    monkeypatch.setitem(sys.modules, "vllm", None)
+
+
+def test_without_vllm_auto_is_transformers_and_says_why(
+    no_vllm: None, speaker_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        opened = open_and_sample({"base": str(speaker_folder), "sample": {"engine": "auto"}})
+    assert opened["kind"] == opened["description"]["engine"] == "transformers"
+    assert opened["description"]["asked"] == "auto"
+    assert opened["description"]["why"].startswith(f"vLLM is not installed for {sys.executable}")
+    (said,) = [message for message in caplog.messages if "engine auto" in message]
+    assert "sampling with transformers" in said and "vLLM is not installed" in said
+
+
+def test_vllm_without_vllm_is_an_error_with_the_ways_out(no_vllm: None, speaker_folder: Path) -> None:
+    with pytest.raises(VllmMissing, match=r"not installed for .* set the engine to transformers; with auto"):
+        open_and_sample({"base": str(speaker_folder), "sample": {"engine": "vllm"}})
+
+
+def test_transformers_is_no_fallback_where_it_was_asked_for(
+    speaker_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        opened = open_and_sample({"base": str(speaker_folder), "sample": {"engine": "transformers"}})
+    assert "why" not in opened["description"] and not [m for m in caplog.messages if "engine auto" in m]
+    assert opened["description"]["max_num_seqs"] == 32 and opened["loading"]["engine"] > 0
+
+
+def test_weights_on_the_nodes_disk_are_the_same_weights(
+    speaker_folder: Path, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NODE_DISK", str(tmp_path))
+    plain: dict[str, Any] = {"base": str(speaker_folder), "sample": {"engine": "transformers"}}
+    adapted = {**plain, "adapter": str(adapter_folder)}
+    on_disk = {"engine": "transformers", "stage_to": "$NODE_DISK/models"}
+    expected, expected_adapted = open_and_sample(plain), open_and_sample(adapted)
+    assert expected["tokens"] != expected_adapted["tokens"]
+
+    first = open_and_sample({**plain, "sample": on_disk})
+    assert first["tokens"] == expected["tokens"]
+    assert first["description"]["staged_by"] == "this process" and "staging" in first["loading"]
+    assert Path(first["description"]["staged"]).is_relative_to(tmp_path / "models")
+
+    beside = open_and_sample({**adapted, "sample": on_disk})
+    assert beside["tokens"] == expected_adapted["tokens"]
+    assert beside["description"]["staged"] == first["description"]["staged"], "the adapter is read from where it lies"
+
+    merged = [open_and_sample({**adapted, "sample": {**on_disk, "merge_adapter": True}}) for _ in range(2)]
+    assert merged[0]["tokens"] == merged[1]["tokens"] == expected_adapted["tokens"]
+    assert [m["description"]["staged_by"] for m in merged] == ["this process", "another process"]
+    assert "merging" in merged[0]["loading"] and "staging" not in merged[0]["loading"]
+
+
+def test_a_later_merger_replaces_that_of_the_round_before(
+    speaker_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    staged = []
+    for number in (1, 2):
+        adapter = tmp_path / "speaker" / f"round_{number:02d}"
+        shutil.copytree(adapter_folder, adapter)
+        sample = {"engine": "transformers", "stage_to": str(tmp_path / "local"), "merge_adapter": True}
+        opened = open_and_sample({"base": str(speaker_folder), "adapter": str(adapter), "sample": sample})
+        staged.append(Path(opened["description"]["staged"]))
+    assert not staged[0].exists() and staged[1].exists()
+
+
+def in_a_job(ws: Workspace, name: str, asked: Mapping[str, Any], out: Path) -> EndRecord:
+    """Open an engine in a process of its own, under the entry process of a job; how that ended."""
+    body = (sys.executable, str(HERE / "opened_with.py"), json.dumps(asked), str(out))
+    return run_job(ws, name, body)
+
+
+def run_job(ws: Workspace, name: str, body: tuple[str, ...]) -> EndRecord:
+    made = Spec(name, str(ws.root), 1, "sample", 4, "local", body, {})
+    made.save()
+    command = [sys.executable, "-m", "hpc_rl.cluster.entry", str(made.path)]
+    environment = {**ENVIRONMENT, "HPC_RL_JOB_ID": name, "HPC_RL_RESTART": "0"}
+    subprocess.run(command, cwd=HERE.parents[1], env=environment, timeout=300, check=False, capture_output=True)
+    (end,) = [end for end in end_records(ws, StageId(1, "sample")) if end.name == name]
+    return end
+
+
+@pytest.fixture
+def ws(tmp_path: Path) -> Workspace:
+    made = Workspace(tmp_path / "run")
+    atomic.write_json(made.config_path, {})
+    return made
+
+
+def test_an_engine_that_takes_too_much_takes_less_the_next_time_and_then_samples(
+    ws: Workspace, speaker_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed here")
+    sample = {
+        "engine": "auto",
+        "cpu_kv_cache_gib": 10_000.0,
+        "stage_to": str(tmp_path / "local"),
+        "merge_adapter": True,
+    }
+    asked = {
+        "base": str(speaker_folder),
+        "adapter": str(adapter_folder),
+        "sample": sample,
+        "cache_dir": str(ws.compile_cache),
+    }
+    out = tmp_path / "out.json"
+    end = in_a_job(ws, "sample-a1", asked, out)
+    assert end.outcome == "out of memory" and "requested memory for kv (10000.0 GiB)" in end.error
+    assert notches_of(ws, 1, "sample") == 1
+    assert len(list(ws.compile_cache.glob("*/slot_00/unsettled"))) == 1, "it did not get ready"
+    for number in (2, 3, 4):  # half of a large machine is more than a test may take
+        assert run_job(ws, f"sample-a{number}", (sys.executable, "-c", FAILING)).outcome == "out of memory"
+
+    notches = notches_of(ws, 1, "sample")
+    end = in_a_job(ws, "sample-a5", {**asked, "notches": notches}, out)
+    assert end.outcome == "done", end.error
+    said = ws.resolve(end.log).read_text()
+    assert "WARNING after running out of memory 4 times: cpu_kv_cache_gib" in said
+    assert "instead of 10000.0, max_num_seqs 16 instead of null" in said
+    opened = json.loads(out.read_text())
+    about = opened["description"]
+    assert (about["engine"], about["asked"], about["notches"], about["max_num_seqs"]) == ("vllm", "auto", 4, 16)
+    assert 0 < about["cpu_kv_cache_gib"] < 100 and about["load_strategy"] == "lazy"
+    assert (about["staged_by"], about["tensor_parallel_size"]) == ("another process", 1)
+    assert about["compile_cache"] == str(next(ws.compile_cache.glob("*/slot_00")))
+    assert not list(ws.compile_cache.glob("*/slot_00/unsettled"))
+    assert {"import", "merging", "engine"} == set(opened["loading"])
+    other = open_and_sample({**asked, "cache_dir": None, "sample": {**sample, "engine": "transformers"}})
+    assert opened["tokens"] == other["tokens"]
+
+
+def test_a_cache_without_room_for_one_prompt_is_an_error_that_says_what_to_raise(
+    ws: Workspace, speaker_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed here")
+    sample = {"engine": "auto", "cpu_kv_cache_gib": 0.0001}
+    end = in_a_job(ws, "sample-a1", {"base": str(speaker_folder), "sample": sample}, tmp_path / "out.json")
+    assert end.outcome == "error", "less memory would not help"
+    assert "the KV cache has no room with cpu_kv_cache_gib 0.0001: raise sample.cpu_kv_cache_gib, lower" in end.error
+    assert notches_of(ws, 1, "sample") == 0
+
+
+def test_an_architecture_that_vllm_does_not_know_is_sampled_with_transformers_by_auto_alone(
+    ws: Workspace, speaker_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed here")
+    folder, out = tmp_path / "new", tmp_path / "out.json"
+    shutil.copytree(speaker_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen9VLForEverything"]}))
+    end = in_a_job(ws, "sample-a1", {"base": str(folder), "sample": {"engine": "vllm"}}, out)
+    assert end.outcome == "error" and "Qwen9VLForEverything" in ws.resolve(end.log).read_text()
+    assert not out.exists()
+    end = in_a_job(ws, "sample-a2", {"base": str(folder), "sample": {"engine": "auto"}}, out)
+    assert end.outcome == "done", end.error
+    opened = json.loads(out.read_text())
+    why = "vLLM: Model architectures ['Qwen9VLForEverything'] are not supported for now"
+    assert (opened["description"]["engine"], opened["description"]["why"]) == ("transformers", why)
+    assert f"WARNING engine auto: sampling with transformers, which is slower. {why}" in ws.resolve(end.log).read_text()
+    plain = open_and_sample({"base": str(speaker_folder), "sample": {"engine": "transformers"}})
+    assert opened["tokens"] == plain["tokens"]
