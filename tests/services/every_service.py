@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from engines.answering import Answering
 from PIL import Image
 
 from hpc_rl.config.services import (
@@ -26,6 +25,7 @@ from hpc_rl.services.frame import Desk, Service
 from hpc_rl.services.hosting import Hosted, host
 from hpc_rl.services.images import ImageRoots
 from hpc_rl.services.pair_scorer import PairScorer
+from tests.engines.answering import Answering
 
 
 class Letters:

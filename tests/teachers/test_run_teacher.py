@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from engines.answering import Answering
 
 from hpc_rl.config.clients import TeacherClientConfig
 from hpc_rl.config.services import TeacherServiceConfig
@@ -18,6 +17,7 @@ from hpc_rl.services.teacher import Writer, service_of
 from hpc_rl.teachers.client import TeacherClient
 from hpc_rl.teachers.endpoints import OfTheRun
 from hpc_rl.teachers.questions import Reply
+from tests.engines.answering import Answering
 
 from .conftest import FAST, question
 
