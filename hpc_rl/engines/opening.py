@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import re
@@ -22,6 +23,7 @@ from hpc_rl.engines.base import Engine
 from hpc_rl.engines.described import DescribedEngine, OpenedEngine
 from hpc_rl.engines.memory import MemoryPlan
 from hpc_rl.engines.placing import Placed, place_weights
+from hpc_rl.run.private import NotPrivate
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ def open_engine(
             notches=notches,
         )
     opening = _Opening(speaker, sample, base, adapter, weights_hash, cache_dir, notches)
+    atexit.register(opening.lent.close)  # a job that does not close its engine would hold its slot until that is stale
     try:
         return opening.open(kind)
     except BaseException:
@@ -224,7 +227,11 @@ class _Opening:
         """Where what vLLM compiles is kept; None where it is not."""
         if self.cache_dir is None or not self.sample.keep_compiled:
             return None
-        slot = caches.claim(self.cache_dir, caches.what_compiles(), caches.own_number(self.sample.data_parallel_size))
+        number = caches.own_number(self.sample.data_parallel_size)
+        try:
+            slot = caches.claim(self.cache_dir, caches.what_compiles(), number)
+        except NotPrivate as error:
+            raise NotPrivate(f"{error}, or set sample.keep_compiled to false") from error
         if slot is not None:
             self.lent.callback(slot.close)
         return slot

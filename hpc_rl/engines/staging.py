@@ -27,6 +27,7 @@ from pathlib import Path
 
 from hpc_rl.engines.model_files import copy_files, digest, identity, model_files, weights_bytes
 from hpc_rl.engines.node_disk import NETWORK, FileLock, file_system_of
+from hpc_rl.run.private import make_private
 
 log = logging.getLogger(__name__)
 
@@ -88,10 +89,12 @@ class Staging:
         if self.file_system in NETWORK:
             log.warning(
                 "stage_to: %s is on %s, a file system over the network, not on this node's own disk: copies cost what "
-                "they should save, and its locks may not hold",
+                "they should save",
                 folder,
                 self.file_system,
             )
+            self.folder = folder / self._host  # a copy counts in one boot of one machine
+            make_private(self.folder)
 
     def model(self, source: Path) -> Staged:
         """A copy of a model folder, without the files that are never read (`model_files.UNREAD`).

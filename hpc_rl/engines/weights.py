@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_rl.config.lewis import LewisConfig
-from hpc_rl.run import manifest
+from hpc_rl.engines.model_files import identity, model_files
+from hpc_rl.run import atomic, manifest
 from hpc_rl.run.workspace import Workspace
 
 
@@ -25,11 +26,25 @@ def speaker_weights(ws: Workspace, config: LewisConfig, round: int) -> Weights:
     """The speaker after `round` rounds, as the manifest of its training names it; round 0: the model to start from."""
     base = str(config.speaker.path)
     if round == 0:
-        return Weights(base, None, weights_hash(Path(base)))
+        return Weights(base, None, noted_hash(Path(base), ws.root / "cache" / "weights"))
     made = manifest.read(ws, round, "train", 0)
     folder = ws.checkpoint_dir("speaker", round)
     digest = str(made.made_from["weights_out"])
     return Weights(str(folder), None, digest) if config.speaker.lora is None else Weights(base, folder, digest)
+
+
+def noted_hash(folder: Path, notes: Path) -> str:
+    """`weights_hash`, read from `notes` where it was computed before: else each task would read the whole model for it.
+
+    A note is about files by their path, names, sizes and times of change; whatever changes one of these is hashed anew.
+    """
+    note = notes / f"{identity(folder, model_files(folder))}.json"
+    try:
+        return str(atomic.read_json(note)["sha256"])
+    except FileNotFoundError:
+        digest = weights_hash(folder)
+        atomic.write_json(note, {"of": str(folder), "sha256": digest})
+        return digest
 
 
 def weights_hash(folder: Path) -> str:

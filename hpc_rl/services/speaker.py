@@ -190,6 +190,7 @@ def open_service(ws: Workspace, config: Config, round: int, options: SpeakerServ
         base=weights.base,
         adapter=weights.adapter,
         weights_hash=weights.hash,
+        cache_dir=ws.compile_cache,
     )
     describer = Describer(
         engine,

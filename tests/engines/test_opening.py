@@ -17,6 +17,7 @@ import pytest
 from hpc_rl.cluster.entry import EndRecord, Spec
 from hpc_rl.engines.memory import notches_of
 from hpc_rl.engines.vllm_start import VllmMissing
+from hpc_rl.engines.weights import noted_hash, weights_hash
 from hpc_rl.orchestrate.graph import StageId
 from hpc_rl.orchestrate.reconcile import end_records
 from hpc_rl.run import atomic
@@ -97,6 +98,18 @@ def test_a_later_merger_replaces_that_of_the_round_before(
         opened = open_and_sample({"base": str(speaker_folder), "adapter": str(adapter), "sample": sample})
         staged.append(Path(opened["description"]["staged"]))
     assert not staged[0].exists() and staged[1].exists()
+
+
+def test_the_bases_hash_is_computed_once_and_again_when_its_files_change(speaker_folder: Path, tmp_path: Path) -> None:
+    model, notes = tmp_path / "model", tmp_path / "notes"
+    shutil.copytree(speaker_folder, model)
+    first = noted_hash(model, notes)
+    assert first == weights_hash(model)
+    (note,) = notes.iterdir()
+    atomic.write_json(note, {"of": str(model), "sha256": "what was noted"})
+    assert noted_hash(model, notes) == "what was noted"
+    os.utime(model / "model.safetensors")
+    assert noted_hash(model, notes) == first and len(list(notes.iterdir())) == 2
 
 
 def in_a_job(ws: Workspace, name: str, asked: Mapping[str, Any], out: Path) -> EndRecord:

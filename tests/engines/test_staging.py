@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -253,13 +254,15 @@ def test_a_file_that_changes_while_it_is_copied_is_an_error_and_leaves_nothing(m
 
 
 def test_a_network_file_system_is_said_aloud(
-    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    model: Path, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Staging(folder)
     assert not caplog.records
     monkeypatch.setattr(staging_module, "NETWORK", frozenset({file_system_of(folder)}))
-    Staging(folder)
+    other = Staging(folder)
     assert f"{folder} is on {file_system_of(folder)}, a file system over the network" in caplog.text
+    with other.model(model) as copy:
+        assert copy.path.parent == folder / socket.gethostname(), "each node has its own, as on its own disk"
 
 
 def test_the_folder_is_of_this_user_alone_and_variables_are_those_of_the_node(tmp_path: Path) -> None:
