@@ -118,7 +118,6 @@ class AtWork:
         WriteFailure
             When the file system refuses; no part of the shard stays behind.
         """
-        path = self.shard.output("samples.parquet")
         tally = Tally.of(self._queue)
         metrics = {
             "task": origin.task,
@@ -138,9 +137,11 @@ class AtWork:
             **origin.made_from,
         }
         try:
-            write_samples(path, self.samples(origin), Sample)
-            return self.shard.commit([path], made_from=made_from, metrics=metrics)
+            with self.shard.create("samples.parquet") as file:
+                write_samples(file, self.samples(origin), Sample)
+                return self.shard.commit([file], made_from=made_from, metrics=metrics)
         except OSError as error:
+            path = self.shard.output("samples.parquet")
             path.unlink(missing_ok=True)
             self.shard.abandon()
             raise WriteFailure(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 
 class Shard(Protocol):
@@ -17,8 +17,15 @@ class Shard(Protocol):
     def output(self, name: str) -> Path:
         """A path that no other claim writes to."""
 
+    def create(self, name: str) -> BinaryIO:
+        """The output `name`, open for writing and for its commit."""
+
     def commit(
-        self, outputs: Sequence[Path], *, made_from: Mapping[str, Any], metrics: Mapping[str, Any] | None = None
+        self,
+        outputs: Sequence[Path | BinaryIO],
+        *,
+        made_from: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None = None,
     ) -> bool:
         """Declare the shard done; False when somebody else was faster."""
 

@@ -384,7 +384,8 @@ class Full:
 
             def full(name: str) -> Path:
                 path = output(name)
-                path.symlink_to("/dev/full")
+                if not path.exists():
+                    path.symlink_to("/dev/full")
                 return path
 
             shard.output = full
