@@ -1,0 +1,49 @@
+"""Readers of a round take no more memory for more samples, but for a few bytes each (`benchmarks.million`, smaller)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.million import MOST_INODES, footprint, make, run
+from hpc_rl.orchestrate.job import load
+
+pytestmark = pytest.mark.slow
+
+SIDES = ("sample", "grade", "train", "report", "status")
+SMALL, LARGE = (2_000, 20), (20_000, 200)
+"""Samples and shards."""
+
+MOST_BYTES_A_SAMPLE = 1500
+"""Of memory. A million may take 1.5 GB; held as Python objects, one takes 4 kB and more."""
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """What each side took, by the number of samples."""
+    found = {}
+    for samples, shards in (SMALL, LARGE):
+        root = tmp_path_factory.mktemp("million") / "run"
+        make(root, samples, shards, tokens=40)
+        found[samples] = {"root": root, **{side: run(side, root) for side in SIDES}}
+    return found
+
+
+def test_every_sample_is_drawn_and_reaches_training(measured: dict[int, dict[str, Any]]) -> None:
+    for samples, _ in (SMALL, LARGE):
+        assert measured[samples]["sample"]["samples"] == measured[samples]["train"]["samples"] == samples
+        assert f"{samples:,} samples of {samples // 4:,} prompts" in measured[samples]["report"]["said"]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_memory_grows_by_less_than_a_sample_would_take(measured: dict[int, dict[str, Any]], side: str) -> None:
+    small, large = (measured[samples][side]["peak_mb"] for samples, _ in (SMALL, LARGE))
+    assert (large - small) * 2**20 / (LARGE[0] - SMALL[0]) < MOST_BYTES_A_SAMPLE
+
+
+def test_a_shard_takes_three_inodes_at_most(measured: dict[int, dict[str, Any]]) -> None:
+    root: Path = measured[LARGE[0]]["root"]
+    inodes, _ = footprint(load(root, 1, "sample").folder)
+    assert inodes / LARGE[1] <= MOST_INODES
