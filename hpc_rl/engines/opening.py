@@ -238,13 +238,10 @@ class _Opening:
 
     def _plan(self, engine: str, *lowered: str) -> MemoryPlan:
         """The memory to take; what differs from the config is said aloud."""
-        plan = memory.plan(
-            self.sample,
-            self.notches,
-            engine,
-            memory_gib=memory.memory_gib(),
-            least_kv_gib=memory.kv_gib_of_longest(self.base, self.speaker.dtype, self.sample.max_model_len),
-        )
+        least = 0.0
+        if self.notches and "cpu_kv_cache_gib" in lowered:
+            least = memory.kv_gib_of_longest(self.base, self.speaker.dtype, self.sample.max_model_len)
+        plan = memory.plan(self.sample, self.notches, engine, memory_gib=memory.memory_gib(), least_kv_gib=least)
         memory.tell(plan, self.sample, lowered)
         self.description["notches"] = plan.notches
         return plan
@@ -252,8 +249,10 @@ class _Opening:
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
         started = time.monotonic()
-        yield
-        self.loading[part] = self.loading.get(part, 0.0) + time.monotonic() - started
+        try:
+            yield
+        finally:
+            self.loading[part] = self.loading.get(part, 0.0) + time.monotonic() - started
 
 
 @contextmanager

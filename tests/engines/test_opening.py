@@ -170,7 +170,8 @@ def test_an_engine_that_takes_too_much_takes_less_the_next_time_and_then_samples
     assert (about["engine"], about["asked"], about["notches"], about["max_num_seqs"]) == ("vllm", "auto", 4, 16)
     assert 0 < about["cpu_kv_cache_gib"] < 100 and about["load_strategy"] == "lazy"
     assert (about["staged_by"], about["tensor_parallel_size"]) == ("another process", 1)
-    assert about["compile_cache"] == str(next(ws.compile_cache.glob("*/slot_00")))
+    (slot,) = ws.compile_cache.glob("*/slot_00")
+    assert about["compile_cache"] == str(slot) and (slot / "model").resolve() == Path(about["staged"])
     assert not list(ws.compile_cache.glob("*/slot_00/unsettled"))
     assert {"import", "merging", "engine"} == set(opened["loading"])
     other = open_and_sample({**asked, "cache_dir": None, "sample": {**sample, "engine": "transformers"}})
