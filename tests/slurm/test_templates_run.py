@@ -23,9 +23,11 @@ def say(text):
     print(text, flush=True)
 say(f"round {sys.argv[sys.argv.index('--round') + 1]}, task {os.environ.get('SLURM_ARRAY_TASK_ID')}, rank "
     f"{os.environ['SLURM_PROCID']} of {os.environ['SLURM_NTASKS']}, {os.environ['SLURM_CPUS_PER_TASK']} CPUs")
-if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and Path("wait").exists():
+say(f"ends {os.environ.get('SLURM_JOB_END_TIME')}")
+first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+if first and Path("wait").exists():
     time.sleep(600)
-sys.exit(int(Path("status").read_text()) if Path("status").exists() else 0)
+sys.exit(int(Path("status").read_text()) if first and Path("status").exists() else 0)
 """
 
 
@@ -55,6 +57,22 @@ def test_a_template_logs_into_the_workspace(cluster: SlurmCluster, repository: P
     for task in (3, 5):
         log = (workspace / f"logs/round_07/sample/{job}_{task}-0.out").read_text()
         assert f"round 7, task {task}, rank 0 of 1, 2 CPUs" in log
+
+
+def test_a_sampling_job_knows_when_its_limit_strikes_and_goes_back_into_the_queue_for_want_of_time(
+    cluster: SlurmCluster, repository: Path, workspace: Path
+) -> None:
+    (repository / "status").write_text("124")
+    options = (*SMALL, "--array=0", "--time=7")
+    job = cluster.sbatch(*options, "slurm_templates/sample.sbatch", str(workspace), "1", cwd=repository)
+    log = workspace / f"logs/round_01/sample/{job}_0-0.out"
+    wait_for(lambda: log.exists() and "ends" in log.read_text(), "the body to run")
+    ends = next(line for line in log.read_text().splitlines() if line.startswith("ends"))
+    assert 390 < float(ends.split()[1]) - log.stat().st_mtime < 430
+    wait_for(lambda: [(q.state, q.reason) for q in cluster.queue()] == [("PENDING", "BeginTime")], "it to be requeued")
+    cluster.start_now(f"{job}_0")
+    cluster.wait_for_state(f"{job}_0", "COMPLETED", timeout_s=60)
+    assert "status 124" in log.read_text()
 
 
 def test_a_listener_submitted_as_an_array_is_as_many_replicas(
