@@ -43,10 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def bare(options: argparse.Namespace, lines: Sequence[dict[str, Any]]) -> tuple[dict[str, float], list[list[int]]]:
     """What it took, in seconds and tokens, and the sampled token ids."""
+    began = time.monotonic()
     from hpc_rl.engines.loading import load_processor, tokenizer_of
     from hpc_rl.engines.vllm_engine import sampling_options
-    from hpc_rl.engines.vllm_start import start_vllm
+    from hpc_rl.engines.vllm_start import import_vllm, start_vllm
 
+    import_vllm(batch_invariant=True)
     started = time.monotonic()
     processor = load_processor(options.model, options.min_pixels, options.max_pixels)
     llm = start_vllm(
@@ -71,6 +73,7 @@ def bare(options: argparse.Namespace, lines: Sequence[dict[str, Any]]) -> tuple[
         "samples": len(outputs),
         "tokens": tokens,
         "tokens_per_s": round(tokens / (done - prepared), 1),
+        "importing_s": round(started - began, 3),
         "starting_s": round(ready - started, 3),
         "preparing_s": round(prepared - ready, 3),
         "generating_s": round(done - prepared, 3),
