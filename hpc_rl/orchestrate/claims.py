@@ -49,10 +49,10 @@ log = logging.getLogger("hpc_rl")
 
 POLL_FIRST_S, POLL_MOST_S = 0.1, 5.0
 """Pauses between two looks at shards in other hands, growing from the first to the most."""
+POLL_SHARE = 0.1
+"""The first pause is this part of what a shard took here, if that is longer: the others need about as long."""
 SHARE = 50
 """A look is followed by a pause of so many times what it took: a slow file system is asked less often."""
-FRESH_S = 0.1
-"""A listing in which nothing was free need not be made again within so long."""
 OVERTAKEN_EVERY_S, OVERTAKEN_AT_THE_END_S = 30.0, 5.0
 """Pauses between two looks at whether others have done what is ours; the shorter one when none were free any more,
 since others begin to make copies then."""
@@ -83,12 +83,15 @@ class Claims:
         self._mine: dict[int, Shard] = {}
         self._linked: set[tuple[int, int]] = set()
         self._listing = Listing()
-        self._free: list[int] = []  # may be claimed, as far as we know; in order
+        # may be claimed, as far as we know; in order. Nothing is listed before we meet another task
+        self._free = [index for index in self._shards if index not in self._done]
         self._others: dict[int, str] = {}  # undone, in the hands of the holder with this token
-        self._at = self._misses = self._claimed_since_look = 0
+        self._at = random.randrange(len(self._free)) if self._free else 0
+        self._misses = self._claimed_since_look = 0
         self._listed = -1.0
         self._looked, self._look_took_s, self._look_at, self._pause_s = -float("inf"), 0.0, 0.0, 0.0
         self._beyond: dict[int, int] = {}  # generations that others have, whatever an old listing says
+        self._shard_took_s = 0.0
         self._met: dict[str, float] = {}  # other holders → when we first saw them
         self._overslept = 0
         self._progress = job.folder / "tasks" / f"{self.token}.progress"
@@ -109,15 +112,14 @@ class Claims:
     def next(self) -> Shard | None:
         """A free shard, claimed now. None when all that is left is in other hands, or when nothing is left."""
         with self._lock:
-            if self._listed < 0:
-                self._list()
-            elif self._claimed_since_look >= 16 * self._listing.operations:
+            if self._claimed_since_look >= 16 * self._listing.operations:
                 self._look()
             shard = self._claim_one()
             if shard is None and time.monotonic() >= self._look_at:
-                self._look(FRESH_S)
+                self._look(fresh_s=min(POLL_MOST_S, self._shard_took_s))
                 shard = self._claim_one()
-                self._pause_s = min(max(2 * self._pause_s, POLL_FIRST_S), POLL_MOST_S)
+                first_s = max(POLL_FIRST_S, POLL_SHARE * self._shard_took_s)
+                self._pause_s = min(max(2 * self._pause_s, first_s), POLL_MOST_S)
                 pause_s = max(self._pause_s, SHARE * self._look_took_s)
                 self._look_at = time.monotonic() + pause_s * random.uniform(0.75, 1.25)  # not all tasks at once
             if shard is not None:
@@ -188,7 +190,10 @@ class Claims:
         self._at = random.randrange(len(self._free)) if self._free else 0
 
     def _look(self, fresh_s: float = 0.0) -> None:
-        """List manifests and leases: what may be claimed is also what a holder that is gone has left undone."""
+        """List manifests and leases: what may be claimed is also what a holder that is gone has left undone.
+
+        A listing of the leases younger than `fresh_s` is not made again.
+        """
         began = time.monotonic()
         self._done = self._read_done()
         if self.left() and began - self._listed > fresh_s:
@@ -279,6 +284,8 @@ class Claims:
     def peers(self) -> int:
         """How many tasks of this stage showed signs of life at the last listing, ours included."""
         with self._lock:
+            if self._listed < 0:
+                self._list()
             return max(1, len(self._listing.holders))
 
     def overtaken(self, shards: Sequence[Shard]) -> list[Shard]:
@@ -304,6 +311,7 @@ class Claims:
         with self._lock:
             self._done.add(shard.index)
             self._mine.pop(shard.index, None)
+            self._shard_took_s = time.time() - shard.started
 
     def give_back(self, shard: Shard) -> None:
         """The shard is not ours any more; free at once for others unless it is done or taken over."""

@@ -204,7 +204,8 @@ def open_job(default_stage: str, argv: Sequence[str] | None = None) -> Job:
     if absent:
         log.error("%s is blocked: %s not there", job.stage.id, ", ".join(f"{id} is" for id in absent))
         raise SystemExit(EXIT_BLOCKED)
-    job.folder.mkdir(parents=True, exist_ok=True)
+    if not job.folder.is_dir():
+        job.folder.mkdir(parents=True, exist_ok=True)
     return job
 
 

@@ -125,9 +125,10 @@ class Presence:
     def __init__(self, folder: Path, ttl_s: float) -> None:
         self.folder, self.ttl_s = folder, ttl_s
         self.holder = Holder.this_process()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._files = [holder_path(folder, self.token)]
         self._inodes: set[int] = set()
+        self._server_time: float | None = None
         self._gone, self._overslept = False, 0
         self._create(self._files[0])
         self._stop = threading.Event()
@@ -154,8 +155,14 @@ class Presence:
         return self._overslept
 
     def now(self) -> float:
-        """The time on the file system's clock, as of our last heartbeat and the seconds since."""
+        """The time on the file system's clock: that of our last heartbeat, and the seconds since."""
         with self._lock:
+            if self._server_time is None:
+                try:
+                    self._server_time = os.stat(self._files[-1]).st_mtime
+                except FileNotFoundError:
+                    self._go_on_with_another_file(self._files[-1])
+            assert self._server_time is not None
             return self._server_time + time.monotonic() - self._beaten
 
     def link(self, lease: Path) -> bool:
@@ -204,16 +211,15 @@ class Presence:
                 self._overslept += time.monotonic() - self._beaten > self.ttl_s
             for file in files:
                 try:
-                    os.utime(file)
-                    server_time = file.stat().st_mtime
+                    with self._lock:
+                        os.utime(file)
+                        self._beaten, self._server_time = time.monotonic(), None  # it is asked for when it is needed
                 except FileNotFoundError:
                     self._overslept += not self._gone
                     self._gone = True
                     continue
                 except OSError:
                     continue  # a hiccup of the file system: the next beat may reach it before we are taken for dead
-                with self._lock:
-                    self._beaten, self._server_time = time.monotonic(), server_time
 
     def close(self) -> None:
         """Give every lease back at once, so that the next holders need not wait for them to become stale."""

@@ -120,8 +120,8 @@ class Hearts:
 
     def beats(self, token: str) -> bool:
         """True while the holder `token`, whose file was there just now, is believed to be alive."""
+        now = self._now()
         try:
-            now = self._now()
             if token not in self._seen or self._seen[token][1] + self._ttl_s < now:
                 self._seen[token] = see(holder_path(self._folder, token))
         except FileNotFoundError:
