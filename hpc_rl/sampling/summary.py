@@ -6,9 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from hpc_rl.run.atomic import CorruptFile
 from hpc_rl.run.manifest import Manifest
 from hpc_rl.sampling.lives import PARTS, Life
 from hpc_rl.sampling.tally import Tally
+
+COUNTS = ("prompts", "dropped", "samples", "tokens", "cut_off")
+"""What adds up over the manifests' metrics."""
 
 Settings = Mapping[str, Mapping[str, int]]
 """By name, each value that tasks had, with how many had it."""
@@ -161,17 +165,27 @@ class Summary:
 
 
 def published(manifests: Iterable[Manifest]) -> Published:
-    """Add manifests of sampled shards up, one after the other."""
+    """Add manifests of sampled shards up, one after the other.
+
+    Raises
+    ------
+    CorruptFile
+        When one lacks a number that sampling jobs write.
+    """
     sums: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     tally = Tally()
     for manifest in manifests:
         metrics = manifest.metrics
-        sums["shards"] += 1
-        for name in ("prompts", "dropped", "samples", "tokens", "cut_off"):
-            sums[name] += metrics[name]
-        kept[metrics["task"]] += metrics["tokens"]
-        tally += Tally.from_plain(metrics["by_role"])
+        try:
+            sums.update({"shards": 1, **{name: metrics[name] for name in COUNTS}})
+            kept[metrics["task"]] += metrics["tokens"]
+            tally += Tally.from_plain(metrics["by_role"])
+        except KeyError as error:
+            where = f"round {manifest.round} {manifest.stage} shard {manifest.shard}"
+            raise CorruptFile(
+                f"the manifest of {where} has no metrics.{error.args[0]}: no sampling job wrote it"
+            ) from error
     return Published(**sums, tally=tally, kept=kept)
 
 

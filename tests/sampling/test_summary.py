@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_rl.cluster.entry import EndRecord
+from hpc_rl.run.atomic import CorruptFile
 from hpc_rl.run.manifest import Manifest
 from hpc_rl.sampling.lives import PARTS, Life, lives
 from hpc_rl.sampling.record import PHASES, TaskRecord
@@ -207,3 +208,10 @@ def test_a_histogram_of_many_tries_stays_short() -> None:
     many = Tally({"speaker": {n: 1 for n in range(4, 65)}}, {"speaker": 200}, {"speaker": 1})
     shown = text("r", summarise(published([shard(0, "one", 1, many)]), []))
     assert "12: 1, 13: 1, 14 to 64: 51" in " ".join(shown.split())
+
+
+def test_a_manifest_that_no_sampling_job_wrote_is_named() -> None:
+    with pytest.raises(CorruptFile, match=r"round 1 sample shard 7 has no metrics\.task"):
+        published([shard(0, "one", 1, HELPFUL), replace(shard(7, "one", 1, HELPFUL), metrics={
+            name: 0 for name in ("prompts", "dropped", "samples", "tokens", "cut_off")
+        })])  # fmt: skip
