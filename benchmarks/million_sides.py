@@ -142,7 +142,7 @@ def train(root: Path, ready: Callable[[], None]) -> dict[str, Any]:
     places = {id: place for place, id in enumerate(rows.ids)}
     began = time.monotonic()
     sizes = config.sample.samples_per_prompt, config.sample.prompts_per_round
-    rollouts = store.read(body._graded(job), *sizes)
+    rollouts = store.read(body.graded_files(job), *sizes)
     reading_s = time.monotonic() - began
     shape = plan.Shape(ranks=8, accumulation=4, batch=8)
     made = plan.make(rollouts, shape, epochs=1, passes=1, scale="group", run_seed=0, round=ROUND)

@@ -95,7 +95,7 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
     else:
         sample = config.sample
         trained = stored.train(
-            training, store.read(_graded(job), sample.samples_per_prompt, sample.prompts_per_round, world.rank)
+            training, store.read(graded_files(job), sample.samples_per_prompt, sample.prompts_per_round, world.rank)
         )
     if shard.lease is None:
         return
@@ -117,7 +117,7 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
             append(config.logging.prediction_log, outputs[0])
 
 
-def _graded(job: Job) -> Iterator[Path]:
+def graded_files(job: Job) -> Iterator[Path]:
     """The round's graded samples, shard by shard. A generator: only the rank of a node that goes through it reads."""
     for manifest in job.inputs(job.round, "grade"):
         yield manifest.path("graded.parquet")
