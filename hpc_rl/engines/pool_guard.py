@@ -74,9 +74,15 @@ def watch(worker: subprocess.Popen[bytes], output: Output, pool_pid: int) -> Non
             sources = [0]
 
 
-def end(worker: subprocess.Popen[bytes], output: Output) -> int:
-    """Kill the worker if it is alive, then all that it has left; its exit code, minus the signal if one killed it."""
-    shared = _shared_memory(_descendants())
+def end(worker: subprocess.Popen[bytes], output: Output, since: float) -> int:
+    """Kill the worker if it is alive, then all that it has left; its exit code, minus the signal if one killed it.
+
+    Parameters
+    ----------
+    since
+        When it was started, in seconds since the epoch.
+    """
+    shared = _shared_memory(_descendants(), since)
     if worker.poll() is None:
         worker.kill()
     code = worker.wait()
@@ -130,14 +136,20 @@ def _is_tracker(pid: int) -> bool:
     return False
 
 
-def _shared_memory(pids: list[int]) -> set[Path]:
-    """Named shared memory (shm_overview(7)) that these processes use: whoever made it may not live to remove it."""
+def _shared_memory(pids: list[int], since: float) -> set[Path]:
+    """Named shared memory (shm_overview(7)) of these processes: whoever made it may not live to remove it."""
     found = set()
     for pid in pids:
         with suppress(OSError):
             lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
             found |= {Path(line.split(maxsplit=5)[5]) for line in lines if " /dev/shm/" in line}
-    return {path for path in found if path.exists() and path.stat().st_uid == os.getuid()}
+    ours = set()
+    for path in found:
+        with suppress(FileNotFoundError):  # or it is removed already
+            status = path.stat()
+            if status.st_uid == os.getuid() and status.st_ctime >= since:  # older: that of others
+                ours.add(path)
+    return ours
 
 
 def main(argv: list[str]) -> int:
@@ -146,6 +158,7 @@ def main(argv: list[str]) -> int:
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, lambda *_: None)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of the worker become our children
+    since = time.time() - 1.0  # the clock of files ticks more coarsely
     worker = subprocess.Popen(
         [sys.executable, "-u", "-m", "hpc_rl.engines.pool_worker", str(sock)],
         stdin=subprocess.DEVNULL,
@@ -158,7 +171,7 @@ def main(argv: list[str]) -> int:
     assert worker.stdout is not None
     output = Output(worker.stdout.fileno(), b"worker %d: " % number)
     watch(worker, output, pool_pid)
-    code = end(worker, output)
+    code = end(worker, output, since)
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(BrokenPipeError):
         print(json.dumps({"code": code, "tail": output.tail.decode(errors="replace")}), flush=True)

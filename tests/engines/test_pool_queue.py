@@ -54,9 +54,11 @@ def test_the_rest_of_a_group_follows_and_so_do_its_retries() -> None:
         queue.finished(worker, items[0].id)
     for worker, items in queue.take({0: (2, 2), 1: (2, 2)}):
         assert [item.group for item in items] == [homes[worker]]
-    queue.add("0-retry", Request(prompts[0], 99), SAMPLING)
-    ((worker, (item,)),) = queue.take({0: (4, 4), 1: (4, 4)})
-    assert item.key == "0-retry" and item.group is homes[worker]
+    for name, prompt in zip("ab", prompts, strict=True):
+        queue.add(f"{name}-retry", Request(prompt, 99), SAMPLING)
+        ((worker, (item,)),) = queue.take({0: (9, 9), 1: (9, 9)})
+        assert item.key == f"{name}-retry" and item.group is homes[worker]
+        queue.finished(worker, item.id)
 
 
 def test_a_worker_without_work_takes_from_the_others() -> None:
