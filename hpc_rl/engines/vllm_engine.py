@@ -126,7 +126,7 @@ class VllmEngine:
 
         self._engine = self._llm.llm_engine
         self._max_model_len: int = self._engine.model_config.max_model_len
-        self._adapter = None if adapter is None else LoRARequest(adapter_name, _lora_id(adapter_name), str(adapter))
+        self._adapter = None if adapter is None else LoRARequest(adapter_name, lora_id(adapter_name), str(adapter))
         self._prompts: InFlight[_Ready] = InFlight(self._read)
         self._flights: dict[str, _Flight] = {}
         self._last_params: tuple[Sampling, Any] | None = None
@@ -264,6 +264,6 @@ def sampling_options(min_pixels: int | None, max_pixels: int | None, images_per_
     return options
 
 
-def _lora_id(name: str) -> int:
+def lora_id(name: str) -> int:
     """The number by which vLLM's workers know an adapter, as much its own as its name."""
     return 1 + int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % (2**31 - 1)

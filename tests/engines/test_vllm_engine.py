@@ -15,6 +15,7 @@ import pytest
 from hpc_rl.engines.base import Completion, Sampling, banned_ids, generate
 from hpc_rl.engines.loading import load_processor
 from hpc_rl.engines.transformers_engine import TransformersEngine
+from hpc_rl.engines.vllm_engine import lora_id
 
 from .conftest import PIXELS, requests
 from .sample_with_vllm import last_tokens
@@ -71,6 +72,12 @@ def test_a_lora_request_is_what_peft_computes(sampled: Any, speaker_folder: Path
     adapted = TransformersEngine(str(speaker_folder), adapter_folder, **PIXELS)
     assert_same_samples(sampled["adapter"], generate(adapted, requests(), Sampling(1.0, 12)))
     assert [c.token_ids for c in sampled["adapter"]] != [c.token_ids for c in sampled["plain"]]
+
+
+def test_adapters_of_different_rounds_have_different_numbers() -> None:
+    numbers = [lora_id(f"speaker-{weights:016x}") for weights in range(1000)]
+    assert len(set(numbers)) == 1000 and min(numbers) > 0 and max(numbers) < 2**31
+    assert numbers[3] == lora_id("speaker-0000000000000003")
 
 
 def test_samples_do_not_depend_on_what_the_engine_did_before(sampled: Any) -> None:
