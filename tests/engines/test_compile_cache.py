@@ -39,10 +39,15 @@ def taken(folder: Path, number: int = 0, compiler: dict[str, str] = COMPILER) ->
     return slot
 
 
-def start(folder: Path, how: str) -> subprocess.Popen[str]:
-    """Another process that holds slot 0 and has compiled something into it."""
+def begin(folder: Path, how: str) -> subprocess.Popen[str]:
+    """Another process that takes a slot, compiles something into it, and stays."""
     command = [sys.executable, "-c", HOLDER, str(folder), how]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def start(folder: Path, how: str) -> subprocess.Popen[str]:
+    """Such a process that holds slot 0."""
+    process = begin(folder, how)
     assert process.stdout is not None and process.stdout.readline() == "slot_00\n"
     return process
 
@@ -64,6 +69,15 @@ def test_two_processes_never_have_one_slot(folder: Path) -> None:
     other.communicate()
     with taken(folder) as mine:
         assert mine.folder.name == "slot_00" and (mine.folder / "kernel").exists()
+
+
+def test_processes_that_begin_together_get_different_slots(folder: Path) -> None:
+    processes = [begin(folder, "settle") for _ in range(3)]
+    names = [process.stdout.readline().strip() for process in processes if process.stdout]
+    for process in processes:
+        process.kill()
+        process.communicate()
+    assert len(set(names)) == 3 and all(names), names
 
 
 def test_what_a_process_left_that_was_killed_while_it_started_is_not_used(folder: Path) -> None:
