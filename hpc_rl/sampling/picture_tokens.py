@@ -74,8 +74,9 @@ def _most_tokens(processor: Any) -> float:
     On the way down the sides are rounded down, but none to nothing: a narrow picture may stay larger than max_pixels.
     On the way up they are rounded up.
     """
-    images = getattr(processor, "image_processor", None)
-    if images is None or "max_pixels" not in getattr(images.valid_kwargs, "__annotations__", {}):
+    images: Any = getattr(processor, "image_processor", None)
+    options = getattr(getattr(images, "valid_kwargs", None), "__annotations__", {})
+    if not {"min_pixels", "max_pixels", "merge_size"} <= set(options):
         return math.inf
     patch = (images.patch_size * images.merge_size) ** 2
     least, most = images.size["shortest_edge"] / patch, images.size["longest_edge"] / patch
