@@ -19,46 +19,35 @@ Safe to use from several threads, with one exception: `close` comes after the la
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from hpc_rl.orchestrate.board import Board
 from hpc_rl.orchestrate.shard import Shard, ShardLease
-from hpc_rl.run import manifest
 from hpc_rl.run.presence import Presence
-from hpc_rl.run.shard_leases import (
-    Claimed,
-    Hearts,
-    Listing,
-    copy_path,
-    is_given_back,
-    leases_of,
-    read_listing,
-    shard_lease_path,
-)
+from hpc_rl.run.shard_leases import copy_path, is_given_back, leases_of, shard_lease_path
 
 if TYPE_CHECKING:
     from hpc_rl.orchestrate.job import Job
-
-log = logging.getLogger("hpc_rl")
 
 POLL_FIRST_S, POLL_MOST_S = 0.1, 5.0
 """Pauses between two looks at shards in other hands, growing from the first to the most."""
 POLL_SHARE = 0.1
 """The first pause is this part of what a shard took here, if that is longer: the others need about as long."""
+LOOK_EVERY = 16
+"""So many claims, times what a listing costs, are followed by a look, so that `left` and `free` do not grow too old."""
 SHARE = 50
 """A look is followed by a pause of so many times what it took: a slow file system is asked less often."""
 OVERTAKEN_EVERY_S, OVERTAKEN_AT_THE_END_S = 30.0, 5.0
 """Pauses between two looks at whether others have done what is ours; the shorter one when none were free any more,
 since others begin to make copies then."""
 PROGRESS_EVERY_S = 5.0
-STRANGERS = 8
-"""Holders of nothing that are looked at in one look, so that dead ones do not count as peers for ever."""
 
 
 class Claims:
@@ -73,26 +62,16 @@ class Claims:
     """
 
     def __init__(self, job: Job, done: frozenset[int] | None = None) -> None:
-        self._job, self._shards = job, range(job.stage.shards)
+        self._job, self._folder = job, leases_of(job.folder)
         self._lock = threading.RLock()
-        self._folder = leases_of(job.folder)
         self._presence = Presence(self._folder, job.config.run.lease_ttl_s)
-        self._hearts = Hearts(self._folder, job.config.run.lease_ttl_s, self._presence.now)
         self._descriptor: int | None = os.open(job.folder, os.O_RDONLY | os.O_DIRECTORY)
-        self._done = self._read_done() if done is None else set(done)
+        shards = job.stage.shards
+        self._board = Board(job.ws, job.round, job.stage.name, shards, self._folder, self._presence, done)
         self._mine: dict[int, Shard] = {}
-        self._linked: set[tuple[int, int]] = set()
-        self._listing = Listing()
-        # may be claimed, as far as we know; in order. Nothing is listed before we meet another task
-        self._free = [index for index in self._shards if index not in self._done]
-        self._others: dict[int, str] = {}  # undone, in the hands of the holder with this token
-        self._at = random.randrange(len(self._free)) if self._free else 0
-        self._misses = self._claimed_since_look = 0
-        self._listed = -1.0
-        self._looked, self._look_took_s, self._look_at, self._pause_s = -float("inf"), 0.0, 0.0, 0.0
-        self._beyond: dict[int, int] = {}  # generations that others have, whatever an old listing says
-        self._shard_took_s = 0.0
-        self._met: dict[str, float] = {}  # other holders → when we first saw them
+        self._linked: set[tuple[int, int]] = set()  # shards and generations
+        self._misses = self._claimed = 0  # since the last listing
+        self._look_at = self._pause_s = self._shard_took_s = 0.0
         self._overslept = 0
         self._progress = job.folder / "tasks" / f"{self.token}.progress"
         self._reported = -float("inf")
@@ -112,7 +91,7 @@ class Claims:
     def next(self) -> Shard | None:
         """A free shard, claimed now. None when all that is left is in other hands, or when nothing is left."""
         with self._lock:
-            if self._claimed_since_look >= 16 * self._listing.operations:
+            if self._claimed >= LOOK_EVERY * self._board.listing.operations:
                 self._look()
             shard = self._claim_one()
             if shard is None and time.monotonic() >= self._look_at:
@@ -120,7 +99,7 @@ class Claims:
                 shard = self._claim_one()
                 first_s = max(POLL_FIRST_S, POLL_SHARE * self._shard_took_s)
                 self._pause_s = min(max(2 * self._pause_s, first_s), POLL_MOST_S)
-                pause_s = max(self._pause_s, SHARE * self._look_took_s)
+                pause_s = max(self._pause_s, SHARE * self._board.took_s)
                 self._look_at = time.monotonic() + pause_s * random.uniform(0.75, 1.25)  # not all tasks at once
             if shard is not None:
                 self._pause_s = 0.0
@@ -131,26 +110,29 @@ class Claims:
         """How long it makes no sense to ask `next` again, after it gave None."""
         return max(0.0, self._look_at - time.monotonic())
 
+    def _look(self, fresh_s: float = 0.0) -> None:
+        self._misses = self._claimed = 0
+        self._board.look(self._mine, fresh_s)
+
     def _claim_one(self) -> Shard | None:
-        while self._free:
-            if self._at >= len(self._free):
-                self._at = random.randrange(len(self._free))
-            index = self._free.pop(self._at)  # the next one is at the same place now
-            if shard := self._take(index):
-                self._claimed_since_look += 1
+        anywhere = False
+        while self._board.free:
+            if shard := self._take(self._board.pick(anywhere)):
+                self._claimed += 1
                 return shard
-            if self._misses >= self._listing.operations:
-                self._list()
-            elif self._free:
-                self._at = random.randrange(len(self._free))
+            anywhere = True
+            if self._misses >= self._board.listing.operations:
+                self._misses = self._claimed = 0
+                self._board.list_leases(self._mine)
         return None
 
     def _take(self, index: int) -> Shard | None:
-        known = self._listing.shards.get(index)
+        known = self._board.listing.shards.get(index)
         generation = 0 if known is None else known.generation
         if known is not None:
-            if not self._presence.wrote(known.inode):
-                if not is_given_back(shard_lease_path(self._folder, index, generation), self._hearts):
+            holder = self._board.holder_of(known)
+            if holder is None or not self._presence.owns(holder):
+                if not is_given_back(shard_lease_path(self._folder, index, generation), self._board.hearts):
                     return None
             elif (index, generation) not in self._linked:
                 # an NFS server made the link that we asked for, and its answer was lost (link(2), BUGS)
@@ -158,14 +140,11 @@ class Claims:
         generation += 1
         if not self._presence.link(shard_lease_path(self._folder, index, generation)):
             self._misses += 1
-            self._beyond[index] = generation
+            self._board.missed[index] = generation
             return None
         shard = self._hold(index, generation)
-        if generation > 1 and shard.manifest_path.exists():  # whoever had it has done it since we looked
-            self._done.add(index)
-            del self._mine[index]
-            return None
-        return shard
+        # whoever had it may have done it since we looked
+        return shard if generation == 1 else self._unless_done(shard)
 
     def _hold(self, index: int, generation: int, copy: bool = False) -> Shard:
         path = copy_path(self._folder, index, generation) if copy else shard_lease_path(self._folder, index, generation)
@@ -175,67 +154,12 @@ class Claims:
         self._mine[index] = shard
         return shard
 
-    # looking
-
-    def _read_done(self) -> set[int]:
-        job = self._job
-        return set(manifest.done_shards(job.ws, job.round, job.stage.name).intersection(self._shards))
-
-    def _list(self) -> None:
-        """List the leases; what may be claimed then is what nobody has ever claimed."""
-        self._listed, self._listing = time.monotonic(), read_listing(self._folder)
-        self._misses = self._claimed_since_look = 0
-        claimed = (self._listing.shards, self._beyond, self._done, self._mine)
-        self._free = [index for index in self._shards if not any(index in known for known in claimed)]
-        self._at = random.randrange(len(self._free)) if self._free else 0
-
-    def _look(self, fresh_s: float = 0.0) -> None:
-        """List manifests and leases: what may be claimed is also what a holder that is gone has left undone.
-
-        A listing of the leases younger than `fresh_s` is not made again.
-        """
-        began = time.monotonic()
-        self._done = self._read_done()
-        if self.left() and began - self._listed > fresh_s:
-            self._list()
-        self._free, self._others = [], {}
-        for index in self._shards:
-            if index in self._done or index in self._mine:
-                continue
-            known = self._listing.shards.get(index)
-            if index in self._beyond and (known is None or known.generation < self._beyond[index]):
-                continue
-            holder = None if known is None else self._living_holder(known)
-            if holder is None:
-                self._free.append(index)
-            else:
-                self._others[index] = holder
-        self._at = random.randrange(len(self._free)) if self._free else 0
-        self._look_at_strangers()
-        self._looked, self._look_took_s = time.monotonic(), time.monotonic() - began
-
-    def _living_holder(self, known: Claimed) -> str | None:
-        for inode in (known.inode, known.copy_inode):
-            token = self._listing.holders.get(inode) if inode is not None else None
-            if token is not None and not self._presence.wrote(inode or 0):
-                if self._hearts.beats(token):
-                    return token
-                self._bury(token)
+    def _unless_done(self, shard: Shard) -> Shard | None:
+        if not shard.manifest_path.exists():
+            return shard
+        self._board.done.add(shard.index)
+        del self._mine[shard.index]
         return None
-
-    def _bury(self, token: str) -> None:
-        self._hearts.bury(token)
-        self._listing.holders = {inode: other for inode, other in self._listing.holders.items() if other != token}
-
-    def _look_at_strangers(self) -> None:
-        """Remove the files of holders that are dead and hold nothing that is undone."""
-        now, met = time.monotonic(), self._met
-        tokens = [token for inode, token in self._listing.holders.items() if not self._presence.wrote(inode)]
-        self._met = {token: met.get(token, now) for token in tokens}
-        old = [token for token in tokens if now - self._met[token] > self._presence.ttl_s]
-        for token in random.sample(old, min(STRANGERS, len(old))):
-            if not self._hearts.beats(token):
-                self._bury(token)
 
     # what others do
 
@@ -248,78 +172,76 @@ class Claims:
         with self._lock:
             if time.monotonic() >= self._look_at:
                 self._look()
-            left = Counter(self._others.values())
-            candidates = [i for i in self._others if self._listing.shards[i].copy_inode is None and i not in self._mine]
+            shards, others = self._board.listing.shards, self._board.others
+            left = Counter(others.values())
+            candidates = [i for i in others if shards[i].copy_inode is None and i not in self._mine]
             random.shuffle(candidates)
-            for index in sorted(candidates, key=lambda i: -left[self._others[i]]):
-                known = self._listing.shards[index]
-                made = self._presence.link(copy_path(self._folder, index, known.generation))
+            for index in sorted(candidates, key=lambda i: -left[others[i]]):
+                generation = shards[index].generation
+                made = self._presence.link(copy_path(self._folder, index, generation))
                 # whether it was made now or before: there is one from now on
-                self._listing.shards[index] = Claimed(known.generation, known.inode, known.inode)
-                if made:
-                    shard = self._hold(index, known.generation, copy=True)
-                    if not shard.manifest_path.exists():
-                        return shard
-                    self._done.add(index)
-                    del self._mine[index]
+                shards[index] = replace(shards[index], copy_inode=shards[index].inode)
+                if made and (shard := self._unless_done(self._hold(index, generation, copy=True))):
+                    return shard
             return None
 
     def all_done(self) -> bool:
         """True when every shard has its manifest. Cheap to poll: it looks no more often than `next` does."""
         with self._lock:
-            if self.left() and time.monotonic() >= self._look_at:
+            if self._board.left and time.monotonic() >= self._look_at:
                 self._look()
-            return not self.left()
+            return not self._board.left
 
     def left(self) -> int:
         """How many shards had no manifest at the last look."""
         with self._lock:
-            return len(self._shards) - len(self._done)
+            return self._board.left
 
     def free(self) -> int:
         """How many shards nobody had at the last listing, less those that were claimed here since."""
         with self._lock:
-            return len(self._free)
+            return len(self._board.free)
 
     def peers(self) -> int:
         """How many tasks of this stage showed signs of life at the last listing, ours included."""
         with self._lock:
-            if self._listed < 0:
-                self._list()
-            return max(1, len(self._listing.holders))
+            self._board.list_leases_once(self._mine)
+            return max(1, len(self._board.listing.holders))
 
     def overtaken(self, shards: Sequence[Shard]) -> list[Shard]:
         """Those of `shards` that somebody else has committed or taken over meanwhile. Cheap to poll."""
         with self._lock:
-            pause_s = OVERTAKEN_EVERY_S if self._free else OVERTAKEN_AT_THE_END_S
+            pause_s = OVERTAKEN_EVERY_S if self._board.free else OVERTAKEN_AT_THE_END_S
             if self._presence.overslept > self._overslept:
                 self._overslept, pause_s = self._presence.overslept, 0.0
-            if time.monotonic() - self._looked >= max(pause_s, SHARE * self._look_took_s):
+            if time.monotonic() - self._board.looked >= max(pause_s, SHARE * self._board.took_s):
                 self._look()
             return [shard for shard in shards if self._is_overtaken(shard)]
 
     def _is_overtaken(self, shard: Shard) -> bool:
         assert shard.lease is not None
-        known = self._listing.shards.get(shard.index)
+        known = self._board.listing.shards.get(shard.index)
         newer = known is not None and known.generation > shard.lease.generation
-        return not shard.committed and (newer or shard.index in self._done)
+        return not shard.committed and (newer or shard.index in self._board.done)
 
     # giving back
 
     def settled(self, shard: Shard) -> None:
         """The shard has its manifest now, ours or another."""
         with self._lock:
-            self._done.add(shard.index)
+            self._board.done.add(shard.index)
             self._mine.pop(shard.index, None)
             self._shard_took_s = time.time() - shard.started
 
     def give_back(self, shard: Shard) -> None:
         """The shard is not ours any more; free at once for others unless it is done or taken over."""
         with self._lock:
-            if self._mine.pop(shard.index, None) is None or shard.index in self._done:
+            if self._mine.get(shard.index) is not shard:
                 return
-            assert shard.lease is not None
-            shard.lease.give_back()
+            del self._mine[shard.index]
+            if not self._is_overtaken(shard):
+                assert shard.lease is not None
+                shard.lease.give_back()
 
     def progress(self, done: int, total: int) -> None:
         """Say how far this task is with the shards in its hands; for `status`, one small file for the task."""

@@ -26,8 +26,9 @@ def is_at_work(ws: Workspace, stage: Stage, ttl_s: float) -> bool:
     folder = leases_of(ws.stage_dir(stage.round, stage.name))
     listing = read_listing(folder)
     done = manifest.done_shards(ws, stage.round, stage.name)
-    at_work = {claimed.inode for shard, claimed in listing.shards.items() if shard not in done}
-    holders = {listing.holders[inode] for inode in at_work & listing.holders.keys()}
+    undone = [claimed for shard, claimed in listing.shards.items() if shard not in done]
+    at_work = {claimed.inode for claimed in undone} | {claimed.copy_inode for claimed in undone}
+    holders = {listing.holders[inode] for inode in at_work & listing.holders.keys() if inode is not None}
     if not holders:
         return False
     now = file_system_now(folder)

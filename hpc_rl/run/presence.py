@@ -127,7 +127,6 @@ class Presence:
         self.holder = Holder.this_process()
         self._lock = threading.RLock()
         self._files = [holder_path(folder, self.token)]
-        self._inodes: set[int] = set()
         self._server_time: float | None = None
         self._gone, self._overslept = False, 0
         self._create(self._files[0])
@@ -140,9 +139,9 @@ class Presence:
         """Unique to this presence; part of the names of what is written under its leases."""
         return self.holder.token
 
-    def wrote(self, inode: int) -> bool:
-        """True for the file (and the leases) of this presence."""
-        return inode in self._inodes
+    def owns(self, token: str) -> bool:
+        """True for the token in one of our files, of which a presence with very many leases has several."""
+        return token.partition("-")[0] == self.token
 
     @property
     def taken_for_dead(self) -> bool:
@@ -200,9 +199,7 @@ class Presence:
             file.write(json.dumps(record).encode())
             file.flush()
             os.fsync(file.fileno())  # so that the time below is the server's, not the one of this client's cache
-            state = os.fstat(file.fileno())
-        self._beaten, self._server_time = time.monotonic(), state.st_mtime
-        self._inodes.add(state.st_ino)
+            self._beaten, self._server_time = time.monotonic(), os.fstat(file.fileno()).st_mtime
 
     def _beat(self) -> None:
         while not self._stop.wait(self.ttl_s / BEATS):

@@ -176,7 +176,7 @@ def test_shards_of_a_frozen_task_are_taken_over_and_it_finds_out(make_job: MakeJ
     taken = [patiently(other.next) for _ in range(2)]
     indices = {shard.index for shard in taken}
     # a heart that stood still for a whole ttl looks at once; here it is the pause between two looks that ends
-    frozen._looked = -1e9
+    frozen._board.looked = -1e9
     assert {shard.index for shard in frozen.overtaken(held)} == indices
     assert all(finish(shard) for shard in taken)
     lost = [finish(shard) for shard in held if shard.index in indices]

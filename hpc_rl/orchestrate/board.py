@@ -1,0 +1,159 @@
+"""What a task knows of its stage's shards: which are done, which are free, which are in whose hands. It may be old.
+
+Nothing is listed before the task meets another one: what is not done is taken for free until then.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Container, Sequence
+from pathlib import Path
+
+from hpc_rl.run import manifest
+from hpc_rl.run.presence import Presence
+from hpc_rl.run.shard_leases import Claimed, Hearts, Listing, read_listing
+from hpc_rl.run.workspace import Workspace
+
+STRANGERS = 8
+"""Holders of nothing that are looked at in one look, so that dead ones do not count as peers for ever."""
+
+
+class Board:
+    """The state of a stage's shards, as of the last looks.
+
+    Parameters
+    ----------
+    ws, round, stage, shards
+        The stage.
+    leases
+        The folder of its leases.
+    presence
+        This task, as others see it.
+    done
+        Shards that were done when the job began, None to look now.
+
+    Attributes
+    ----------
+    done
+        Shards with a manifest.
+    listing
+        The leases.
+    free
+        Shards that may be claimed, in order.
+    others
+        Undone shards in other hands, with the holders' tokens.
+    missed
+        Shard → a generation that somebody else has, whatever an old listing says.
+    looked, took_s
+        When the last look ended (`time.monotonic`), and how long it took.
+    """
+
+    def __init__(
+        self,
+        ws: Workspace,
+        round: int,
+        stage: str,
+        shards: int,
+        leases: Path,
+        presence: Presence,
+        done: frozenset[int] | None,
+    ) -> None:
+        self._ws, self._round, self._stage, self._shards = ws, round, stage, range(shards)
+        self._folder, self._presence = leases, presence
+        self.hearts = Hearts(leases, presence.ttl_s, presence.now)
+        self.done = self._read_done() if done is None else set(done)
+        self.listing = Listing()
+        self.free: list[int] = []
+        self.others: dict[int, str] = {}
+        self.missed: dict[int, int] = {}
+        self.looked, self.took_s = time.monotonic(), 0.0
+        self._place = 0
+        self._listed: float | None = None
+        self._met: dict[str, float] = {}  # other holders → when we first saw them
+        self._set_free([index for index in self._shards if index not in self.done])
+
+    @property
+    def left(self) -> int:
+        """How many shards had no manifest."""
+        return len(self._shards) - len(self.done)
+
+    def pick(self, anywhere: bool) -> int:
+        """Remove one of `free`: the one after the last picked, or anyone."""
+        if anywhere or self._place >= len(self.free):
+            self._place = random.randrange(len(self.free))
+        return self.free.pop(self._place)  # the next one is at the same place now
+
+    def _set_free(self, free: list[int]) -> None:
+        self.free, self._place = free, len(free)
+
+    def holder_of(self, claimed: Claimed) -> str | None:
+        """The holder of a lease unless it has left."""
+        return self.listing.holders.get(claimed.inode)
+
+    def list_leases(self, mine: Container[int]) -> None:
+        """List the leases; what may be claimed then is what nobody has ever claimed."""
+        self._listed, self.listing = time.monotonic(), read_listing(self._folder)
+        claimed: Sequence[Container[int]] = (self.listing.shards, self.missed, self.done, mine)
+        self._set_free([index for index in self._shards if not any(index in known for known in claimed)])
+
+    def list_leases_once(self, mine: Container[int]) -> None:
+        """List the leases if that was never done."""
+        if self._listed is None:
+            self.list_leases(mine)
+
+    def look(self, mine: Container[int], fresh_s: float = 0.0) -> None:
+        """List manifests and leases: what may be claimed is also what a holder that is gone has left undone.
+
+        A listing of the leases younger than `fresh_s` is not made again.
+        """
+        began = time.monotonic()
+        self.done = self._read_done()
+        if self.left and (self._listed is None or began - self._listed > fresh_s):
+            self.list_leases(mine)
+        alive = {token: self._is_alive(token) for token in self._holders_of_undone()}
+        free: list[int] = []
+        self.others = {}
+        for index in self._shards:
+            known = self.listing.shards.get(index)
+            seen = 0 if known is None else known.generation
+            if index in self.done or index in mine or seen < self.missed.get(index, 0):
+                continue
+            holder = None if known is None else next((t for t in self._workers(known) if alive[t]), None)
+            if holder is None:
+                free.append(index)
+            else:
+                self.others[index] = holder
+        self._set_free(free)
+        self._look_at_strangers()
+        self.looked, self.took_s = time.monotonic(), time.monotonic() - began
+
+    def _read_done(self) -> set[int]:
+        return set(manifest.done_shards(self._ws, self._round, self._stage).intersection(self._shards))
+
+    def _workers(self, claimed: Claimed) -> list[str]:
+        """Other tasks that are at a shard: its holder, and who makes a copy."""
+        inodes = (claimed.inode, claimed.copy_inode)
+        tokens = [self.listing.holders.get(inode) for inode in inodes if inode is not None]
+        return [token for token in tokens if token is not None and not self._presence.owns(token)]
+
+    def _holders_of_undone(self) -> set[str]:
+        undone = (known for index, known in self.listing.shards.items() if index not in self.done)
+        return {token for known in undone for token in self._workers(known)}
+
+    def _is_alive(self, token: str) -> bool:
+        """Whether a holder lives. The file of a dead one is removed: everybody sees then that its leases are free."""
+        alive = self.hearts.beats(token)
+        if not alive:
+            self.hearts.bury(token)
+            self.listing.holders = {inode: other for inode, other in self.listing.holders.items() if other != token}
+        return alive
+
+    def _look_at_strangers(self) -> None:
+        """Remove the files of holders that are dead and hold nothing that is undone."""
+        now, met = time.monotonic(), self._met
+        tokens = [token for token in self.listing.holders.values() if not self._presence.owns(token)]
+        self._met = {token: met.get(token, now) for token in tokens}
+        old = [token for token in tokens if now - self._met[token] > self._presence.ttl_s]
+        for token in random.sample(old, min(STRANGERS, len(old))):
+            self._is_alive(token)
