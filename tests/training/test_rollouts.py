@@ -80,7 +80,7 @@ def test_advantages_are_those_of_trl(points: list[list[int]], scale: str) -> Non
         theirs = rewards - torch.nanmean(rewards)
         if scale == "group":
             theirs = theirs / (nanstd(rewards, dim=0) + 1e-4)
-        assert found == pytest.approx(theirs.numpy(), abs=1e-9)  # in 32 bits equal rewards get 1e-3 for their rounding
+        assert found == pytest.approx(theirs.numpy(), abs=1e-6)  # its n / (n - 1) has 32 bits
 
 
 @pytest.mark.parametrize(
