@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from hpc_rl.cluster.failures import EXIT_BLOCKED, EXIT_OUT_OF_TIME
+from hpc_rl.cluster.failures import EXIT_BLOCKED, EXIT_NEVER_FITS, EXIT_OUT_OF_TIME
 from hpc_rl.cluster.walltime import Deadline
 from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.config.modeling import SpeakerConfig
@@ -54,11 +54,13 @@ def sample(
     Returns
     -------
     int
-        0; 124 when the rest does not fit before the time limit; 75 when the stage's only shard is in other hands.
+        0; 124 when the rest does not fit before the time limit, 76 when not a single shard does; 75 when the stage's
+        only shard is in other hands.
     """
     from hpc_rl.engines.memory import notches_of
     from hpc_rl.engines.opening import open_engine
     from hpc_rl.sampling.at_work import Origin
+    from hpc_rl.sampling.pace import NeverFits
     from hpc_rl.sampling.record import Recorder
     from hpc_rl.sampling.stream import Ending, Stream
 
@@ -87,7 +89,7 @@ def sample(
             log.info("sampling from weights %s", weights.hash[:16])
             return engine
 
-        ending = Stream(
+        stream = Stream(
             claims,
             start_engine,
             source(),
@@ -97,7 +99,12 @@ def sample(
             linger_s=job.config.run.linger_s,
             speculate=options.speculate,
             open_images=not pooled,  # workers get paths
-        ).run()
+        )
+        try:
+            ending = stream.run()
+        except NeverFits as error:
+            log.error("NeverFits: %s", error)
+            return EXIT_NEVER_FITS
     if ending is Ending.OTHERS:
         left = job.stage.shards - len(manifest.done_shards(job.ws, job.round, job.stage.name))
         log.warning("leaving %s: %d shards are in other hands", job.stage.id, left)

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any, BinaryIO
 
 from hpc_rl.cluster import walltime
-from hpc_rl.cluster.failures import EXIT_OUT_OF_TIME, Outcome, classify, last_error
+from hpc_rl.cluster.failures import EXIT_NEVER_FITS, EXIT_OUT_OF_TIME, Outcome, classify, last_error
 from hpc_rl.cluster.rendezvous import rank_environment
 from hpc_rl.run import atomic, manifest
 from hpc_rl.run.workspace import Workspace
@@ -261,7 +261,7 @@ def run_spec(path: Path) -> int:
         done = spec.shards > 0 and len(manifest.done_shards(spec.ws, spec.round, spec.stage)) >= spec.shards
         if done and "SLURM_ARRAY_JOB_ID" in os.environ:
             _cancel_waiting_siblings(spec)
-        if (runner.requeue or code == EXIT_OUT_OF_TIME) and not done:
+        if (runner.requeue or code == EXIT_OUT_OF_TIME) and code != EXIT_NEVER_FITS and not done:
             _requeue(runner.ranks["HPC_RL_JOB_ID"])
     return code if code >= 0 else 128 - code
 

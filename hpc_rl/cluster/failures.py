@@ -10,6 +10,8 @@ EXIT_BLOCKED = 75
 """EX_TEMPFAIL (sysexits.h): inputs are not there, or a service was not reached in time; it is to be tried again."""
 EXIT_OUT_OF_TIME = 124
 """Like timeout(1): what is left does not fit before the job's time limit, so it left by itself; to be run again."""
+EXIT_NEVER_FITS = 76
+"""The job's whole time was too short for one piece of its work: queued again, it would be for ever."""
 
 
 class Outcome(StrEnum):
@@ -45,6 +47,8 @@ def classify(exit_code: int, log_tail: str, asked_to_leave: bool) -> Outcome:
     """The class of an end from the body's exit code (minus the signal, as in `subprocess`) and its last output."""
     if exit_code == 0:
         return Outcome.DONE
+    if exit_code == EXIT_NEVER_FITS:  # told to leave or not
+        return Outcome.ERROR
     if asked_to_leave or exit_code == EXIT_OUT_OF_TIME:
         return Outcome.LEFT
     if exit_code == EXIT_BLOCKED:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from hpc_rl.engines.base import Completion
 from hpc_rl.grading.samples import Sample, write_samples
@@ -13,6 +16,9 @@ from hpc_rl.sampling.claiming import Shard
 from hpc_rl.sampling.rules import Outcome, Rule
 from hpc_rl.sampling.tally import Tally
 from hpc_rl.sampling.tasks import Attempt, Task, TaskQueue
+
+FILE = "samples.parquet"
+"""What the name of a shard's output ends with."""
 
 
 class WriteFailure(RuntimeError):
@@ -116,7 +122,7 @@ class AtWork:
         Raises
         ------
         WriteFailure
-            When the file system refuses; no part of the shard stays behind.
+            When the file system refuses.
         """
         tally = Tally.of(self._queue)
         metrics = {
@@ -136,16 +142,31 @@ class AtWork:
             "roles": sorted(tally.tries),
             **origin.made_from,
         }
+        path = self.shard.output(FILE)
         try:
-            with self.shard.create("samples.parquet") as file:
-                write_samples(file, self.samples(origin), Sample)
-                return self.shard.commit([file], made_from=made_from, metrics=metrics)
+            file = self._write(origin)
         except OSError as error:
-            path = self.shard.output("samples.parquet")
             path.unlink(missing_ok=True)
-            self.shard.abandon()
-            raise WriteFailure(
-                f"shard {self.shard.index} is drawn, but cannot be written to {path.parent}: {error}. Nothing of it is "
-                "left behind, and shards that are published stay. Make room there and launch again: the same samples "
-                "are drawn for what is missing"
-            ) from error
+            raise self._failure(path, error) from error
+        with file:
+            try:
+                return self.shard.commit([file], made_from=made_from, metrics=metrics)
+            except OSError as error:  # the file stays: who knows whether its manifest is there
+                raise self._failure(path, error) from error
+
+    def _write(self, origin: Origin) -> BinaryIO:
+        with ExitStack() as stack:
+            file = stack.enter_context(self.shard.create(FILE))
+            write_samples(file, self.samples(origin), Sample)
+            file.flush()
+            os.fsync(file.fileno())  # a full disk may say so only now
+            stack.pop_all()
+        return file
+
+    def _failure(self, path: Path, error: OSError) -> WriteFailure:
+        self.shard.abandon()
+        return WriteFailure(
+            f"shard {self.shard.index} is drawn, but cannot be written to {path.parent}: {error}. "
+            "Shards that are published stay. Make room there and launch again: the same samples are drawn for what is "
+            "missing"
+        )

@@ -13,20 +13,20 @@ whatever order.
 from __future__ import annotations
 
 import logging
-import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
 from hpc_rl.cluster.walltime import Deadline
-from hpc_rl.engines.base import Completion, Engine, Request
+from hpc_rl.engines.base import Completion, Engine, EngineFailed, Request
+from hpc_rl.sampling.ahead import Ahead
 from hpc_rl.sampling.at_work import AtWork, Origin
-from hpc_rl.sampling.claiming import Claims, Shard
+from hpc_rl.sampling.claiming import Claims
 from hpc_rl.sampling.leaving import Leaving
+from hpc_rl.sampling.pace import Pace
 from hpc_rl.sampling.record import Recorder
 from hpc_rl.sampling.source import Source
 from hpc_rl.sampling.tasks import Attempt
@@ -41,8 +41,6 @@ WAIT_S = 0.1
 """Longest wait for the file system in one turn, when the engine has nothing to do."""
 UNPUBLISHED = 8
 """Complete shards that wait for the file system; with more no further one is claimed."""
-PACES = 16
-"""Shards whose times say how long the next one takes."""
 
 
 class Ending(StrEnum):
@@ -89,23 +87,19 @@ class Stream:
         speculate: bool,
         open_images: bool,
     ) -> None:
-        self._claims, self._open, self._source, self._origin, self._task = claims, open_engine, source, origin, task
-        self._deadline, self._linger_s, self._speculate, self._open_images = deadline, linger_s, speculate, open_images
+        self._open, self._source, self._origin, self._task = open_engine, source, origin, task
+        self._linger_s, self._speculate = linger_s, speculate
+        self._ahead = Ahead(claims, source, open_images)
+        self._pace = Pace(deadline)
         self._engine: Engine | None = None
         self._shards: dict[int, AtWork] = {}
         self._waiting: deque[tuple[AtWork, Attempt]] = deque()  # claimed, not yet handed to the engine
         self._flying: dict[str, tuple[AtWork, Attempt]] = {}
-        self._ahead = ThreadPoolExecutor(1, "claims")
         self._publishers = ThreadPoolExecutor(2, "publish")
-        self._claiming: Future[AtWork | None] | None = None
-        self._looking: Future[Sequence[Shard]] | None = None
         self._publishing: dict[Future[bool], AtWork] = {}
-        self._took_s: deque[float] = deque(maxlen=PACES)  # from claim to last sample
-        self._numbers = 0
         self._requests_per_shard = 1
         self._ask_at = self._look_at = 0.0
         self._idle_since: float | None = None
-        self._time_is_up = False
         self._leaving = Leaving()
 
     def run(self) -> Ending:
@@ -117,13 +111,19 @@ class Stream:
             128 + 15 after SIGTERM. Complete shards are published before.
         WriteFailure
             When a shard cannot be written.
-        ValueError
-            When the engine refuses a prompt; the message names its row.
+        NeverFits
+            When it had to leave at the end of its time, and that was too short for a single shard.
+        ValueError, EngineFailed
+            When the engine refuses a prompt, or dies of it; the message names its row.
         """
         with self._leaving:
             try:
                 while (ending := self._turn()) is None:
                     pass
+            except SystemExit:
+                if self._shards:
+                    self._pace.check_that_one_fits(min(work.since for work in self._shards.values()))
+                raise
             finally:
                 self._wind_up()
         log.info("%s", ending.value)
@@ -137,7 +137,7 @@ class Stream:
         self._collect()
         self._settle()
         self._look_around()
-        return None if self._shards or self._publishing or self._claiming else self._without_work()
+        return None if self._shards or self._publishing or self._ahead.claiming else self._without_work()
 
     # shards in
 
@@ -146,46 +146,22 @@ class Stream:
         in_hand = len(self._waiting) + len(self._flying)
         enough = 1 if self._engine is None else self._engine.capacity + self._requests_per_shard
         if (
-            self._claiming is None
+            self._ahead.claiming is None
             and in_hand < enough
             and len(self._publishing) < UNPUBLISHED
             and time.monotonic() >= self._ask_at
-            and self._has_time()
+            and self._pace.has_time()
         ):
             idle_s = 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
-            bored = self._speculate and not in_hand and idle_s >= self._usual_s()
-            self._claiming = self._ahead.submit(self._claim, len(self._shards), bored)
-
-    def _claim(self, held: int, bored: bool) -> AtWork | None:
-        """A shard with its prompts, in a thread. None when there is none to be had.
-
-        The last ones are for all tasks that are alive: one that holds its share of what is left leaves them the rest.
-        """
-        free = self._claims.free()
-        if held and free and held * self._claims.peers() >= held + free:
-            return None
-        shard = self._claims.next()
-        if shard is None and bored:
-            shard = self._claims.duplicate()
-            if shard is not None:
-                log.info("shard %d is done here too: its holder takes longer than usual", shard.index)
-        if shard is None:
-            return None
-        tasks = self._source.tasks(shard.index)
-        if self._open_images:
-            tasks = [
-                replace(task, prompt=replace(task.prompt, images=tuple(task.prompt.open_images()))) for task in tasks
-            ]
-        self._numbers += 1
-        return AtWork(shard, self._numbers, tasks, self._source.rules, self._source.dropped(shard.index))
+            bored = self._speculate and not in_hand and idle_s >= self._pace.usual_s(self._linger_s / 2)
+            self._ahead.claim(len(self._shards), bored)
 
     def _take_in(self) -> None:
-        if self._claiming is None or not self._claiming.done():
+        if self._ahead.claiming is None or not self._ahead.claiming.done():
             return
-        future, self._claiming = self._claiming, None
-        work = future.result()
+        work = self._ahead.take()
         if work is None:
-            self._ask_at = time.monotonic() + max(POLL_S, self._claims.pause_s)
+            self._ask_at = time.monotonic() + max(POLL_S, self._ahead.pause_s)
             return
         self._idle_since = None
         self._shards[work.number] = work
@@ -193,22 +169,6 @@ class Stream:
         self._requests_per_shard = max(1, len(attempts))
         self._waiting.extend((work, attempt) for attempt in attempts)
         self._publish_if_done(work)
-
-    def _has_time(self) -> bool:
-        """Whether another shard fits before the deadline, as slow as the slowest of the last; one is always tried."""
-        needed_s = max(self._took_s, default=0.0)
-        if not self._time_is_up and self._took_s and self._deadline.left_s() < needed_s:
-            self._time_is_up = True
-            log.info(
-                "no further shard is claimed: one takes up to %.0f s here, and this job must leave in %.0f s",
-                needed_s,
-                self._deadline.left_s(),
-            )
-        return not self._time_is_up
-
-    def _usual_s(self) -> float:
-        """How long a shard usually takes here; unknown, half the time that this task would wait."""
-        return statistics.median(self._took_s) if self._took_s else self._linger_s / 2
 
     # the engine
 
@@ -232,31 +192,41 @@ class Stream:
             try:
                 self._engine.submit(key, Request(attempt.task.prompt, seed), self._source.sampling)
             except ValueError as error:
-                raise ValueError(f"row {attempt.task.row_id}, role {attempt.task.role}: {error}") from error
+                raise ValueError(_of_row(attempt, error)) from error
             work.in_flight[key] = attempt
             self._flying[key] = work, attempt
 
     def _collect(self) -> None:
         """One step of the engine; what has finished is judged, and what it calls for goes back into the batch."""
         if not self._flying:
-            pending: list[Future[Any]] = [*self._publishing, *([self._claiming] if self._claiming else [])]
+            pending: list[Future[Any]] = [*self._publishing, *filter(None, [self._ahead.claiming])]
             if pending:
                 with self._task.during("publishing"), self._leaving.at_once():
                     wait(pending, timeout=WAIT_S, return_when=FIRST_COMPLETED)
             return
+        finished = self._step()
+        if not finished:
+            return
+        with self._task.during("judging"):
+            for key, completion in finished:
+                work, attempt = self._flying.pop(key)
+                self._task.drew(len(completion.token_ids), len(completion.prompt_token_ids))
+                retries = work.finished(attempt, completion, self._source.judge(attempt.task, completion))
+                self._waiting.extendleft((work, retry) for retry in reversed(retries))
+                self._publish_if_done(work)
+
+    def _step(self) -> list[tuple[str, Completion]]:
         assert self._engine is not None and self._engine.unfinished, "the engine has lost requests"
-        finished: list[tuple[str, Completion]] = []
-        with self._leaving.at_once():
-            finished = self._engine.step()
+        try:
+            with self._leaving.at_once():
+                finished = self._engine.step()
+        except (ValueError, EngineFailed) as error:  # of a pool, which hears of it only now
+            if getattr(error, "key", None) not in self._flying:
+                raise
+            kind = ValueError if isinstance(error, ValueError) else EngineFailed
+            raise kind(_of_row(self._flying[error.key][1], error)) from error  # type: ignore[union-attr]
         self._task.at_work_on(len(self._flying), self._engine.capacity)
-        for key, completion in finished:
-            work, attempt = self._flying.pop(key)
-            self._task.drew(len(completion.token_ids), len(completion.prompt_token_ids))
-            with self._task.during("judging"):
-                outcome = self._source.judge(attempt.task, completion)
-            retries = work.finished(attempt, completion, outcome)
-            self._waiting.extendleft((work, retry) for retry in reversed(retries))
-            self._publish_if_done(work)
+        return finished
 
     # shards out
 
@@ -264,7 +234,7 @@ class Stream:
         if work.done:
             del self._shards[work.number]
             self._ask_at = 0.0
-            self._took_s.append(time.monotonic() - work.since)
+            self._pace.finished(work.since)
             self._publishing[self._publishers.submit(work.publish, self._origin)] = work
 
     def _settle(self) -> None:
@@ -278,24 +248,14 @@ class Stream:
 
     def _look_around(self) -> None:
         """Now and then: say how far we are, and drop shards that others have done meanwhile."""
-        if self._looking is not None and self._looking.done():
-            future, self._looking = self._looking, None
-            gone = future.result()
-            for work in [work for work in self._shards.values() if work.shard in gone]:
-                self._drop(work)
-        if self._looking is None and self._shards and time.monotonic() >= self._look_at:
+        gone = self._ahead.overtaken()
+        for work in [work for work in self._shards.values() if work.shard in gone]:
+            self._drop(work)
+        if self._shards and time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + LOOK_EVERY_S
-            shards = [work.shard for work in self._shards.values()]
             drawn = sum(work.drawn for work in self._shards.values())
             total = drawn + len(self._flying) + len(self._waiting)
-            self._looking = self._ahead.submit(self._look, shards, drawn, total)
-
-    def _look(self, shards: Sequence[Shard], done: int, total: int) -> Sequence[Shard]:
-        self._claims.progress(done, total)
-        gone = self._claims.overtaken(shards)
-        for shard in gone:
-            shard.abandon()
-        return gone
+            self._ahead.look([work.shard for work in self._shards.values()], drawn, total)
 
     def _drop(self, work: AtWork) -> None:
         log.info("shard %d is left to who has published it or taken it over", work.shard.index)
@@ -312,9 +272,9 @@ class Stream:
     def _without_work(self) -> Ending | None:
         """Nothing is in flight, and nothing was free at the last look: leave, or wait a little."""
         now = time.monotonic()
-        if self._ahead.submit(self._claims.all_done).result():
+        if self._ahead.all_done():
             return Ending.DONE
-        if self._time_is_up:
+        if self._pace.time_is_up:
             return Ending.OUT_OF_TIME
         if self._idle_since is None:
             self._idle_since = now
@@ -328,10 +288,14 @@ class Stream:
 
     def _wind_up(self) -> None:
         """Publish what is complete and stop the threads; what is not complete is lost, and the claims' to give back."""
-        self._ahead.shutdown(cancel_futures=True)
+        self._ahead.close()
         self._publishers.shutdown()
         for work in self._shards.values():
             self._task.lost(work.tokens)
         if self._shards:
             log.info("%d shards in hand are given back unfinished", len(self._shards))
         self._settle()
+
+
+def _of_row(attempt: Attempt, error: Exception) -> str:
+    return f"row {attempt.task.row_id}, role {attempt.task.role}: {error}"

@@ -284,6 +284,15 @@ def test_a_job_that_left_because_its_time_was_too_short_goes_back_into_the_queue
     assert [end.outcome for end in ends(made)] == ["left"]
 
 
+def test_a_job_whose_work_never_fits_is_not_queued_again(tmp_path: Path, slurm: dict[str, str], start: Start) -> None:
+    body = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(76))\n"
+    made = spec(tmp_path, body.join(["import signal, sys, time\n", "print('ready')\ntime.sleep(60)"]), executor="slurm")
+    process = start(made, **slurm)
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(20) == 76
+    assert asked(tmp_path) == [] and [end.outcome for end in ends(made)] == ["error"]
+
+
 def test_a_body_knows_when_it_must_leave(tmp_path: Path) -> None:
     """From its start where Slurm does not say when the job ends, from Slurm where it does; else nothing is known."""
     body = "import time; from hpc_rl.cluster.walltime import *; print(Deadline.of(os.environ).left_s())"

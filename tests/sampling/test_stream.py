@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -23,12 +24,14 @@ import pytest
 from hpc_rl import config as configs
 from hpc_rl.cluster.walltime import Deadline
 from hpc_rl.engines.base import Request, Sampling
+from hpc_rl.engines.pool import RequestRefused
 from hpc_rl.orchestrate import job as jobs
 from hpc_rl.orchestrate.job import Job
 from hpc_rl.orchestrate.start import open_run
 from hpc_rl.run import manifest
 from hpc_rl.run.code import source_root
 from hpc_rl.sampling.at_work import WriteFailure
+from hpc_rl.sampling.pace import NeverFits
 from hpc_rl.sampling.record import TaskRecord, read_records
 from hpc_rl.sampling.stream import UNPUBLISHED, Ending
 from tests.engines.letters import LettersEngine
@@ -140,7 +143,7 @@ def test_the_batch_is_full_across_shards_and_what_is_held_is_bounded(make_job: M
         loop = stream(make_job(), stack, engine)
 
         def the_file_system_is_faster() -> None:
-            wait([*loop._publishing, *filter(None, [loop._claiming])])
+            wait([*loop._publishing, *filter(None, [loop._ahead.claiming])])
 
         engine.before_step = the_file_system_is_faster
         loop.run()
@@ -252,10 +255,12 @@ def test_a_task_that_is_told_to_leave_publishes_what_is_complete_and_gives_the_r
 
 
 class Slow:
-    """Claims whose shards take long to commit, and say when they begin to."""
+    """Claims with something that happens before or after each commit."""
 
-    def __init__(self, claims: Any, on_commit: Callable[[], None]) -> None:
-        self._claims, self._on_commit = claims, on_commit
+    def __init__(
+        self, claims: Any, on_commit: Callable[[], None] = lambda: None, after_commit: Callable[[], None] = lambda: None
+    ) -> None:
+        self._claims, self._on_commit, self._after_commit = claims, on_commit, after_commit
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._claims, name)
@@ -267,7 +272,9 @@ class Slow:
 
             def commit_late(*given: Any, **more: Any) -> Any:
                 self._on_commit()
-                return commit(*given, **more)
+                won = commit(*given, **more)
+                self._after_commit()
+                return won
 
             shard.commit = commit_late
         return shard
@@ -365,6 +372,21 @@ def test_a_task_that_is_out_of_time_says_so_with_its_exit_code(make_job: MakeJob
     assert 1 <= len(done(job)) < SHARDS
 
 
+@pytest.mark.parametrize("left_s", [0.3, 60.0])
+def test_a_job_whose_whole_time_was_too_short_for_a_shard_is_an_error_and_not_tried_for_ever(
+    make_job: MakeJob, left_s: float
+) -> None:
+    job = make_job()
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises((NeverFits, SystemExit)) as raised:
+        run(job, LettersEngine(1, 0.1, None), deadline=Deadline(time.time() + left_s))
+    assert not done(job)
+    if left_s > 1:
+        assert isinstance(raised.value, SystemExit), "told to leave before its time, as by a preemption"
+    else:
+        assert "lower sample.shard_size, or raise stages.sample.time_min" in str(raised.value)
+
+
 # what goes wrong
 
 
@@ -401,6 +423,36 @@ def test_a_full_disk_is_an_error_that_says_so_and_loses_nothing(make_job: MakeJo
     assert not list(job.folder.glob("shard_0005.*samples.parquet"))
     assert run(job, LettersEngine(8, 0.0, None)) is Ending.DONE
     assert_whole(job)
+
+
+def test_a_commit_that_fails_when_its_manifest_is_there_leaves_the_output(make_job: MakeJob) -> None:
+    """The folder's fsync comes after the link: what is published may not be touched any more."""
+    job = make_job()
+
+    def fail() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with ExitStack() as stack, pytest.raises(WriteFailure, match="Input/output error"):
+        claims = Slow(stack.enter_context(job.claims()), after_commit=fail)
+        stream(job, stack, LettersEngine(4, 0.0, None), claims=claims).run()
+    assert done(job) and published(job, sorted(done(job)))
+    assert run(job, LettersEngine(8, 0.0, None)) is Ending.DONE
+    assert_whole(job)
+
+
+class Refusing(LettersEngine):
+    """Says what it cannot do only when it comes to it, as a pool does."""
+
+    def step(self) -> list[tuple[str, Any]]:
+        key = next((key for key in self._rows if "s7r0-plain" in key), None)
+        if key is not None:
+            raise RequestRefused(key, "the prompt is too long")
+        return super().step()
+
+
+def test_a_prompt_that_is_refused_late_is_named_by_its_row_too(make_job: MakeJob) -> None:
+    with pytest.raises(ValueError, match=r"row s7r0, role plain: .* the prompt is too long"):
+        run(make_job(), Refusing(4, 0.0, None))
 
 
 class Lossy(LettersEngine):
