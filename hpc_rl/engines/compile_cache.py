@@ -149,16 +149,20 @@ def _prepare(slot: Slot) -> Slot:
 def _empty(folder: Path, why: str) -> None:
     """Remove a slot's content. What a process elsewhere still has open may stay for a while, under another name."""
     log.info("emptying %s: %s", folder, why)
-    going = folder.with_name("going")
-    shutil.rmtree(going, ignore_errors=True)
-    going.mkdir(exist_ok=True)
-    folder.rename(going / secrets.token_hex(4))
+    for left in folder.parent.glob(f".going-{folder.name}-*"):  # by a process that was killed at it
+        shutil.rmtree(left, ignore_errors=True)
+    going = folder.with_name(f".going-{folder.name}-{secrets.token_hex(4)}")
+    folder.rename(going)
     shutil.rmtree(going, ignore_errors=True)
 
 
 def _remove_old(folder: Path, keep: Path) -> None:
     for kind in folder.iterdir():
-        if kind != keep and kind.is_dir() and time.time() - kind.stat().st_mtime > UNUSED_FOR_S:
+        try:
+            unused_s = time.time() - kind.stat().st_mtime
+        except FileNotFoundError:
+            continue  # another task removes it at the same moment
+        if kind != keep and unused_s > UNUSED_FOR_S:
             log.info("removing %s: nobody used it for %d days", kind, UNUSED_FOR_S // 86_400)
             shutil.rmtree(kind, ignore_errors=True)
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,20 @@ def test_what_a_process_left_that_was_killed_while_it_started_is_not_used(folder
     other.communicate()
     with taken(folder) as mine:
         assert mine.folder.name == "slot_00" and not (mine.folder / "kernel").exists()
+
+
+def test_tasks_that_empty_their_slots_at_the_same_moment_do_not_disturb_each_other(folder: Path) -> None:
+    numbers = range(0, SLOTS, 8)
+    with ThreadPoolExecutor(len(numbers)) as pool:
+        for _ in range(20):
+            slots = list(pool.map(lambda number: taken(folder, number), numbers))
+            for slot in slots:
+                (slot.folder / "kernel").write_text("half of a ker")
+                slot.close()  # not settled: the next one empties it
+    for number in numbers:
+        with taken(folder, number) as slot:
+            assert not (slot.folder / "kernel").exists()
+    assert not list(folder.rglob(".going-*"))
 
 
 def test_a_task_without_a_free_slot_does_without(folder: Path) -> None:
