@@ -155,6 +155,19 @@ def test_the_batch_is_full_across_shards_and_what_is_held_is_bounded(make_job: M
     assert max(len(shards) for _, shards in engine.filled) >= 2
 
 
+@pytest.mark.parametrize("others", [0, 1, 2])
+def test_a_task_holds_no_more_than_its_share_of_what_is_left(make_job: MakeJob, others: int) -> None:
+    job, engine = make_job(), Watched(SHARDS * FIRST)
+    with ExitStack() as stack:
+        for _ in range(others):
+            stack.enter_context(job.claims())  # alive, and still loading its engine
+        loop = stream(job, stack, engine)
+        engine.before_step = lambda: wait([*filter(None, [loop._ahead.claiming])]) and None
+        assert loop.run() is Ending.DONE
+    held = max(len(shards) for _, shards in engine.filled)
+    assert held > SHARDS / 2 if not others else held == SHARDS / (others + 1)
+
+
 def test_a_retry_goes_back_into_the_running_batch(make_job: MakeJob) -> None:
     engine = Watched(10 * FIRST)
     job = make_job()
