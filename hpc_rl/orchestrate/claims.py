@@ -42,7 +42,7 @@ POLL_SHARE = 0.1
 """The first pause is this part of what a shard took here, if that is longer: the others need about as long."""
 LOOK_EVERY = 16
 """So many claims, times what a listing costs, are followed by a look, so that `left` and `free` do not grow too old."""
-SHARE = 50
+SHARE = 20
 """A look is followed by a pause of so many times what it took: a slow file system is asked less often."""
 OVERTAKEN_EVERY_S, OVERTAKEN_AT_THE_END_S = 30.0, 5.0
 """Pauses between two looks at whether others have done what is ours; the shorter one when none were free any more,
@@ -71,7 +71,7 @@ class Claims:
         self._mine: dict[int, Shard] = {}
         self._linked: set[tuple[int, int]] = set()  # shards and generations
         self._misses = self._claimed = 0  # since the last listing
-        self._look_at = self._pause_s = self._shard_took_s = 0.0
+        self._look_at = self._peek_at = self._pause_s = self._shard_took_s = 0.0
         self._overslept = 0
         self._progress = job.folder / "tasks" / f"{self.token}.progress"
         self._reported = -float("inf")
@@ -98,9 +98,8 @@ class Claims:
                 self._look(fresh_s=min(POLL_MOST_S, self._shard_took_s))
                 shard = self._claim_one()
                 first_s = max(POLL_FIRST_S, POLL_SHARE * self._shard_took_s)
-                self._pause_s = min(max(2 * self._pause_s, first_s), POLL_MOST_S)
-                pause_s = max(self._pause_s, SHARE * self._board.took_s)
-                self._look_at = time.monotonic() + pause_s * random.uniform(0.75, 1.25)  # not all tasks at once
+                self._pause_s = max(self._pause_s, first_s)
+                self._wait(max(self._pause_s, SHARE * self._board.took_s))
             if shard is not None:
                 self._pause_s = 0.0
             return shard
@@ -108,7 +107,14 @@ class Claims:
     @property
     def pause_s(self) -> float:
         """How long it makes no sense to ask `next` again, after it gave None."""
-        return max(0.0, self._look_at - time.monotonic())
+        return max(0.0, min(self._look_at, self._peek_at) - time.monotonic())
+
+    def _wait(self, until_look_s: float) -> None:
+        """Look no sooner than in so many seconds, and sooner at single shards."""
+        now, chance = time.monotonic(), random.uniform(0.75, 1.25)  # not all tasks at once
+        self._look_at = max(self._look_at, now + until_look_s * chance)
+        self._peek_at = now + self._pause_s * chance
+        self._pause_s = min(2 * self._pause_s, POLL_MOST_S)
 
     def _look(self, fresh_s: float = 0.0) -> None:
         self._misses = self._claimed = 0
@@ -186,10 +192,14 @@ class Claims:
             return None
 
     def all_done(self) -> bool:
-        """True when every shard has its manifest. Cheap to poll: it looks no more often than `next` does."""
+        """True when every shard has its manifest. Cheap to poll: it looks now and then."""
         with self._lock:
-            if self._board.left and time.monotonic() >= self._look_at:
+            now = time.monotonic()
+            if self._board.left and now >= self._look_at:
                 self._look()
+            elif self._board.left and now >= self._peek_at:
+                self._board.peek()
+                self._wait(0.0)
             return not self._board.left
 
     def left(self) -> int:

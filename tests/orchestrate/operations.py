@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections import Counter
@@ -66,18 +65,18 @@ def count(prefix: Path, folder: Path) -> Counter[str]:
     listing counts as its open and each readdir that brought something.
     """
     found: Counter[str] = Counter()
+    folders = {str(path) for path in (folder, *folder.rglob("*/"))}
     for trace in prefix.parent.glob(f"{prefix.name}.*"):
         for line in trace.read_text(errors="replace").splitlines():
             match = _CALL.match(line)
-            if match and str(folder) in line and _is_metadata(match[1], match[2], folder):
+            if match and str(folder) in line and _is_metadata(match[1], match[2], folders):
                 found[NAMES[match[1]]] += 1
     return found
 
 
-def _is_metadata(call: str, rest: str, folder: Path) -> bool:
+def _is_metadata(call: str, rest: str, folders: set[str]) -> bool:
     if call == "fsync":
-        target = Path(rest.partition("<")[2].partition(">")[0])
-        return target in (folder, *(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir()))
+        return rest.partition("<")[2].partition(">")[0] in folders
     if call == "getdents64":
         return not rest.endswith("= 0")
     return not ('""' in rest and "AT_EMPTY_PATH" in rest)  # newfstatat of a descriptor is fstat
