@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 
 from hpc_rl.engines.loading import load_model
+from hpc_rl.engines.model_files import copy_files, model_files
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 def merge_adapter(base: str | Path, adapter: Path, dtype: str, into: Path) -> Path:
@@ -30,7 +30,10 @@ def merge_adapter(base: str | Path, adapter: Path, dtype: str, into: Path) -> Pa
     from peft import PeftModel
 
     into.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(base, into, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
+    files = {name: status for name, status in model_files(Path(base)).items() if not name.endswith(WEIGHTS)}
+    copy_files(
+        Path(base), files, into
+    )  # not their modes: a base that is read-only makes no copy that cannot be removed
     model = load_model(base, dtype, "sdpa", torch.device("cpu"))
     PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(into)
     return into

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,11 @@ def test_an_adapter_is_what_peft_computes_and_merging_changes_nothing(
 ) -> None:
     adapted = TransformersEngine(str(speaker_folder), adapter_folder, **PIXELS)
     merged = TransformersEngine(str(speaker_folder), adapter_folder, merge=True, **PIXELS)
-    folder = merge_adapter(speaker_folder, adapter_folder, "float32", tmp_path / "merged")
+    base = Path(shutil.copytree(speaker_folder, tmp_path / "read-only"))
+    for path in (*base.iterdir(), base):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    folder = merge_adapter(base, adapter_folder, "float32", tmp_path / "merged")
+    assert all(path.stat().st_mode & 0o200 for path in (folder, *folder.iterdir()))
     from_disk = TransformersEngine(str(folder), **PIXELS)
     asked = requests(samples=1)
     plain = generate(engine, asked, SAMPLING)
