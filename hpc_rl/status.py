@@ -18,6 +18,8 @@ from hpc_rl.orchestrate.reconcile import DRIVER_LEASE, NoRun, Run, look
 from hpc_rl.run import atomic
 from hpc_rl.run.lease import look as look_at_lease
 from hpc_rl.run.ledger import Ledger
+from hpc_rl.run.shard_leases import leases_of, progress_path, read_listing
+from hpc_rl.run.workspace import Workspace
 
 WATCH_EVERY_S = 5.0
 
@@ -69,11 +71,26 @@ def table(root: Path, shown: Overview) -> str:
             f"{stage.round:>5}  {stage.stage:<20} {stage.state:<11} {work:>9} {stage.tasks_running or '':>8}"
             f" {stage.tasks_waiting or '':>8}  {stage.attempts or '':>5}  {jobs}".rstrip()
         )
+    lines += [line for stage in shown.stages if stage.state == "running" for line in _in_hand(root, stage)]
     errors = [stage for stage in shown.stages if stage.last_error and stage.state != "done"]
     if errors:
         lines += ["", "last errors:"]
         lines += [_error(root, stage) for stage in errors]
     return "\n".join(lines)
+
+
+def _in_hand(root: Path, stage: StageOverview) -> list[str]:
+    """How far the tasks of a stage are with the shards in their hands, as they said in the last seconds."""
+    folder = Workspace(root).stage_dir(stage.round, stage.stage)
+    done = total = tasks = 0
+    for token in read_listing(leases_of(folder)).holders.values():
+        try:
+            said = atomic.read_json(progress_path(folder, token))
+        except FileNotFoundError:
+            continue
+        done, total, tasks = done + said["done"], total + said["total"], tasks + 1
+    told = f"  round {stage.round} {stage.stage}: {done} of {total} in the shards under way, {tasks} tasks"
+    return [told] if tasks else []
 
 
 def _error(root: Path, stage: StageOverview) -> str:

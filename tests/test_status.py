@@ -17,6 +17,7 @@ import pytest
 
 from hpc_rl import config as configs
 from hpc_rl.cluster.entry import EndRecord
+from hpc_rl.orchestrate.job import load
 from hpc_rl.orchestrate.reconcile import DRIVER_LEASE, Run
 from hpc_rl.orchestrate.start import open_run
 from hpc_rl.run import atomic, manifest
@@ -120,6 +121,21 @@ def test_a_run_in_the_queue_shows_jobs_tasks_nodes_and_why_they_wait(command: Ty
     sampling = stage_of(shown, 1, "sample")
     assert (sampling["tasks_running"], sampling["tasks_waiting"], sampling["shards_done"]) == (1, 3, 1)
     assert sampling["job_ids"] == ["41"]
+
+
+def test_a_running_stage_shows_how_far_its_living_tasks_are(command: Type, run: Run) -> None:
+    sample = submitted(run, "sample", "41")
+    job = load(run.ws.root, 1, "sample")
+    squeue = f"cat <<END\n41_[0-1]|RUNNING|None|node3|{sample}\nEND"
+    with job.claims() as one, job.claims() as other, job.claims() as silent:
+        one.progress(30, 100)
+        other.progress(5, 20)
+        assert silent.next()
+        lost = job.folder / "tasks" / "0123456789ab.progress"
+        lost.write_text('{"done": 9, "total": 9}')
+        shown = command("hpc_rl.status", run.ws.root, squeue=squeue).stdout
+        assert "round 1 sample: 35 of 120 in the shards under way, 2 tasks" in shown
+    assert "under way" not in command("hpc_rl.status", run.ws.root, squeue=squeue).stdout
 
 
 def test_the_last_error_is_shown_with_its_log(command: Type, run: Run) -> None:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 from hpc_rl.orchestrate.board import Board
 from hpc_rl.orchestrate.shard import Shard, ShardLease
 from hpc_rl.run.presence import Presence
-from hpc_rl.run.shard_leases import copy_path, is_given_back, leases_of, shard_lease_path
+from hpc_rl.run.shard_leases import copy_path, is_given_back, leases_of, progress_path, shard_lease_path
 
 if TYPE_CHECKING:
     from hpc_rl.orchestrate.job import Job
@@ -73,7 +73,7 @@ class Claims:
         self._misses = self._claimed = 0  # since the last listing
         self._look_at = self._peek_at = self._pause_s = self._shard_took_s = 0.0
         self._overslept = 0
-        self._progress = job.folder / "tasks" / f"{self.token}.progress"
+        self._progress = progress_path(job.folder, self.token)
         self._reported = -float("inf")
 
     @property

@@ -35,6 +35,11 @@ def leases_of(stage_folder: Path) -> Path:
     return stage_folder / "leases"
 
 
+def progress_path(stage_folder: Path, token: str) -> Path:
+    """Where the task with this token says how far it is with the shards in its hands; for `status` only."""
+    return stage_folder / "tasks" / f"{token}.progress"
+
+
 def shard_lease_path(folder: Path, shard: int, generation: int) -> Path:
     """The name of a generation of a shard's lease."""
     return lease_path(folder, f"shard_{shard:04d}", generation)
