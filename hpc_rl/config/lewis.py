@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from hpc_rl.config.base import Fault, FilePath, Fraction, ModelPath, NonNegativeFloat, PositiveInt, Section
+from hpc_rl.config.gpu_shares import GpuShareError, share_gpus
 from hpc_rl.config.modeling import ListenerConfig, SpeakerConfig
 from hpc_rl.config.phases import EvaluateConfig, SampleConfig, TrainConfig
 from hpc_rl.config.schema import Config
@@ -159,7 +160,7 @@ class LewisConfig(Config):
         return self.train.per_device_batch_size * self.train.gradient_accumulation_steps * world
 
     def faults(self) -> Iterator[Fault]:
-        """Stages in shapes that they cannot have; training batches that cut a group in two.
+        """Stages in shapes that they cannot have; engines without GPUs; training batches that cut a group in two.
 
         The advantage is relative to the group, so a training batch must hold whole groups (TRL checks the same, later).
         """
@@ -168,9 +169,12 @@ class LewisConfig(Config):
             if stage.world_size > 1 and name != "train":
                 what = f"{stage.nodes} nodes × {stage.ranks} ranks; only train runs on several"
                 way_out = "nodes: 1 and ranks_per_node: 1; more tasks where the stage is an array"
+                if name == "sample":
+                    way_out += "; an engine on each GPU of a task: ranks_per_node: 1 and sample.data_parallel_size"
                 yield Fault(("stages", name), what, "one process per job", way_out)
             if stage.tasks > 1 and "." not in name and name not in self.array_stages:
                 yield Fault(("stages", name, "tasks"), f"{stage.tasks}, but {name} is one job", "1")
+        yield from self._gpu_faults()
         group = self.sample.samples_per_prompt
         if self.train_batch_size % group:
             what = (
@@ -178,3 +182,21 @@ class LewisConfig(Config):
                 f"train.gradient_accumulation_steps × ranks of stages.train) cuts groups of {group} in two"
             )
             yield Fault(("train", "gradient_accumulation_steps"), what, f"a batch that is a multiple of {group}")
+
+    def _gpu_faults(self) -> Iterator[Fault]:
+        """Engines that ask for other GPUs than their stage has; a stage without GPUs takes whatever it finds."""
+        sample, engine = self.sample, self.evaluate.engine or self.sample.engine
+        of_sample, of_evaluate = (self.stages[name].gpus_per_node for name in ("sample", "evaluate"))
+        each = sample.tensor_parallel_size
+        if of_sample:
+            try:
+                share_gpus([str(gpu) for gpu in range(of_sample)], sample.data_parallel_size, sample.gpu_ids, each)
+            except GpuShareError as error:
+                yield Fault(("sample", error.field), error.what, way_out=error.way_out)
+        if of_evaluate and engine != "transformers" and each is not None and each > of_evaluate:
+            yield Fault(
+                ("stages", "evaluate", "gpus_per_node"),
+                f"{of_evaluate}, but its engine takes sample.tensor_parallel_size = {each}",
+                f"at least {each}",
+                "raise it, or set sample.tensor_parallel_size to null: all GPUs of a stage, shared among its engines",
+            )

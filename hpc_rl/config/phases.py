@@ -50,12 +50,13 @@ class SampleConfig(Section):
     """What becomes of a prompt that leaves no room for a completion: stop before the engine starts, with its row; leave
     it out, counted; or cut tokens off its beginning (texts only)."""
     data_parallel_size: PositiveInt = 1
-    """Engines of one task, each a worker process with GPUs of its own (V1). More than one needs no more than one task a
-    node."""
+    """Engines of one sampling task, each a worker process with GPUs of its own (V1): with 8 GPUs a node,
+    `stages.sample: {gpus_per_node: 8, ranks_per_node: 1}` and 8 here. Evaluation has one engine."""
     gpu_ids: tuple[NonNegativeInt, ...] | None = None
-    """GPUs that the workers use, numbered as the task sees them (V1). null = all that it was given."""
+    """GPUs of a sampling task that its engines use, numbered from 0 as it sees them (V1). null = all that it was given."""
     tensor_parallel_size: PositiveInt | None = None
-    """GPUs of one engine. null = the task's GPUs / data_parallel_size."""
+    """GPUs of one engine, evaluation's too. null = the sampling task's GPUs / data_parallel_size; of evaluation, and of
+    a speaker that is served, all GPUs."""
     max_num_seqs: PositiveInt | None = None
     """Completions that one engine samples at once. null = vLLM's own choice; 32 with transformers."""
     gpu_memory_utilization: Fraction = 0.8

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 
+from hpc_rl.config.gpu_shares import share_gpus
 from hpc_rl.engines.base import Completion, Engine, EngineFailed, Request, Sampling
-from hpc_rl.engines.gpus import share_gpus, task_gpus
+from hpc_rl.engines.gpus import task_gpus
 from hpc_rl.engines.pool_channel import wait
 from hpc_rl.engines.pool_process import Ended, WorkerProcess, free_ports, wait_for_end
 from hpc_rl.engines.pool_queue import RequestQueue

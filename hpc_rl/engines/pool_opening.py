@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hpc_rl.config.gpu_shares import share_gpus
 from hpc_rl.config.modeling import SpeakerConfig
 from hpc_rl.config.phases import SampleConfig
 from hpc_rl.engines.base import Engine
-from hpc_rl.engines.gpus import share_gpus, task_gpus
+from hpc_rl.engines.gpus import task_gpus
 from hpc_rl.engines.memory import most_notches
 from hpc_rl.engines.node_disk import node_folder
 from hpc_rl.engines.pool import EnginePool

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_rl.engines.gpus import GpuShareError, share_gpus, task_gpus
+from hpc_rl.config.gpu_shares import GpuShareError, share_gpus
+from hpc_rl.engines.gpus import task_gpus
 
 UUIDS = ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "GPU-1f5a2d0e-0000-4106-c12f-20bd9faed9f6")
 SLICES = ("MIG-0a1b2c3d-1111-5222-9333-444455556666", "MIG-GPU-8932f937-d72c-4106-c12f-20bd9faed9f6/1/0")
@@ -51,9 +52,19 @@ def test_without_gpus_each_engine_has_none() -> None:
     ("given", "message"),
     [
         ({"gpus": ["0", "1", "2"], "engines": 2}, "2 engines cannot share 3 GPUs equally"),
-        ({"gpus": ["0", "1"], "engines": 2, "per_engine": 2}, "2 engines of 2 GPUs each need 4; there are 2"),
-        ({"gpus": ["0", "1"], "engines": 1, "gpu_ids": (0, 2)}, r"gpu_ids: \[2\] of \[0, 2\].* sees 2 GPUs \(0, 1\)"),
-        ({"gpus": [], "engines": 1, "gpu_ids": (0,)}, r"sees 0 GPUs \(none\)"),
+        (
+            {"gpus": ["0", "1"], "engines": 2, "per_engine": 2},
+            "data_parallel_size: 2 engines of 2 GPUs each, but the task has 2; .* gpus_per_node to 4",
+        ),
+        (
+            {"gpus": ["0"], "engines": 1, "per_engine": 4},
+            "tensor_parallel_size: one engine of 4 GPUs, but the task has 1",
+        ),
+        (
+            {"gpus": ["0", "1"], "engines": 1, "gpu_ids": (0, 2)},
+            r"gpu_ids: \[2\] of \[0, 2\].* the task has 2 GPUs \(0, 1\)",
+        ),
+        ({"gpus": [], "engines": 1, "gpu_ids": (0,)}, r"the task has 0 GPUs \(none\)"),
         ({"gpus": SLICES, "engines": 1}, r"slices of a GPU \(MIG\) cannot work as one"),
     ],
 )

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from hpc_rl.config.gpu_shares import GpuShareError
 from hpc_rl.config.modeling import SpeakerConfig
 from hpc_rl.config.phases import SampleConfig
 from hpc_rl.engines.base import Completion, Sampling, generate
-from hpc_rl.engines.gpus import GpuShareError
 from hpc_rl.engines.node_disk import NoNodeFolder
 from hpc_rl.engines.pool_opening import open_pool
 from hpc_rl.engines.transformers_engine import TransformersEngine

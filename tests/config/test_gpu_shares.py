@@ -1,0 +1,58 @@
+"""GPUs that the engines of a stage ask for and it does not have are found before anything is submitted."""
+
+from __future__ import annotations
+
+import pytest
+
+from hpc_rl.config.errors import ConfigError
+from tests.config.conftest import Load
+
+NODE = "stages.sample={gpus_per_node: 8, ranks_per_node: 1}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["stages.sample.gpus_per_node=1", "sample.data_parallel_size=8"],
+            "sample.data_parallel_size: 8 engines cannot share 1 GPU equally",
+        ),
+        (
+            ["stages.sample.gpus_per_node=1", "sample.tensor_parallel_size=4"],
+            "sample.tensor_parallel_size: one engine of 4 GPUs, but the task has 1",
+        ),
+        (
+            ["stages.sample.gpus_per_node=1", "sample.gpu_ids=[0, 5]", "sample.data_parallel_size=2"],
+            r"sample.gpu_ids: \[5\] of \[0, 5\], but the task has 1 GPU \(0\)",
+        ),
+        ([NODE, "sample.data_parallel_size=3"], "3 engines cannot share 8 GPUs equally"),
+        (
+            [NODE, "sample.data_parallel_size=4", "sample.tensor_parallel_size=4"],
+            r"4 engines of 4 GPUs each, but the task has 8\n.* gpus_per_node to 16",
+        ),
+        (
+            ["sample.tensor_parallel_size=4", "stages.evaluate.gpus_per_node=1"],
+            r"stages.evaluate.gpus_per_node: 1, but its engine takes sample.tensor_parallel_size = 4",
+        ),
+        (["stages.sample.gpus_per_node=8", "sample.data_parallel_size=8"], "ranks_per_node: 1 and sample.data_paral"),
+    ],
+)
+def test_engines_that_ask_for_more_gpus_than_there_are(small: Load, settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small(*settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [NODE, "sample.data_parallel_size=8"],
+        [NODE, "sample.data_parallel_size=2", "sample.tensor_parallel_size=4"],
+        [NODE, "sample.data_parallel_size=3", "sample.tensor_parallel_size=1"],
+        [NODE, "sample.gpu_ids=[5, 7]", "sample.data_parallel_size=2"],
+        ["sample.data_parallel_size=4"],  # no GPUs are asked for: engines on CPUs, or on what the machine has
+        ["sample.gpu_ids=[5, 7]", "sample.data_parallel_size=2"],
+        [NODE, "sample.tensor_parallel_size=4", "stages.evaluate.gpus_per_node=1", "evaluate.engine=transformers"],
+    ],
+)
+def test_engines_that_get_what_they_ask_for(small: Load, settings: list[str]) -> None:
+    assert small(*settings).sample
