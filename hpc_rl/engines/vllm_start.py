@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from hpc_rl.config.gpu_shares import count
+
 log = logging.getLogger(__name__)
 
 CPU_KV_CACHE_GIB = 1.0
@@ -108,7 +110,11 @@ def start_vllm(
     """
     on_gpu, seen = torch.cuda.is_available(), torch.cuda.device_count()
     if on_gpu and (tensor_parallel_size or 1) > seen:
-        raise ValueError(f"tensor_parallel_size is {tensor_parallel_size}, but this process sees {seen} GPUs")
+        raise ValueError(
+            f"sample.tensor_parallel_size is {tensor_parallel_size}, but this process sees {count(seen)} "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): give it as many "
+            "(stages.NAME.gpus_per_node), or set it to null for all that there are"
+        )
     import_vllm(batch_invariant=batch_invariant, tensor_parallel_size=tensor_parallel_size, compile_cache=compile_cache)
     from vllm import LLM
 
