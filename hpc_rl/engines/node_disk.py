@@ -10,11 +10,10 @@ import fcntl
 import os
 import re
 import socket
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from hpc_rl.run.private import NotPrivate, make_private
+from hpc_rl.run.private import NotPrivate, exchangeable, make_private
 
 NETWORK = frozenset(
     {"9p", "afs", "beegfs", "ceph", "cifs", "daos", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs"}
@@ -57,18 +56,16 @@ def node_folder(stage_to: str, environ: Mapping[str, str]) -> Path:
     around = Path(_VARIABLE.sub(value, stage_to)).expanduser()
     if not around.is_absolute():
         raise NoNodeFolder(f"stage_to is {stage_to!r}, which is {around} on {host}, and must begin with /")
+    around = around.resolve()  # links are followed once, now
     folder = around / f"hpc_rl-{os.getuid()}"
     try:
-        around.mkdir(parents=True, exist_ok=True)
+        for missing in reversed([path for path in (around, *around.parents) if not path.exists()]):
+            missing.mkdir(mode=0o755, exist_ok=True)  # with a group's umask others could write to it
+        if how := exchangeable(folder):
+            raise NoNodeFolder(f"others may exchange {folder} on {host}: {how}. Name a folder of your own, or close it")
         make_private(folder)
     except (OSError, NotPrivate) as error:
         raise NoNodeFolder(f"stage_to is {stage_to!r}, and {folder} on {host} cannot be used: {error}") from error
-    found = around.stat()
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
-        raise NoNodeFolder(
-            f"others may exchange {folder} on {host}: they may write to {around}, and it has no sticky bit. Name a "
-            "folder of your own"
-        )
     return folder
 
 

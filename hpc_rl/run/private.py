@@ -1,8 +1,9 @@
 """Folders of this user alone: for files that run as code when they are read (pickles, compiled kernels), and for /tmp.
 
 A folder that nobody else may enter holds what this user put there and nothing else, wherever it lies; except that who
-may write to the folder around it can take it away whole. Around it others must not write, or it must be sticky, as /tmp
-is.
+may write to the folder around it can take it away whole, and who may write around that one, and so on upwards. So none
+of them may be open to others, or it must be sticky, as /tmp is, and of root or us (`exchangeable`); or the one around
+it is closed (`close_to_others`), where what lies further out has to be trusted anyway.
 """
 
 from __future__ import annotations
@@ -40,6 +41,48 @@ def make_private(folder: Path) -> None:
         raise NotPrivate(f"others may write to {folder} (mode {stat.S_IMODE(found.st_mode):04o}). Remove it")
     if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         folder.chmod(0o700)
+
+
+def exchangeable(folder: Path) -> str | None:
+    """How others could put a folder of theirs in the place of this one; None if they cannot.
+
+    Who owns a folder, or may write to it, can rename what lies in it; in a sticky one only its owner can, and root.
+    """
+    trusted = {0, os.getuid(), *_unnamed()}
+    inner = folder.parent.resolve()
+    for around in (inner, *inner.parents):
+        found = around.stat()
+        if found.st_uid not in trusted:
+            return f"{around} belongs to user {found.st_uid}, who may rename what lies in it"
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
+            return f"they may write to {around} (mode {stat.S_IMODE(found.st_mode):04o}), and it has no sticky bit"
+    return None
+
+
+def _unnamed() -> set[int]:
+    """In a container that does not know all users: whom files of the others, root among them, seem to belong to.
+
+    There the machine's root and its other users cannot be told apart.
+    """
+    mapped = Path("/proc/self/uid_map").read_text().split()  # user_namespaces(7)
+    if mapped == ["0", "0", str(2**32 - 1)]:
+        return set()
+    return {int(Path("/proc/sys/kernel/overflowuid").read_text())}
+
+
+def close_to_others(folder: Path) -> None:
+    """Take from others the right to write to a folder: then nobody else can exchange what lies in it.
+
+    Raises
+    ------
+    NotPrivate
+        When it is not ours.
+    """
+    found, user = folder.stat(), os.getuid()
+    if found.st_uid != user:
+        raise NotPrivate(f"{folder} belongs to user {found.st_uid}, not to us ({user}), who may rename what lies in it")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        folder.chmod(stat.S_IMODE(found.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
 
 
 def untrusted(folder: Path) -> str | None:

@@ -295,8 +295,9 @@ def test_a_folder_that_others_could_exchange_or_write_to_is_refused(tmp_path: Pa
         node_folder(str(tmp_path), {})
     mine.unlink()
     tmp_path.chmod(0o777)
-    with pytest.raises(NoNodeFolder, match="no sticky bit"):
-        node_folder(str(tmp_path), {})
+    for stage_to in (tmp_path, tmp_path / "elsewhere" / "further"):
+        with pytest.raises(NoNodeFolder, match="no sticky bit"):
+            node_folder(str(stage_to), {})
     tmp_path.chmod(0o1777)  # like /tmp
     assert node_folder(str(tmp_path), {}) == mine
 
@@ -308,6 +309,32 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
     os.chown(mine, 12345, -1)
     with pytest.raises(NoNodeFolder, match="belongs to user 12345"):
         node_folder(str(tmp_path), {})
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give folders away")
+def test_a_folder_whose_owner_could_rename_ours_is_refused(tmp_path: Path) -> None:
+    taken_first = tmp_path / "ann"
+    taken_first.mkdir()
+    taken_first.chmod(0o1777)  # the sticky bit holds others back, not the owner
+    os.chown(taken_first, 12345, -1)
+    for stage_to in (taken_first, taken_first / "models"):
+        with pytest.raises(NoNodeFolder, match=f"{taken_first} belongs to user 12345, who may rename"):
+            node_folder(str(stage_to), {})
+
+
+def test_folders_that_are_made_on_the_way_are_closed_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o000)
+    try:
+        node_folder(str(tmp_path / "ann" / "models"), {})
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("ann", "ann/models")] == [0o755, 0o755]
+
+
+def test_the_path_of_a_copy_does_not_lead_through_links(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "scratch")
+    assert node_folder(str(tmp_path / "link" / "x"), {}) == tmp_path / "scratch" / "x" / f"hpc_rl-{os.getuid()}"
 
 
 def test_a_lock_that_was_tidied_away_is_not_taken_by_those_who_had_opened_it(tmp_path: Path) -> None:
