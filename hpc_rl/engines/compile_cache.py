@@ -8,7 +8,8 @@ Tasks that share one cache corrupt it, so each has a slot of its own, held by a 
 the array, so that it mostly finds its own of the round before. A slot whose last holder did not get as far as `settle`
 is emptied: nobody knows what a killed process left half written.
 
-The caches are code that runs when it is read. They lie in a folder that only this user may enter, made so and checked.
+The caches are code that runs when it is read. They lie in a folder that only this user may enter, in one to which only
+this user may write, both made so and checked. The workspace around them is trusted: its config names the programs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 
 from hpc_rl.run import atomic
 from hpc_rl.run.lease import Lease, acquire
-from hpc_rl.run.private import make_private
+from hpc_rl.run.private import close_to_others, make_private
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def claim(folder: Path, compiler: Mapping[str, str], number: int) -> Slot | None
     Parameters
     ----------
     folder
-        `Workspace.compile_cache`; made if it is not there.
+        `Workspace.compile_cache`; made if it is not there. Others lose the right to write to the folder around it.
     compiler
         See `what_compiles`.
     number
@@ -110,9 +111,10 @@ def claim(folder: Path, compiler: Mapping[str, str], number: int) -> Slot | None
     Raises
     ------
     NotPrivate
-        When others may write to the folder, or own it. `keep_compiled: false` does without.
+        When others may write to the folder, or own it or the one around it. `keep_compiled: false` does without.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    close_to_others(folder.parent)
     make_private(folder)
     kind = folder / hashlib.sha256(json.dumps(dict(compiler), sort_keys=True).encode()).hexdigest()[:16]
     if not kind.is_dir():

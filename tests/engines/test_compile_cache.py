@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -164,6 +165,28 @@ def test_the_folder_is_of_this_user_alone(folder: Path) -> None:
     folder.chmod(0o750)
     taken(folder).close()
     assert folder.stat().st_mode & 0o777 == 0o700, "others could not have written: it is closed and used"
+
+
+def test_nobody_else_may_exchange_it(folder: Path) -> None:
+    before = os.umask(0o002)  # as for groups that share their files
+    try:
+        folder.parent.parent.mkdir()
+        for made_by in ("others before", "claim"):
+            if made_by == "others before":  # notes on weights lie there too
+                folder.parent.mkdir()
+            taken(folder).close()
+            assert folder.parent.stat().st_mode & 0o777 == 0o755, made_by
+            shutil.rmtree(folder.parent)
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give folders away")
+def test_a_folder_in_one_of_another_user_is_refused(folder: Path) -> None:
+    folder.parent.mkdir(parents=True)
+    os.chown(folder.parent, 12345, -1)
+    with pytest.raises(NotPrivate, match=f"{folder.parent} belongs to user 12345"):
+        claim(folder, COMPILER, 0)
 
 
 def test_a_link_to_a_folder_is_refused(folder: Path, tmp_path: Path) -> None:
