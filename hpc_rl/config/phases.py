@@ -20,6 +20,9 @@ from hpc_rl.config.base import (
 
 Engine = Literal["vllm", "transformers", "auto"]
 
+USUAL_LEAST_SHARE = 0.5
+"""`min_gpu_memory_utilization` where it is null."""
+
 
 class SampleConfig(Section):
     """Sampling completions (B prompts, G samples of each)."""
@@ -53,7 +56,7 @@ class SampleConfig(Section):
     """Engines of one sampling task, each a worker process with GPUs of its own (V1): with 8 GPUs a node,
     `stages.sample: {gpus_per_node: 8, ranks_per_node: 1}` and 8 here. Evaluation has one engine."""
     gpu_ids: tuple[NonNegativeInt, ...] | None = None
-    """GPUs of a sampling task that its engines use, numbered from 0 as it sees them (V1). null = all that it was given."""
+    """GPUs of a sampling task that its engines use, numbered from 0 as it sees them (V1). null = all that it has."""
     tensor_parallel_size: PositiveInt | None = None
     """GPUs of one engine, evaluation's too. null = the sampling task's GPUs / data_parallel_size; of evaluation, and of
     a speaker that is served, all GPUs."""
@@ -62,8 +65,8 @@ class SampleConfig(Section):
     gpu_memory_utilization: Fraction = 0.8
     """Share of a GPU's memory that the engine takes. After running out of memory the next attempt takes 0.1 less and
     samples half as many completions at once, and says so (V5)."""
-    min_gpu_memory_utilization: Fraction = 0.5
-    """It goes no lower than this."""
+    min_gpu_memory_utilization: Fraction | None = None
+    """It goes no lower than this. null = 0.5, or `gpu_memory_utilization` where that is less."""
     cpu_kv_cache_gib: PositiveFloat = 1.0
     """Memory for the KV cache where there is no GPU, in GiB; halved after running out of memory."""
     batch_invariant: bool = True
@@ -80,6 +83,12 @@ class SampleConfig(Section):
     speculate: bool = True
     """A task without work samples the last shards of others a second time; the first manifest wins."""
 
+    @property
+    def least_gpu_memory_utilization(self) -> float:
+        """`min_gpu_memory_utilization` with its default resolved."""
+        least = self.min_gpu_memory_utilization
+        return min(USUAL_LEAST_SHARE, self.gpu_memory_utilization) if least is None else least
+
     def faults(self) -> Iterator[Fault]:
         """Truncated sampling; lengths without room for a prompt; GPUs that cannot be shared out; too few tries."""
         if self.top_p != 1.0:
@@ -90,9 +99,9 @@ class SampleConfig(Section):
         if self.max_tries_per_task is not None and self.max_tries_per_task < self.samples_per_prompt:
             what = f"{self.max_tries_per_task} for samples_per_prompt = {self.samples_per_prompt}"
             yield Fault(("max_tries_per_task",), what, f"at least {self.samples_per_prompt}, or null")
-        if self.min_gpu_memory_utilization > self.gpu_memory_utilization:
+        if self.least_gpu_memory_utilization > self.gpu_memory_utilization:
             what = f"{self.min_gpu_memory_utilization} is above gpu_memory_utilization"
-            yield Fault(("min_gpu_memory_utilization",), what, f"at most {self.gpu_memory_utilization}")
+            yield Fault(("min_gpu_memory_utilization",), what, f"at most {self.gpu_memory_utilization}, or null")
         if self.gpu_ids is not None:
             engines, wanted = self.data_parallel_size, self.data_parallel_size * (self.tensor_parallel_size or 1)
             uneven = len(self.gpu_ids) % engines or (self.tensor_parallel_size and len(self.gpu_ids) != wanted)

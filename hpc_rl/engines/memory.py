@@ -93,7 +93,7 @@ def plan(
     lowered_cache = min(sample.cpu_kv_cache_gib, memory_gib) / 2**notches
     return MemoryPlan(
         notches,
-        max(lowered_share, sample.min_gpu_memory_utilization),
+        max(lowered_share, sample.least_gpu_memory_utilization),
         max(usual >> notches, min(usual, LEAST_SEQUENCES)),
         min(sample.cpu_kv_cache_gib, max(lowered_cache, least_kv_gib)),
     )
@@ -103,7 +103,7 @@ def most_notches(sample: SampleConfig, has_gpus: bool) -> int:
     """After how many notches nothing gets lower any more."""
     sequences = sample.max_num_seqs or max(USUAL_SEQUENCES.values())
     halvings = next(n for n in count() if sequences >> n <= LEAST_SEQUENCES)
-    shares = (sample.gpu_memory_utilization - sample.min_gpu_memory_utilization) / UTILIZATION_STEP
+    shares = (sample.gpu_memory_utilization - sample.least_gpu_memory_utilization) / UTILIZATION_STEP
     return max(halvings, ceil(round(shares, 6)) if has_gpus else CPU_NOTCHES)
 
 
