@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -22,6 +23,8 @@ Engine = Literal["vllm", "transformers", "auto"]
 
 USUAL_LEAST_SHARE = 0.5
 """`min_gpu_memory_utilization` where it is null."""
+_NODE_PATH = re.compile(r"(/|~/|\$\w+|\$\{\w+\})([^$]|\$\w+|\$\{\w+\})*")
+"""What `hpc_rl.engines.node_disk` resolves to an absolute path. `${NAME:-default}` is the shell's, not the node's."""
 
 
 class SampleConfig(Section):
@@ -74,8 +77,8 @@ class SampleConfig(Section):
     merge_adapter: bool = False
     """Merge the LoRA adapter into the weights before sampling: about twice as fast, needs room for a merged copy."""
     stage_to: str | None = None
-    """Folder on a node's own disk to which the base model is copied, once per node: `$TMPDIR`, `/local/$USER`.
-    Variables are those of the node. null = load from where it lies."""
+    """Folder on a node's own disk to which the base model is copied, once per node: `$TMPDIR`, `/local/$USER`,
+    `${SCRATCH}/models`. Variables are those of the node. null = load from where it lies."""
     load_strategy: Literal["auto", "lazy", "prefetch", "eager"] = "auto"
     """How vLLM reads safetensors. auto: prefetch from shared storage, lazy from `stage_to`."""
     keep_compiled: bool = True
@@ -102,6 +105,11 @@ class SampleConfig(Section):
         if self.least_gpu_memory_utilization > self.gpu_memory_utilization:
             what = f"{self.min_gpu_memory_utilization} is above gpu_memory_utilization"
             yield Fault(("min_gpu_memory_utilization",), what, f"at most {self.gpu_memory_utilization}, or null")
+        if self.stage_to is not None and not _NODE_PATH.fullmatch(self.stage_to):
+            what = f"{self.stage_to!r} is no absolute path"
+            yield Fault(
+                ("stage_to",), what, "a path that begins with /, ~/, or a variable of the node: $TMPDIR", "or null"
+            )
         if self.gpu_ids is not None:
             engines, wanted = self.data_parallel_size, self.data_parallel_size * (self.tensor_parallel_size or 1)
             uneven = len(self.gpu_ids) % engines or (self.tensor_parallel_size and len(self.gpu_ids) != wanted)
