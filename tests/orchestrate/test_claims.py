@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -338,6 +339,7 @@ def test_a_file_may_have_fewer_names_than_there_are_shards(make_job: MakeJob, cl
     assert all(shard.still_ours() for shard in held)
     claims.close()
     assert {patiently(other.next).index for _ in range(3)} == {0, 1, 2}
+    shutil.rmtree(names)
 
 
 # many processes
