@@ -45,6 +45,10 @@ TTL_S = 120.0
 UNSETTLED = "unsettled"
 
 
+class SlotLost(RuntimeError):
+    """Another process took the slot over while the model was loaded from it, and what was loaded is not known."""
+
+
 @dataclass
 class Slot:
     """A slot that this process holds.
@@ -57,19 +61,53 @@ class Slot:
 
     folder: Path
     _lease: Lease
+    _model: str = ""
+
+    @property
+    def _link(self) -> Path:
+        return self.folder / "model"
 
     def stable_path(self, model: str) -> str:
-        """A path that leads to `model` and is the same in every round: what vLLM compiles goes by the model's path."""
-        link = self.folder / "model"
-        temporary = link.with_name("model.new")
+        """A path that leads to `model` and is the same in every round: what vLLM compiles goes by the model's path.
+
+        `model` itself where another process has the slot by now.
+        """
+        if self._lost():
+            return model
+        self._model = str(Path(model).absolute())
+        temporary = self._link.with_name("model.new")
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(Path(model).absolute())
-        temporary.replace(link)
-        return str(link)
+        temporary.symlink_to(self._model)
+        temporary.replace(self._link)
+        return str(self._link)
 
     def settle(self) -> None:
-        """The engine has started: what it has compiled for that is whole."""
-        (self.folder / UNSETTLED).unlink(missing_ok=True)
+        """The engine has started: what it has compiled for that is whole, and its weights are those of `stable_path`.
+
+        Raises
+        ------
+        SlotLost
+            When the path leads to another model by now. A process that stood still for long does not know that it lost
+            its slot before it looks.
+        """
+        try:
+            found = str(self._link.readlink()) if self._model else ""
+        except FileNotFoundError:  # emptied, and not yet linked by its next holder
+            found = self._model
+        if found != self._model:
+            raise SlotLost(
+                f"{self._link} led to {self._model} when the engine was started and leads to {found} now: this process "
+                f"stood still for more than {TTL_S:.0f} s, and another one took its slot. Which of the two was loaded "
+                "is not known: start again"
+            )
+        if not self._lost():
+            (self.folder / UNSETTLED).unlink(missing_ok=True)
+
+    def _lost(self) -> bool:
+        lost = self._lease.lost
+        if lost:
+            log.warning("this process stood still for long: %s may be another's by now", self.folder)
+        return lost
 
     def close(self) -> None:
         """Give it back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,24 @@ if sys.argv[2] == "settle":
     slot.settle()
 print(slot.folder.name, flush=True)
 time.sleep(60)
+"""
+SLEEPER = """
+import sys
+from pathlib import Path
+from hpc_rl.engines import compile_cache
+compile_cache.TTL_S = 1.0
+slot = compile_cache.claim(Path(sys.argv[1]), {"vllm": "0.31.0", "gpu": "H100"}, 0)
+links_first = sys.argv[3] == "while it loads"
+if links_first:
+    path = slot.stable_path(sys.argv[2])
+print(slot.folder.name, flush=True)
+sys.stdin.readline()
+try:
+    path = path if links_first else slot.stable_path(sys.argv[2])
+    slot.settle()
+    print(path, "settled")
+except compile_cache.SlotLost as error:
+    print("SlotLost", error)
 """
 
 
@@ -133,6 +152,43 @@ def test_what_vllm_is_told_of_the_model_is_the_same_in_every_round(folder: Path,
             slot.settle()
             assert (Path(paths[-1]) / "config.json").read_text() == str(number)
     assert paths[0] == paths[1]
+
+
+@pytest.mark.parametrize("taken_over", ["while it loads", "before it links"])
+def test_who_stood_still_notices_that_the_path_leads_to_another_model(
+    folder: Path, tmp_path: Path, taken_over: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compile_cache, "TTL_S", 1.0)
+    sleeper = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER, str(folder), str(tmp_path / "round_01"), taken_over],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert sleeper.stdout is not None and sleeper.stdout.readline() == "slot_00\n"
+    sleeper.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    with taken(folder) as slot:
+        assert slot.folder.name == "slot_00"
+        link = slot.stable_path(str(tmp_path / "round_02"))
+        sleeper.send_signal(signal.SIGCONT)
+        said, _ = sleeper.communicate("go on\n", timeout=60)
+        assert Path(link).readlink() == tmp_path / "round_02"
+        assert (slot.folder / "unsettled").exists(), "it is ours, and we have not settled"
+    if taken_over == "before it links":
+        assert said == f"{tmp_path / 'round_01'} settled\n", "it does without the link"
+    else:
+        assert "SlotLost" in said and f"leads to {tmp_path / 'round_02'} now" in said
+
+
+def test_who_lost_a_slot_that_leads_to_the_same_model_goes_on(folder: Path, tmp_path: Path) -> None:
+    with taken(folder) as slot:
+        slot.stable_path(str(tmp_path))
+        next(slot.folder.parent.joinpath("leases").glob(".holder-*")).unlink()  # somebody took us for dead
+        with taken(folder) as other:
+            other.stable_path(str(tmp_path))
+            slot.settle()
+            assert (other.folder / "unsettled").exists()
 
 
 def test_a_slot_that_has_grown_too_large_is_emptied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
