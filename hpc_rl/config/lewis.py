@@ -174,6 +174,9 @@ class LewisConfig(Config):
                 yield Fault(("stages", name), what, "one process per job", way_out)
             if stage.tasks > 1 and "." not in name and name not in self.array_stages:
                 yield Fault(("stages", name, "tasks"), f"{stage.tasks}, but {name} is one job", "1")
+        if self.sample.long_prompts == "truncate_left":
+            what = "truncate_left, but every prompt of this game has a picture, and those cannot be cut"
+            yield Fault(("sample", "long_prompts"), what, "error or drop", "or lower speaker.max_pixels")
         yield from self._gpu_faults()
         group = self.sample.samples_per_prompt
         if self.train_batch_size % group:

@@ -31,8 +31,8 @@ class SampleConfig(Section):
     """Sampling completions (B prompts, G samples of each)."""
 
     engine: Engine = "vllm"
-    """What generates. auto: vllm, or transformers where vllm cannot load the model; log, manifests and report say so
-    (V6). There is no other change from one to the other."""
+    """What generates. auto: vllm; transformers where vLLM is not installed or does not know the model's architecture,
+    and in no other case (V6). Log, manifests and report say which it was."""
     prompts_per_round: PositiveInt = 128
     """Prompts (B) of a round; rounds go through the training rows epoch by epoch in a seeded order."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 4
@@ -41,7 +41,7 @@ class SampleConfig(Section):
     """Which completions count towards `samples_per_prompt`. well_formed: those with all tags in order (L8); for each of
     the others one more is drawn with a new seed (V2, V3), and neither graded nor trained on."""
     max_tries_per_task: PositiveInt | None = None
-    """Most completions drawn for one prompt (V2). null = 4 × samples_per_prompt."""
+    """Most completions drawn for one prompt (V2), with `accept: well_formed`. null = 4 × samples_per_prompt."""
     shard_size: PositiveInt = 16
     """Prompts of one shard: what a lost task costs. Use more shards than array tasks."""
     temperature: PositiveFloat = 1.0
@@ -53,8 +53,9 @@ class SampleConfig(Section):
     max_model_len: PositiveInt | None = None
     """Longest prompt and completion together, in tokens. null = the model's own limit."""
     long_prompts: Literal["error", "drop", "truncate_left"] = "error"
-    """What becomes of a prompt that leaves no room for a completion: stop before the engine starts, with its row; leave
-    it out, counted; or cut tokens off its beginning (texts only)."""
+    """What becomes of a prompt that leaves less than `max_tokens` for its completion. error: stop before the engine
+    starts, with its row. drop: leave it out, counted. truncate_left: cut tokens off its beginning; for texts only, so
+    not in the Lewis game."""
     data_parallel_size: PositiveInt = 1
     """Engines of one sampling task, each a worker process with GPUs of its own (V1): with 8 GPUs a node,
     `stages.sample: {gpus_per_node: 8, ranks_per_node: 1}` and 8 here. Evaluation has one engine."""
@@ -64,16 +65,18 @@ class SampleConfig(Section):
     """GPUs of one engine, evaluation's too. null = the sampling task's GPUs / data_parallel_size; of evaluation, and of
     a speaker that is served, all GPUs."""
     max_num_seqs: PositiveInt | None = None
-    """Completions that one engine samples at once. null = vLLM's own choice; 32 with transformers."""
+    """Completions that one engine samples at once. null = vLLM's own choice (1024 on GPUs of 70 GiB and more, else
+    256), or 32 with transformers. Halved after running out of memory, down to 16; from 256 where vLLM chose."""
     gpu_memory_utilization: Fraction = 0.8
-    """Share of a GPU's memory that the engine takes. After running out of memory the next attempt takes 0.1 less and
-    samples half as many completions at once, and says so (V5)."""
+    """Share of a GPU's memory that vLLM takes. After running out of memory the next attempt takes 0.1 less and samples
+    fewer completions at once (`max_num_seqs`), and says so (V5)."""
     min_gpu_memory_utilization: Fraction | None = None
     """It goes no lower than this. null = 0.5, or `gpu_memory_utilization` where that is less."""
     cpu_kv_cache_gib: PositiveFloat = 1.0
-    """Memory for the KV cache where there is no GPU, in GiB; halved after running out of memory."""
+    """Memory of vLLM's KV cache where there is no GPU, in GiB; halved after running out of memory."""
     batch_invariant: bool = True
-    """The engine's mode in which a sample does not depend on what else is in the batch, where it has one."""
+    """vLLM's mode in which a sample does not depend on what else is in the batch, on GPUs that have it (from the H100
+    on). Elsewhere, and with transformers, a few samples may differ."""
     merge_adapter: bool = False
     """Merge the LoRA adapter into the weights before sampling: about twice as fast, needs room for a merged copy."""
     stage_to: str | None = None
@@ -82,7 +85,7 @@ class SampleConfig(Section):
     load_strategy: Literal["auto", "lazy", "prefetch", "eager"] = "auto"
     """How vLLM reads safetensors. auto: prefetch from shared storage, lazy from `stage_to`."""
     keep_compiled: bool = True
-    """Keep what engines compile in the workspace from round to round, a folder for each task. false = compile anew."""
+    """Keep what vLLM compiles in the workspace from round to round, a folder for each task. false = compile anew."""
     speculate: bool = True
     """A task without work samples the last shards of others a second time; the first manifest wins."""
 
@@ -99,7 +102,10 @@ class SampleConfig(Section):
         if self.max_model_len is not None and self.max_model_len <= self.max_tokens:
             what = f"{self.max_model_len} leaves no room for a prompt beside max_tokens = {self.max_tokens}"
             yield Fault(("max_model_len",), what, "more than max_tokens, or null")
-        if self.max_tries_per_task is not None and self.max_tries_per_task < self.samples_per_prompt:
+        if self.max_tries_per_task is not None and self.accept == "all":
+            what = f"{self.max_tries_per_task}, but with accept: all every completion counts, so none is drawn again"
+            yield Fault(("max_tries_per_task",), what, "null", "set it to null, or accept to well_formed")
+        elif self.max_tries_per_task is not None and self.max_tries_per_task < self.samples_per_prompt:
             what = f"{self.max_tries_per_task} for samples_per_prompt = {self.samples_per_prompt}"
             yield Fault(("max_tries_per_task",), what, f"at least {self.samples_per_prompt}, or null")
         if self.least_gpu_memory_utilization > self.gpu_memory_utilization:

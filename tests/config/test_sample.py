@@ -44,3 +44,22 @@ def test_a_folder_that_a_node_resolves(
     environ = dict.fromkeys(("TMPDIR", "SCRATCH", "A"), str(tmp_path)) | {"B": "b", "JOB": "7"}
     monkeypatch.setenv("HOME", str(tmp_path))
     assert node_folder(stage_to, environ).is_relative_to(tmp_path.parent)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["sample.max_tries_per_task=8"], "max_tries_per_task: 8, but with accept: all every completion counts"),
+        (
+            ["sample.max_tries_per_task=3", "sample.accept=well_formed"],
+            "max_tries_per_task: 3 for samples_per_prompt = 4",
+        ),
+        (
+            ["sample.long_prompts=truncate_left"],
+            "long_prompts: truncate_left, but every prompt of this game has a picture",
+        ),
+    ],
+)
+def test_a_setting_that_would_do_nothing_or_never_work(small: Load, settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"sample.{message}"):
+        small(*settings)
