@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
@@ -59,12 +60,23 @@ def copy_files(source: Path, files: Mapping[str, os.stat_result], into: Path) ->
         target = into / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target)
-        if target.stat().st_size != files[name].st_size:
-            raise OSError(f"{source / name} changed while it was copied: it had {files[name].st_size} bytes")
+        before, now = files[name], (source / name).stat()
+        same = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+        if not same or target.stat().st_size != before.st_size:
+            raise OSError(
+                f"{source / name} changed while it was copied: it had {before.st_size} bytes of "
+                f"{time.ctime(before.st_mtime)}, and has {now.st_size} of {time.ctime(now.st_mtime)}. Who writes it?"
+            )
 
     largest_first: Sequence[str] = sorted(files, key=lambda name: -files[name].st_size)
     with ThreadPoolExecutor(max_workers=COPYING_THREADS) as pool:
         list(pool.map(copy_one, largest_first))
+
+
+def check_unchanged(folder: Path, before: str) -> None:
+    """OSError when a model's files are not those any more whose `identity` is `before`."""
+    if identity(folder, model_files(folder)) != before:
+        raise OSError(f"files in {folder} changed while they were read: a run's models must stay as they are")
 
 
 def weights_bytes(base: Path, files: Mapping[str, os.stat_result], dtype: str) -> int:

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_rl.engines.model_files import copy_files, digest, identity, model_files, weights_bytes
+from hpc_rl.engines.model_files import check_unchanged, copy_files, digest, identity, model_files, weights_bytes
 from hpc_rl.engines.node_disk import NETWORK, FileLock, file_system_of
 from hpc_rl.run.private import make_private
 
@@ -117,14 +117,18 @@ class Staging:
         from hpc_rl.engines.merging import merge_adapter  # torch, for those who merge
 
         files, of_adapter = model_files(base), model_files(adapter)
-        made_of = digest(identity(base, files), identity(adapter, of_adapter), dtype)
+        ids = {base: identity(base, files), adapter: identity(adapter, of_adapter)}
         series = f"{_plain(base.name)}-merged-{digest(str(base), str(adapter.parent), dtype)[:8]}-"
         rest = (status.st_size for name, status in files.items() if not name.endswith(".safetensors"))
         needed = _on_disk([*rest, weights_bytes(base, files, dtype)])
         what = f"{base} with {adapter} merged in"
-        return self._obtain(
-            f"{series}{made_of}", what, needed, lambda into: merge_adapter(base, adapter, dtype, into), series
-        )
+
+        def merge(into: Path) -> None:
+            merge_adapter(base, adapter, dtype, into)
+            for folder, before in ids.items():
+                check_unchanged(folder, before)
+
+        return self._obtain(f"{series}{digest(*ids.values(), dtype)}", what, needed, merge, series)
 
     def _obtain(
         self, name: str, what: str, needed_bytes: int, make: Callable[[Path], object], series: str | None = None

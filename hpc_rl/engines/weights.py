@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_rl.config.lewis import LewisConfig
-from hpc_rl.engines.model_files import identity, model_files
+from hpc_rl.engines.model_files import check_unchanged, identity, model_files
 from hpc_rl.run import atomic, manifest
 from hpc_rl.run.workspace import Workspace
 
@@ -37,12 +37,19 @@ def noted_hash(folder: Path, notes: Path) -> str:
     """`weights_hash`, read from `notes` where it was computed before: else each task would read the whole model for it.
 
     A note is about files by their path, names, sizes and times of change; whatever changes one of these is hashed anew.
+
+    Raises
+    ------
+    OSError
+        When files change while they are read.
     """
-    note = notes / f"{identity(folder, model_files(folder))}.json"
+    before = identity(folder, model_files(folder))
+    note = notes / f"{before}.json"
     try:
         return str(atomic.read_json(note)["sha256"])
     except FileNotFoundError:
         digest = weights_hash(folder)
+        check_unchanged(folder, before)
         atomic.write_json(note, {"of": str(folder), "sha256": digest})
         return digest
 

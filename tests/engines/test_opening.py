@@ -15,7 +15,10 @@ from typing import Any
 import pytest
 
 from hpc_rl.cluster.entry import EndRecord, Spec
+from hpc_rl.engines import weights
 from hpc_rl.engines.memory import notches_of
+from hpc_rl.engines.node_disk import node_folder
+from hpc_rl.engines.staging import Staging
 from hpc_rl.engines.vllm_start import VllmMissing
 from hpc_rl.engines.weights import noted_hash, weights_hash
 from hpc_rl.orchestrate.graph import StageId
@@ -110,6 +113,36 @@ def test_the_bases_hash_is_computed_once_and_again_when_its_files_change(speaker
     assert noted_hash(model, notes) == "what was noted"
     os.utime(model / "model.safetensors")
     assert noted_hash(model, notes) == first and len(list(notes.iterdir())) == 2
+
+
+def test_the_hash_of_files_that_change_while_they_are_read_is_not_noted(
+    speaker_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, notes = tmp_path / "model", tmp_path / "notes"
+    shutil.copytree(speaker_folder, model)
+
+    def read_and_change(folder: Path) -> str:
+        found = weights_hash(folder)
+        os.utime(model / "model.safetensors")  # as by who writes it in place
+        return found
+
+    monkeypatch.setattr(weights, "weights_hash", read_and_change)
+    with pytest.raises(OSError, match=f"files in {model} changed while they were read"):
+        noted_hash(model, notes)
+    assert not notes.exists()
+
+
+def test_nor_is_a_merger_of_them_kept(speaker_folder: Path, adapter_folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / "model"
+    shutil.copytree(speaker_folder, base)
+
+    class Changed(Staging):
+        def _make_room(self, what: str, needed_bytes: int, keep: str) -> None:
+            os.utime(base / "model.safetensors")
+
+    with pytest.raises(OSError, match=f"files in {base} changed while they were read"):
+        Changed(node_folder(str(tmp_path / "local"), {})).merged(base, adapter_folder, "float32")
+    assert not list((tmp_path / "local").rglob("*.safetensors"))
 
 
 def in_a_job(ws: Workspace, name: str, asked: Mapping[str, Any], out: Path) -> EndRecord:

@@ -241,15 +241,18 @@ def test_a_folder_without_a_model_is_named(folder: Path, tmp_path: Path) -> None
         Staging(folder).model(tmp_path / "nothing")
 
 
-def test_a_file_that_changes_while_it_is_copied_is_an_error_and_leaves_nothing(model: Path, folder: Path) -> None:
-    class Grown(Staging):
+@pytest.mark.parametrize("how", ["grows", "is written anew"])
+def test_a_file_that_changes_while_it_is_copied_is_an_error_and_leaves_nothing(
+    model: Path, folder: Path, how: str
+) -> None:
+    class Changed(Staging):
         def _tidy(self, keep: str) -> None:
             super()._tidy(keep)
-            with (model / "model.safetensors").open("ab") as file:  # after its size was read, before it is copied
-                file.write(b"more")
+            with (model / "model.safetensors").open("ab" if how == "grows" else "r+b") as file:
+                file.write(b"more")  # after its size was read, before it is copied
 
     with pytest.raises(OSError, match="changed while it was copied"):
-        Grown(folder).model(model)
+        Changed(folder).model(model)
     assert copies(folder) == []
 
 
