@@ -57,6 +57,7 @@ def sample(
         0; 124 when the rest does not fit before the time limit, 76 when not a single shard does; 75 when the stage's
         only shard is in other hands.
     """
+    from hpc_rl.engines.gpus import check_gpus
     from hpc_rl.engines.memory import notches_of
     from hpc_rl.engines.opening import open_engine
     from hpc_rl.sampling.at_work import Origin
@@ -64,8 +65,8 @@ def sample(
     from hpc_rl.sampling.record import Recorder
     from hpc_rl.sampling.stream import Ending, Stream
 
+    check_gpus(job.config, job.stage.name)
     made_from: dict[str, Any] = {"temperature": options.temperature}
-    pooled = options.data_parallel_size > 1 or options.gpu_ids is not None
     # the engine is closed last: that may take seconds, and others wait for the shards that are given back
     with ExitStack() as engines, job.claims() as claims, ExitStack() as stack:
         task = stack.enter_context(Recorder(job.folder, claims.token, job.config.stage(job.stage.name).gpus_per_node))
@@ -80,7 +81,7 @@ def sample(
                 weights_hash=weights.hash,
                 cache_dir=job.ws.compile_cache,
                 notches=notches_of(job.ws, job.round, job.stage.name),
-                pool=pooled,
+                pool=True,
             )
             engines.callback(engine.close)
             task.opened(engine.description, engine.loading)
@@ -98,7 +99,6 @@ def sample(
             deadline=Deadline.of(os.environ),
             linger_s=job.config.run.linger_s,
             speculate=options.speculate,
-            open_images=not pooled,  # workers get paths
         )
         try:
             ending = stream.run()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import suppress
+from pathlib import Path
 
 from hpc_rl.sampling.at_work import AtWork
 from hpc_rl.sampling.claiming import Claims, Shard
@@ -15,16 +16,10 @@ log = logging.getLogger("hpc_rl")
 
 
 class Ahead:
-    """Asks for one shard at a time. Its own methods return at once, `all_done` and `close` excepted.
+    """Asks for one shard at a time. Its own methods return at once, `all_done` and `close` excepted."""
 
-    Parameters
-    ----------
-    open_images
-        Open the images of prompts too; not for engines in other processes, which get their paths.
-    """
-
-    def __init__(self, claims: Claims, source: Source, open_images: bool) -> None:
-        self._claims, self._source, self._open_images = claims, source, open_images
+    def __init__(self, claims: Claims, source: Source) -> None:
+        self._claims, self._source = claims, source
         self._thread = ThreadPoolExecutor(1, "claims")
         self._looking: Future[Sequence[Shard]] | None = None
         self._numbers = 0
@@ -46,20 +41,18 @@ class Ahead:
         free = self._claims.free()
         if held and free and held * self._claims.peers() >= held + free:
             return None
-        shard = self._claims.next()
+        shard, is_copy = self._claims.next(), False
         if shard is None and bored:
-            shard = self._claims.duplicate()
-            if shard is not None:
-                log.info("shard %d is done here too: its holder takes longer than usual", shard.index)
+            shard, is_copy = self._claims.duplicate(), True
         if shard is None:
             return None
+        if is_copy:
+            log.info("shard %d is done here too: its holder takes longer than usual", shard.index)
         tasks = self._source.tasks(shard.index)
-        if self._open_images:
-            tasks = [
-                replace(task, prompt=replace(task.prompt, images=tuple(task.prompt.open_images()))) for task in tasks
-            ]
+        _read_ahead(image for task in tasks for image in task.prompt.images if isinstance(image, Path))
         self._numbers += 1
-        return AtWork(shard, self._numbers, tasks, self._source.rules, self._source.dropped(shard.index))
+        dropped = self._source.dropped(shard.index)
+        return AtWork(shard, self._numbers, tasks, self._source.rules, dropped, is_copy)
 
     @property
     def pause_s(self) -> float:
@@ -92,3 +85,13 @@ class Ahead:
     def close(self) -> None:
         """Wait for the thread. What it has claimed meanwhile is the claims' to give back."""
         self._thread.shutdown(cancel_futures=True)
+
+
+def _read_ahead(files: Iterable[Path]) -> None:
+    """Have these files in the node's memory when the engine opens them.
+
+    They are not decoded here: a photo of 1 MB on disk is 36 MB then, and would stay for as long as its shard does.
+    """
+    for file in dict.fromkeys(files):
+        with suppress(OSError):  # whoever opens it says what is wrong, and with which row
+            file.read_bytes()

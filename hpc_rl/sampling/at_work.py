@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,12 +57,20 @@ class AtWork:
         Unique in this process, also when a shard is claimed again.
     dropped
         Prompts that are left out of it.
+    is_copy
+        Somebody else is at it too.
     """
 
     def __init__(
-        self, shard: Shard, number: int, tasks: Sequence[Task], rules: Mapping[str, Rule], dropped: int
+        self,
+        shard: Shard,
+        number: int,
+        tasks: Sequence[Task],
+        rules: Mapping[str, Rule],
+        dropped: int,
+        is_copy: bool,
     ) -> None:
-        self.shard, self.number, self.dropped = shard, number, dropped
+        self.shard, self.number, self.dropped, self.is_copy = shard, number, dropped, is_copy
         self.since = time.monotonic()
         self.in_flight: dict[str, Attempt] = {}
         self.tokens = 0
@@ -146,7 +154,8 @@ class AtWork:
         try:
             file = self._write(origin)
         except OSError as error:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # nobody reads it, and what counts is said below
+                path.unlink(missing_ok=True)
             raise self._failure(path, error) from error
         with file:
             try:
@@ -164,7 +173,6 @@ class AtWork:
         return file
 
     def _failure(self, path: Path, error: OSError) -> WriteFailure:
-        self.shard.abandon()
         return WriteFailure(
             f"shard {self.shard.index} is drawn, but cannot be written to {path.parent}: {error}. "
             "Shards that are published stay. Make room there and launch again: the same samples are drawn for what is "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections import deque
@@ -31,9 +32,9 @@ class Pace:
         """A shard that was claimed at `since` (time.monotonic) has its last sample."""
         self._took_s.append(time.monotonic() - since)
 
-    def usual_s(self, unknown_s: float) -> float:
-        """How long a shard usually takes; `unknown_s` before the first one is finished."""
-        return statistics.median(self._took_s) if self._took_s else unknown_s
+    def usual_s(self) -> float:
+        """How long a shard usually takes; infinite before the first one is finished."""
+        return statistics.median(self._took_s) if self._took_s else math.inf
 
     def has_time(self) -> bool:
         """Whether another shard fits, as slow as the slowest of the last. Before the first one is finished: always."""

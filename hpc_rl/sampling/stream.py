@@ -3,8 +3,8 @@
     claim ahead → hand requests over → one step of the engine → judge, retry → publish what is complete → …
 
 Requests of many shards are in flight at once, so the batch stays full across their borders; a retry goes straight back
-into it. Claiming, reading rows, opening images and publishing happen in threads beside the loop: the engine never waits
-for the file system. What is held is bounded by what is in flight, whatever the number of shards.
+into it. Claiming, reading rows and images, and publishing happen in threads beside the loop: the engine never waits for
+the file system. What is held is bounded by what is in flight, whatever the number of shards.
 
 A sample depends on its prompt and its own seed, and a shard's file is sorted: it is the same whoever made it, in
 whatever order.
@@ -70,8 +70,6 @@ class Stream:
         How long to wait, without work, for shards in other hands.
     speculate
         Sample a shard that another task is slow with a second time, rather than wait.
-    open_images
-        Open the images of prompts ahead, in a thread; not for engines in other processes, which get their paths.
     """
 
     def __init__(
@@ -85,11 +83,10 @@ class Stream:
         deadline: Deadline,
         linger_s: float,
         speculate: bool,
-        open_images: bool,
     ) -> None:
         self._open, self._source, self._origin, self._task = open_engine, source, origin, task
         self._linger_s, self._speculate = linger_s, speculate
-        self._ahead = Ahead(claims, source, open_images)
+        self._ahead = Ahead(claims, source)
         self._pace = Pace(deadline)
         self._engine: Engine | None = None
         self._shards: dict[int, AtWork] = {}
@@ -100,6 +97,7 @@ class Stream:
         self._requests_per_shard = 1
         self._ask_at = self._look_at = 0.0
         self._idle_since: float | None = None
+        self._bored = self._copying = False  # who has made one copy does not wait before the next
         self._leaving = Leaving()
 
     def run(self) -> Ending:
@@ -153,16 +151,20 @@ class Stream:
             and self._pace.has_time()
         ):
             idle_s = 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
-            bored = self._speculate and not in_hand and idle_s >= self._pace.usual_s(self._linger_s / 2)
-            self._ahead.claim(len(self._shards), bored)
+            waited = self._copying or idle_s >= min(self._pace.usual_s(), self._linger_s / 2)
+            self._bored = self._speculate and not in_hand and waited
+            self._ahead.claim(len(self._shards), self._bored)
 
     def _take_in(self) -> None:
         if self._ahead.claiming is None or not self._ahead.claiming.done():
             return
         work = self._ahead.take()
         if work is None:
-            self._ask_at = time.monotonic() + max(POLL_S, self._ahead.pause_s)
+            goes_on = self._copying and not self._bored  # with the next copy, once this one is done
+            self._ask_at = time.monotonic() + (POLL_S if goes_on else max(POLL_S, self._ahead.pause_s))
+            self._copying = goes_on
             return
+        self._copying = work.is_copy
         self._idle_since = None
         self._shards[work.number] = work
         attempts = work.start()

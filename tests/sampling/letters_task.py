@@ -106,7 +106,7 @@ def stream(job: Job, stack: ExitStack, engine: Engine, **settings: Any) -> Strea
     claims = settings.pop("claims", None) or stack.enter_context(job.claims())
     token = settings.pop("token", None) or claims.token
     task = stack.enter_context(Recorder(job.folder, token))
-    options = {"deadline": Deadline(), "linger_s": 0.0, "speculate": False, "open_images": False, **settings}
+    options = {"deadline": Deadline(), "linger_s": 0.0, "speculate": False, **settings}
     source = options.pop("source", None) or LettersSource()
     open_engine = options.pop("open_engine", None) or (lambda: engine)
     return Stream(claims, open_engine, source, Origin(RUN_SEED, ROUND, WEIGHTS, token), task, **options)

@@ -343,6 +343,16 @@ def test_a_frozen_task_is_done_without_it_and_throws_its_copy_away(make_job: Mak
     assert {path.name for path in job.folder.glob("*.samples.parquet")} == names
 
 
+def test_a_task_that_has_finished_nothing_helps_before_it_would_leave(make_job: MakeJob, start: Start) -> None:
+    """How long a shard takes is not known to it; half of the time that it would wait has to do."""
+    job = make_job("run.lease_ttl_s=3600")
+    frozen = start(job, capacity=1000, pause_s=0.1)
+    wait_until(lambda: len(list(job.folder.rglob("shard_*.lease.*"))) == SHARDS)
+    frozen.send_signal(signal.SIGSTOP)
+    assert run(job, LettersEngine(8, 0.0, None), speculate=True, linger_s=2.0) is Ending.DONE
+    assert_whole(job)
+
+
 def test_a_task_without_work_waits_a_while_and_starts_no_engine(make_job: MakeJob, start: Start) -> None:
     job = make_job("run.lease_ttl_s=3600")
     busy = start(job, capacity=1000, pause_s=0.1)
