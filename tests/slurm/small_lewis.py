@@ -7,8 +7,7 @@ from collections.abc import Callable
 import pyarrow.parquet as pq
 
 from hpc_rl.orchestrate.gate import is_at_work
-from hpc_rl.orchestrate.graph import StageId
-from hpc_rl.orchestrate.reconcile import Run
+from hpc_rl.orchestrate.graph import Kind, Stage, StageId
 from tests.slurm.runs import ClusterRun
 
 CONFIG = "tests/slurm/lewis.yaml"
@@ -46,5 +45,5 @@ def assert_finishes_with_the_same_samples(run: ClusterRun, undisturbed: ClusterR
 
 def holds_a_shard(run: ClusterRun, stage: str) -> Callable[[], bool]:
     """Whether some task of a stage is in the middle of a shard."""
-    declared = Run.load(run.ws.root).graph[StageId(1, stage)]
+    declared = Stage(StageId(1, stage), f"jobs.{stage}", Kind.ARRAY)
     return lambda: is_at_work(run.ws, declared, 60.0)
