@@ -27,8 +27,10 @@ SETS = ("new_views", "validation")
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jobs.evaluate --workspace W --round R`; 75 when no listener answers."""
     job = open_job("evaluate", argv)
+    from hpc_rl.engines.gpus import check_gpus
     from hpc_rl.services.calling import ServiceUnavailable
 
+    check_gpus(job.config, job.stage.name)
     for shard in job.shards():
         try:
             evaluate(job, shard)

@@ -10,6 +10,7 @@ from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.data.embedding import Embedder
 from hpc_rl.data.lewis import SETS, image_root, write_rows
 from hpc_rl.data.preparation import prepare_category
+from hpc_rl.engines.gpus import check_gpus
 from hpc_rl.orchestrate.job import open_job
 
 log = logging.getLogger("hpc_rl")
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = open_job("prepare", argv)
     config = job.config
     assert isinstance(config, LewisConfig)
+    check_gpus(config, job.stage.name)
     root = image_root(job.ws, config.data.image_root)
     model = str(config.data.embedding.path or config.speaker.path)
     embedder = None

@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if consumers_done(job):
         log.info("nobody needs this service any more")
         return 0
+    from hpc_rl.engines.gpus import check_gpus
+
+    check_gpus(job.config, job.stage.name)
     name = job.stage.name.rpartition(".")[2]
     return serve(job, name, done=lambda: consumers_done(job), at_work=lambda: consumers_at_work(job))
 

@@ -40,9 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = open_job("train", argv)
     config = job.config
     assert isinstance(config, LewisConfig)
+    from hpc_rl.engines.gpus import check_gpus
     from hpc_rl.training.distributed import process_group
     from hpc_rl.training.leaving import Leaving
 
+    check_gpus(config, job.stage.name)
     client = config.services.listener.client
     # without an entry process nobody kills, and the site's delay is as good a limit as any
     grace_s = max(1.0, float(os.environ.get("HPC_RL_GRACE_S", config.cluster.signal_delay_s)) - GRACE_MARGIN_S)

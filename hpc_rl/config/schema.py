@@ -94,6 +94,8 @@ class ClusterConfig(Section):
     """Folders that all nodes share. When given, the workspace must lie beneath one of them."""
     allow_local_workspace: bool = False
     """Accept a workspace on tmpfs, overlay or the like with executor slurm: for clusters that are one machine."""
+    allow_no_gpu: bool = False
+    """Let jobs whose GPUs CUDA does not show work on CPUs: for clusters that only play at having GPUs."""
 
     def faults(self) -> Iterator[Fault]:
         """Options that have a field of their own."""

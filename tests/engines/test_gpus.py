@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import socket
+
 import pytest
+import torch
 
 from hpc_rl.config.gpu_shares import GpuShareError, share_gpus
-from hpc_rl.engines.gpus import task_gpus
+from hpc_rl.config.schema import Config
+from hpc_rl.engines.gpus import NoGpuError, check_gpus, task_gpus
 
 UUIDS = ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "GPU-1f5a2d0e-0000-4106-c12f-20bd9faed9f6")
 SLICES = ("MIG-0a1b2c3d-1111-5222-9333-444455556666", "MIG-GPU-8932f937-d72c-4106-c12f-20bd9faed9f6/1/0")
@@ -71,3 +77,40 @@ def test_without_gpus_each_engine_has_none() -> None:
 def test_what_cannot_be_shared_is_said(given: dict[str, object], message: str) -> None:
     with pytest.raises(GpuShareError, match=message):
         share_gpus(**given)  # type: ignore[arg-type]
+
+
+def config_with(gpus: int, **cluster: bool) -> Config:
+    stages = {"sample": {"gpus_per_node": gpus}}
+    return Config.model_validate({"run": {"name": "a", "workspace": "/w"}, "cluster": cluster, "stages": stages})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU that torch sees")
+@pytest.mark.parametrize("given", [{"SLURM_JOB_ID": "7"}, {"CUDA_VISIBLE_DEVICES": "0,1"}])
+def test_a_task_that_was_given_gpus_and_sees_none_does_not_begin(given: dict[str, str]) -> None:
+    with pytest.raises(NoGpuError) as caught:
+        check_gpus(config_with(2), "sample", given)
+    said = str(caught.value)
+    visible = given.get("CUDA_VISIBLE_DEVICES", "not set")
+    assert said.startswith(f"stages.sample.gpus_per_node is 2, but torch sees no GPU on {socket.gethostname()} ")
+    assert f"(CUDA_VISIBLE_DEVICES: {visible}; torch " in said
+    assert f"built for CUDA: {torch.version.cuda or 'no'})" in said
+    assert re.search(r"To work on CPUs, set stages.sample.gpus_per_node to 0$", said)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU that torch sees")
+@pytest.mark.parametrize(
+    ("config", "environ", "warned"),
+    [
+        (config_with(0), {"SLURM_JOB_ID": "7"}, False),
+        (config_with(1), {}, True),
+        (config_with(1), {"CUDA_VISIBLE_DEVICES": ""}, True),
+        (config_with(1), {"CUDA_VISIBLE_DEVICES": "-1"}, True),
+        (config_with(1, allow_no_gpu=True), {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "0"}, True),
+    ],
+)
+def test_where_nobody_deals_out_gpus_work_on_cpus_goes_on_and_is_said(
+    config: Config, environ: dict[str, str], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        check_gpus(config, "sample", environ)
+    assert ("working on the CPU, which is slow" in caplog.text) == warned
