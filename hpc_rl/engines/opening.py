@@ -125,7 +125,15 @@ class _Opening:
         elif asked == "vllm":
             check_installed()
         merges = asked == "transformers" or bool(why)
-        placed = place_weights(self.base, self.adapter, self.sample, self.speaker.dtype, merges=merges, lent=self.lent)
+        placed = place_weights(
+            self.base,
+            self.adapter,
+            self.sample,
+            self.speaker.dtype,
+            trained=self.base != str(self.speaker.path),
+            merges=merges,
+            lent=self.lent,
+        )
         self.loading |= placed.loading
         self.description |= placed.about
         if not merges:

@@ -40,7 +40,14 @@ class Placed:
 
 
 def place_weights(
-    base: str, adapter: Path | None, sample: SampleConfig, dtype: str, *, merges: bool, lent: ExitStack
+    base: str,
+    adapter: Path | None,
+    sample: SampleConfig,
+    dtype: str,
+    *,
+    trained: bool,
+    merges: bool,
+    lent: ExitStack,
 ) -> Placed:
     """Copy and merge as the config says.
 
@@ -49,6 +56,8 @@ def place_weights(
 
     Parameters
     ----------
+    trained
+        `base` was made by a round of this run, beside those of other rounds.
     merges
         The engine merges an adapter in memory, so that without `stage_to` nothing need be written.
     lent
@@ -66,7 +75,7 @@ def place_weights(
         if adapter is not None and merged:
             copy = staging.merged(Path(base), adapter, dtype)
         else:
-            copy = staging.model(Path(base))
+            copy = staging.model(Path(base), of_a_round=trained)
         lent.callback(copy.close)
         about: dict[str, object] = {
             "staged": str(copy.path),

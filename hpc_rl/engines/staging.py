@@ -96,8 +96,13 @@ class Staging:
             self.folder = folder / self._host  # a copy counts in one boot of one machine
             make_private(self.folder)
 
-    def model(self, source: Path) -> Staged:
+    def model(self, source: Path, *, of_a_round: bool = False) -> Staged:
         """A copy of a model folder, without the files that are never read (`model_files.UNREAD`).
+
+        Parameters
+        ----------
+        of_a_round
+            The folders beside it are the same model after other rounds: their copies are removed when nobody uses them.
 
         Raises
         ------
@@ -106,8 +111,12 @@ class Staging:
         """
         files = model_files(source)
         needed = _on_disk(status.st_size for status in files.values())
-        name = f"{_plain(source.name)}-{identity(source, files)}"
-        return self._obtain(name, str(source), needed, lambda into: copy_files(source, files, into))
+        name, series = _plain(source.name), None
+        if of_a_round:
+            around = source.absolute().parent
+            name = series = f"{_plain(around.name)}-trained-{digest(str(around))[:8]}"
+        name += f"-{identity(source, files)}"
+        return self._obtain(name, str(source), needed, lambda into: copy_files(source, files, into), series)
 
     def merged(self, base: Path, adapter: Path, dtype: str) -> Staged:
         """A model folder with a LoRA adapter merged in (`hpc_rl.engines.merging`).
@@ -118,7 +127,7 @@ class Staging:
 
         files, of_adapter = model_files(base), model_files(adapter)
         ids = {base: identity(base, files), adapter: identity(adapter, of_adapter)}
-        series = f"{_plain(base.name)}-merged-{digest(str(base), str(adapter.parent), dtype)[:8]}-"
+        series = f"{_plain(base.name)}-merged-{digest(str(base), str(adapter.parent), dtype)[:8]}"
         rest = (status.st_size for name, status in files.items() if not name.endswith(".safetensors"))
         needed = _on_disk([*rest, weights_bytes(base, files, dtype)])
         what = f"{base} with {adapter} merged in"
@@ -128,7 +137,7 @@ class Staging:
             for folder, before in ids.items():
                 check_unchanged(folder, before)
 
-        return self._obtain(f"{series}{digest(*ids.values(), dtype)}", what, needed, merge, series)
+        return self._obtain(f"{series}-{digest(*ids.values(), dtype)}", what, needed, merge, series)
 
     def _obtain(
         self, name: str, what: str, needed_bytes: int, make: Callable[[Path], object], series: str | None = None
@@ -153,8 +162,8 @@ class Staging:
             lock.touch()
             if series is not None:
                 for other in self._copies():
-                    if other.name.startswith(series) and other.name != name:
-                        self._remove_unused(other, "a later merger replaces it")
+                    if other.name.startswith(f"{series}-") and other.name != name:
+                        self._remove_unused(other, "a later round's replaces it")
         return Staged(path, how, lock)
 
     @contextmanager
@@ -180,7 +189,10 @@ class Staging:
         """Remove what processes that were killed had begun, and what nobody has used for long."""
         for remains in self.folder.glob(".tmp-*"):
             log.info("removing %s, which a process left behind that was killed", remains)
-            shutil.rmtree(remains)
+            try:
+                shutil.rmtree(remains)
+            except OSError as error:
+                log.warning("%s cannot be removed, and takes room until somebody does: %s", remains, error)
         for copy in self._copies():
             if copy.name != keep and time.time() - _used(copy) > UNUSED_FOR_S:
                 self._remove_unused(copy, f"nobody used it for {UNUSED_FOR_S // 86_400} days")

@@ -21,7 +21,7 @@ def open_and_sample(asked: dict[str, Any]) -> dict[str, Any]:
     sample = SampleConfig(max_tokens=12, max_model_len=256, **asked["sample"])
     engine = open_engine(
         sample.engine,
-        SpeakerConfig(path=asked["base"], dtype="float32", **PIXELS),
+        SpeakerConfig(path=asked.get("start", asked["base"]), dtype="float32", **PIXELS),
         sample,
         base=asked["base"],
         adapter=Path(adapter) if adapter else None,

@@ -103,6 +103,19 @@ def test_a_later_merger_replaces_that_of_the_round_before(
     assert not staged[0].exists() and staged[1].exists()
 
 
+def test_so_does_a_later_rounds_model_where_all_weights_are_trained(speaker_folder: Path, tmp_path: Path) -> None:
+    disk, folders = tmp_path / "local", [tmp_path / "models" / "start"]
+    folders += [tmp_path / "run" / "checkpoints" / "speaker" / f"round_{number:02d}" for number in (1, 2)]
+    beside = tmp_path / "models" / "another"  # of another run, which may come back to it
+    staged = []
+    for folder in (beside, *folders):
+        shutil.copytree(speaker_folder, folder)
+        start = beside if folder == beside else folders[0]
+        asked = {"start": str(start), "base": str(folder), "sample": {"engine": "transformers", "stage_to": str(disk)}}
+        staged.append(Path(open_and_sample(asked)["description"]["staged"]))
+    assert [copy.exists() for copy in staged] == [True, True, False, True]
+
+
 def test_the_bases_hash_is_computed_once_and_again_when_its_files_change(speaker_folder: Path, tmp_path: Path) -> None:
     model, notes = tmp_path / "model", tmp_path / "notes"
     shutil.copytree(speaker_folder, model)

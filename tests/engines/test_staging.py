@@ -151,6 +151,15 @@ def large_id(folder: Path) -> str:
     return remains.name.split("-")[2]
 
 
+def test_what_cannot_be_removed_is_said_and_does_not_stop_others(
+    model: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    remains = folder / ".tmp-large-0123"
+    remains.touch()  # no folder: neither root nor anybody else can remove it as one
+    with Staging(folder).model(model) as copy:
+        assert copy.how == "made" and f"{remains} cannot be removed" in caplog.text
+
+
 def test_too_little_room_is_an_error_with_the_numbers_before_anything_is_copied(folder: Path, tmp_path: Path) -> None:
     huge = make_model(tmp_path / "models" / "huge")
     os.truncate(huge / "model.safetensors", 8 * 2**40)
