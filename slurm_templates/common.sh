@@ -42,13 +42,19 @@ ended() {
     exit "$1"
 }
 
-# end_time: when the job's time limit strikes, in seconds since the epoch; nothing where there is none. Older Slurms do
-# not tell the job: they are asked, once.
+# end_time: when the job's time limit strikes, in seconds since the epoch; nothing where there is none, or none is known.
+# Older Slurms do not tell the job: they are asked, once.
 end_time() {
     local ends=${SLURM_JOB_END_TIME:-}
     if [[ -z $ends ]]; then
-        ends=$(squeue --noheader --job="$SLURM_JOB_ID" --format=%e 2>/dev/null)
-        [[ $ends == [0-9]* ]] && ends=$(date --date="$ends" +%s) || ends=
+        # of an array only this element: the bare job id of one of them is that of the whole array
+        ends=$(squeue --noheader --job="$(own_id)" --format=%e | head -n 1)
+        if [[ $ends == [0-9]* ]]; then
+            ends=$(date --date="$ends" +%s)
+        else
+            echo "no time limit is known (squeue says '$ends'): what is under way if one strikes is done again" >&2
+            ends=
+        fi
     fi
     echo "$ends"
 }

@@ -75,6 +75,22 @@ def test_a_sampling_job_knows_when_its_limit_strikes_and_goes_back_into_the_queu
     assert "status 124" in log.read_text()
 
 
+def test_each_element_of_an_array_knows_when_its_limit_strikes(
+    cluster: SlurmCluster, repository: Path, workspace: Path
+) -> None:
+    """The last element has the array's own id as its SLURM_JOB_ID, by which squeue lists all of them."""
+    (repository / "wait").touch()
+    options = (*SMALL, "--array=0-1", "--time=7")
+    job = cluster.sbatch(*options, "slurm_templates/sample.sbatch", str(workspace), "1", cwd=repository)
+    logs = [workspace / f"logs/round_01/sample/{job}_{task}-0.out" for task in (0, 1)]
+    wait_for(lambda: all(log.exists() and "\nends" in log.read_text() for log in logs), "both elements to run")
+    for log in logs:
+        ends = next(line for line in log.read_text().splitlines() if line.startswith("ends"))
+        assert 390 < float(ends.split()[1]) - log.stat().st_mtime < 430, log.read_text()
+    cluster.run(["scancel", job])
+    cluster.wait_for_empty_queue()
+
+
 def test_a_listener_submitted_as_an_array_is_as_many_replicas(
     cluster: SlurmCluster, repository: Path, workspace: Path
 ) -> None:
