@@ -58,7 +58,6 @@ def sample(
         only shard is in other hands.
     """
     from hpc_rl.engines.gpus import check_gpus
-    from hpc_rl.engines.gpus import check_gpus
     from hpc_rl.engines.memory import notches_of
     from hpc_rl.engines.opening import open_engine
     from hpc_rl.sampling.at_work import Origin
@@ -66,7 +65,6 @@ def sample(
     from hpc_rl.sampling.record import Recorder
     from hpc_rl.sampling.stream import Ending, Stream
 
-    check_gpus(job.config, job.stage.name)
     check_gpus(job.config, job.stage.name)
     made_from: dict[str, Any] = {"temperature": options.temperature}
     # the engine is closed last: that may take seconds, and others wait for the shards that are given back
