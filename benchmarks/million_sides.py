@@ -100,7 +100,7 @@ def sample(root: Path, ready: Callable[[], None]) -> dict[str, Any]:
         origin = Origin(config.run.seed, ROUND, WEIGHTS, task.name)
         stream = Stream(
             claims, lambda: Drawing(config.sample.max_tokens), source, origin, task,
-            deadline=Deadline(), linger_s=1.0, speculate=False, open_images=False,
+            deadline=Deadline(), linger_s=1.0, speculate=False,
         )  # fmt: skip
         ending = stream.run()
         return {"ending": ending.value, "samples": task.record().samples}
