@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from hpc_rl.config.base import Fault, FilePath, Fraction, ModelPath, NonNegativeFloat, PositiveInt, Section
-from hpc_rl.config.gpu_shares import GpuShareError, share_gpus
+from hpc_rl.config.gpu_shares import GpuShareError, count, share_gpus
 from hpc_rl.config.modeling import ListenerConfig, SpeakerConfig
 from hpc_rl.config.phases import EvaluateConfig, SampleConfig, TrainConfig
 from hpc_rl.config.schema import Config
@@ -193,9 +193,13 @@ class LewisConfig(Config):
         each = sample.tensor_parallel_size
         if of_sample:
             try:
-                share_gpus([str(gpu) for gpu in range(of_sample)], sample.data_parallel_size, sample.gpu_ids, each)
+                shares = share_gpus(
+                    [str(gpu) for gpu in range(of_sample)], sample.data_parallel_size, sample.gpu_ids, each
+                )
             except GpuShareError as error:
                 yield Fault(("sample", error.field), error.what, way_out=error.way_out)
+            else:
+                yield from self._idle_gpus(of_sample, shares)
         if of_evaluate and engine != "transformers" and each is not None and each > of_evaluate:
             yield Fault(
                 ("stages", "evaluate", "gpus_per_node"),
@@ -203,3 +207,15 @@ class LewisConfig(Config):
                 f"at least {each}",
                 "raise it, or set sample.tensor_parallel_size to null: all GPUs of a stage, shared among its engines",
             )
+
+    def _idle_gpus(self, of_sample: int, shares: Sequence[Sequence[str]]) -> Iterator[Fault]:
+        """GPUs of a sampling task that would be paid for and not used, unless `gpu_ids` says so."""
+        sample = self.sample
+        most = 1 if sample.engine == "transformers" else sample.tensor_parallel_size or len(shares[0])
+        given = of_sample if sample.gpu_ids is None else len(sample.gpu_ids)
+        if len(shares) * most < given:
+            engines = f"{len(shares)} engine{'s' * (len(shares) > 1)}"
+            of = " (transformers uses one each)" if sample.engine == "transformers" else ""
+            what = f"{engines} of {count(most)}{of} leave {given - len(shares) * most} of the task's {given} idle"
+            way_out = "raise it, lower stages.sample.gpus_per_node, or name the GPUs to use in sample.gpu_ids"
+            yield Fault(("sample", "data_parallel_size"), what, f"{given // most}", way_out)

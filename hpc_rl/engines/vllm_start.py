@@ -115,6 +115,13 @@ def start_vllm(
             f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): give it as many "
             "(stages.NAME.gpus_per_node), or set it to null for all that there are"
         )
+    if on_gpu and tensor_parallel_size and tensor_parallel_size < seen:
+        log.warning(
+            "tensor_parallel_size is %d: %d of %d GPUs are idle",
+            tensor_parallel_size,
+            seen - tensor_parallel_size,
+            seen,
+        )
     import_vllm(batch_invariant=batch_invariant, tensor_parallel_size=tensor_parallel_size, compile_cache=compile_cache)
     from vllm import LLM
 

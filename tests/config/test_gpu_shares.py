@@ -34,6 +34,14 @@ NODE = "stages.sample={gpus_per_node: 8, ranks_per_node: 1}"
             ["sample.tensor_parallel_size=4", "stages.evaluate.gpus_per_node=1"],
             r"stages.evaluate.gpus_per_node: 1, but its engine takes sample.tensor_parallel_size = 4",
         ),
+        (
+            [NODE, "sample.tensor_parallel_size=2", "sample.data_parallel_size=3"],
+            "sample.data_parallel_size: 3 engines of 2 GPUs leave 2 of the task's 8 idle\n.* expected: 4",
+        ),
+        (
+            [NODE, "sample.data_parallel_size=2", "sample.engine=transformers"],
+            r"2 engines of 1 GPU \(transformers uses one each\) leave 6 of the task's 8 idle",
+        ),
         (["stages.sample.gpus_per_node=8", "sample.data_parallel_size=8"], "ranks_per_node: 1 and sample.data_paral"),
     ],
 )
@@ -47,11 +55,16 @@ def test_engines_that_ask_for_more_gpus_than_there_are(small: Load, settings: li
     [
         [NODE, "sample.data_parallel_size=8"],
         [NODE, "sample.data_parallel_size=2", "sample.tensor_parallel_size=4"],
-        [NODE, "sample.data_parallel_size=3", "sample.tensor_parallel_size=1"],
+        [NODE, "sample.data_parallel_size=8", "sample.engine=transformers"],
         [NODE, "sample.gpu_ids=[5, 7]", "sample.data_parallel_size=2"],
         ["sample.data_parallel_size=4"],  # no GPUs are asked for: engines on CPUs, or on what the machine has
         ["sample.gpu_ids=[5, 7]", "sample.data_parallel_size=2"],
-        [NODE, "sample.tensor_parallel_size=4", "stages.evaluate.gpus_per_node=1", "evaluate.engine=transformers"],
+        [
+            NODE,
+            "sample={data_parallel_size: 2, tensor_parallel_size: 4}",
+            "stages.evaluate.gpus_per_node=1",
+            "evaluate.engine=transformers",
+        ],
     ],
 )
 def test_engines_that_get_what_they_ask_for(small: Load, settings: list[str]) -> None:
