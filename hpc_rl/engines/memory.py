@@ -99,10 +99,18 @@ def plan(
     )
 
 
-def most_notches(sample: SampleConfig, has_gpus: bool) -> int:
-    """After how many notches nothing gets lower any more."""
-    sequences = sample.max_num_seqs or max(USUAL_SEQUENCES.values())
+def most_notches(sample: SampleConfig, engine: str, has_gpus: bool) -> int:
+    """After how many notches nothing gets lower any more; 0 where nothing can.
+
+    Parameters
+    ----------
+    engine
+        As in the config. For `auto` it is vLLM's number: which engine it is, only the job knows.
+    """
+    sequences = sample.max_num_seqs or USUAL_SEQUENCES["transformers" if engine == "transformers" else "vllm"]
     halvings = next(n for n in count() if sequences >> n <= LEAST_SEQUENCES)
+    if engine == "transformers":  # which has none of the rest
+        return halvings
     shares = (sample.gpu_memory_utilization - sample.least_gpu_memory_utilization) / UTILIZATION_STEP
     return max(halvings, ceil(round(shares, 6)) if has_gpus else CPU_NOTCHES)
 

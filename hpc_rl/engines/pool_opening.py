@@ -75,5 +75,5 @@ def open_pool(
         sample.data_parallel_size,
         gpus=gpus,
         notches=notches,
-        most_notches=most_notches(sample, has_gpus=bool(gpus[0])),
+        most_notches=most_notches(sample, kind, has_gpus=bool(gpus[0])),
     )

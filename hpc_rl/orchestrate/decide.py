@@ -224,10 +224,13 @@ def _hopeless(view: View, plan: _Planner, unfinished: Sequence[Stage], policy: P
         tries = [a for a in attempts if not a.cancelled and (stage.id not in companions or a.name in view.ends)]
         if stage.kind is Kind.SERVICE:  # one that nobody asked for long has left by itself
             tries = [a for a in tries if not any(e.outcome == Outcome.DONE.value for e in view.ends.get(a.name, ()))]
-        short = [a for a in tries if _any(view, a, Outcome.OUT_OF_MEMORY)] if stage.notches else []
-        lowered = count_notches(end for end in ends if end.outcome == Outcome.OUT_OF_MEMORY.value)
-        if lowered > stage.notches > 0 or len(short) >= stage.notches + policy.max_attempts:
-            return _out_of_memory(stage, ends, lowered)
+        short = []
+        if stage.notches is not None:
+            short = [a for a in tries if _any(view, a, Outcome.OUT_OF_MEMORY)]
+            lowered = count_notches(end for end in ends if end.outcome == Outcome.OUT_OF_MEMORY.value)
+            # once more where nothing gets lower at all: others may have had the memory
+            if lowered > max(1, stage.notches) or len(short) >= stage.notches + policy.max_attempts:
+                return _out_of_memory(stage, ends, lowered)
         # neither is the stage's fault: its inputs were not there, or it was told to leave (time limit, preemption)
         blocked = [a for a in tries if _only(view, a, Outcome.BLOCKED, Outcome.LEFT)]
         if (

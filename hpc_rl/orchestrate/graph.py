@@ -58,6 +58,7 @@ class Stage:
         submitted with it, start with it and end with it.
     notches
         How often it takes less memory after running out of it (`hpc_rl.engines.memory`), before that stops the run.
+        None: it takes as much each time, and that is an attempt like others.
     """
 
     id: StageId
@@ -68,7 +69,7 @@ class Stage:
     uses: tuple[StageId, ...] = ()
     serves: tuple[StageId, ...] = ()
     beside: tuple[StageId, ...] = ()
-    notches: int = 0
+    notches: int | None = None
 
     @property
     def round(self) -> int:

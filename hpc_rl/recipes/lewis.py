@@ -74,7 +74,8 @@ def _evaluate(config: LewisConfig, round: int, after: StageId) -> Stage:
 def _notches(config: LewisConfig, id: StageId) -> int:
     """How often a stage with an engine may take less memory; where it runs, it has GPUs or not."""
     stage = config.stages.get(id.name)
-    return most_notches(config.sample, has_gpus=bool(stage and stage.gpus_per_node))
+    engine = (config.evaluate.engine if id.name == "evaluate" else None) or config.sample.engine
+    return most_notches(config.sample, engine, has_gpus=bool(stage and stage.gpus_per_node))
 
 
 def _with_listener(config: LewisConfig, stage: Stage) -> Iterable[Stage]:

@@ -18,7 +18,7 @@ def test_an_engine_may_share_a_gpu_whatever_the_usual_least_share_is(small: Load
     config = small("sample.gpu_memory_utilization=0.4", "sample.max_num_seqs=16")
     assert from_json(to_json(config), "training_config.json") == config
     assert plan(config.sample, 2, memory_gib=64).gpu_memory_utilization == 0.4
-    assert most_notches(config.sample, has_gpus=True) == 0
+    assert most_notches(config.sample, "vllm", has_gpus=True) == 0
     usual = small().sample
     assert [plan(usual, n, memory_gib=64).gpu_memory_utilization for n in (0, 1, 5)] == [0.8, 0.7, 0.5]
     with pytest.raises(ConfigError, match=r"min_gpu_memory_utilization: 0.5 is above gpu_memory_utilization"):

@@ -93,15 +93,23 @@ def test_a_further_notch_never_takes_more_and_none_goes_below_the_limits(
     assert lower.max_num_seqs >= min(asked, LEAST_SEQUENCES)
 
 
-@given(sample=samples)
-def test_the_last_notch_is_the_last_that_lowers_anything(sample: SampleConfig) -> None:
+@given(sample=samples, engine=st.sampled_from(["vllm", "transformers"]))
+def test_the_last_notch_is_the_last_that_lowers_anything(sample: SampleConfig, engine: str) -> None:
     def numbers(notches: int) -> tuple[object, ...]:
-        found = plan(sample, notches, memory_gib=64)
-        return found.gpu_memory_utilization, found.max_num_seqs or 256
+        found = plan(sample, notches, engine, memory_gib=64)
+        sequences = found.max_num_seqs or (32 if engine == "transformers" else 256)
+        return (sequences,) if engine == "transformers" else (sequences, found.gpu_memory_utilization)
 
-    last = most_notches(sample, has_gpus=True)
+    last = most_notches(sample, engine, has_gpus=True)
     assert numbers(last) == numbers(last + 1) == numbers(last + 5)
     assert last == 0 or numbers(last) != numbers(last - 1)
+
+
+def test_what_gets_lower_depends_on_the_engine() -> None:
+    few = SAMPLE.model_copy(update={"max_num_seqs": 16})
+    assert [most_notches(SAMPLE, engine, has_gpus=True) for engine in ("vllm", "auto", "transformers")] == [4, 4, 1]
+    assert [most_notches(few, engine, has_gpus=True) for engine in ("vllm", "auto", "transformers")] == [3, 3, 0]
+    assert [most_notches(few, engine, has_gpus=False) for engine in ("vllm", "transformers")] == [4, 0]
 
 
 def test_tasks_of_one_array_that_fail_together_are_one_notch() -> None:

@@ -377,7 +377,7 @@ def test_ends_that_are_not_the_programs_fault_do_not_stop_the_run_when_they_repe
     assert decide(view(history=history, ends=ends), Policy(max_attempts=3)).status == "running"
 
 
-def short_of_memory(attempts: int, notches: int, tasks: int = 1) -> View:
+def short_of_memory(attempts: int, notches: int | None, tasks: int = 1) -> View:
     """A sample stage that may take less memory so many times, after so many arrays that all ran out of it."""
     graph = lewis_like(1, 2)
     stages = tuple(replace(s, notches=notches) if s.name == "sample" else s for s in graph.stages)
@@ -407,10 +407,17 @@ def test_an_array_whose_tasks_all_run_out_of_memory_at_once_has_tried_once() -> 
     assert decide(short_of_memory(5, notches=4, tasks=8), Policy()).status == "stopped"
 
 
-def test_a_stage_that_cannot_take_less_memory_has_its_attempts_and_no_more() -> None:
-    assert decide(short_of_memory(2, notches=0), Policy(max_attempts=3)).status == "running"
-    last = decide(short_of_memory(3, notches=0), Policy(max_attempts=3))
+def test_a_stage_without_a_rule_for_memory_has_its_attempts_and_no_more() -> None:
+    assert decide(short_of_memory(2, notches=None), Policy(max_attempts=3)).status == "running"
+    last = decide(short_of_memory(3, notches=None), Policy(max_attempts=3))
     assert last.status == "stopped" and "is not done after 3 attempts; the last one: out of memory" in last.reason
+
+
+@pytest.mark.parametrize("notches", [0, 1])
+def test_a_stage_whose_settings_can_get_no_lower_is_not_tried_again_and_again(notches: int) -> None:
+    assert decide(short_of_memory(1, notches=notches), Policy()).status == "running"
+    last = decide(short_of_memory(2, notches=notches), Policy())
+    assert last.status == "stopped" and "with settings that go no lower. Lower sample.max_model_len" in last.reason
 
 
 def test_being_blocked_counts_for_less_than_failing() -> None:
