@@ -36,8 +36,16 @@ _UNSUPPORTED = re.compile(  # vllm/model_executor/models/registry.py
 )
 
 
+_IN_ANOTHER_PROCESS = "Engine core initialization failed"
+"""All that vLLM raises here when an engine on several GPUs does not start (vllm/v1/engine/utils.py)."""
+
+
 class NoRoomForCache(ValueError):
     """The engine was given too little memory for the KV cache; the message says what to change."""
+
+
+class EngineCoreFailed(RuntimeError):
+    """vLLM's processes did not start; why, only the log says."""
 
 
 def open_engine(
@@ -265,15 +273,26 @@ class _Opening:
 
 @contextmanager
 def _said_what_to_do(plan: MemoryPlan, memory_field: str) -> Iterator[None]:
-    """Too little memory for the KV cache, in the words of the config. Less would not help, so it is no notch."""
+    """Too little memory for the KV cache, in the words of the config. Less would not help, so it is no notch.
+
+    An engine on several GPUs is made of processes, and what is raised there comes to the log alone.
+    """
+    way_out = (
+        f"raise sample.{memory_field}, lower sample.max_model_len, or give the engine more GPUs (tensor_parallel_size)"
+    )
     try:
         yield
     except Exception as error:
+        if _IN_ANOTHER_PROCESS in str(error):
+            raise EngineCoreFailed(
+                f"the engine's processes did not start; why is in the log above (lines with EngineCore or Worker). "
+                f"Where the KV cache has no room with {memory_field} {getattr(plan, memory_field):g}: {way_out}. "
+                f"vLLM says: {error}"
+            ) from error
         if not has_no_room_for_cache(str(error)):
             raise
         lowered = f", lowered {plan.notches} times after running out of memory" if plan.notches else ""
         raise NoRoomForCache(
             f"the KV cache has no room with {memory_field} {getattr(plan, memory_field):g}{lowered}: "
-            f"raise sample.{memory_field}, lower sample.max_model_len, or give the engine more GPUs "
-            f"(tensor_parallel_size). vLLM says: {error}"
+            f"{way_out}. vLLM says: {error}"
         ) from error

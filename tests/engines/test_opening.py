@@ -158,18 +158,18 @@ def test_nor_is_a_merger_of_them_kept(speaker_folder: Path, adapter_folder: Path
     assert not list((tmp_path / "local").rglob("*.safetensors"))
 
 
-def in_a_job(ws: Workspace, name: str, asked: Mapping[str, Any], out: Path) -> EndRecord:
+def in_a_job(ws: Workspace, name: str, asked: Mapping[str, Any], out: Path, **environment: str) -> EndRecord:
     """Open an engine in a process of its own, under the entry process of a job; how that ended."""
     body = (sys.executable, str(HERE / "opened_with.py"), json.dumps(asked), str(out))
-    return run_job(ws, name, body)
+    return run_job(ws, name, body, environment)
 
 
-def run_job(ws: Workspace, name: str, body: tuple[str, ...]) -> EndRecord:
-    made = Spec(name, str(ws.root), 1, "sample", 4, "local", body, {})
+def run_job(ws: Workspace, name: str, body: tuple[str, ...], environment: Mapping[str, str] | None = None) -> EndRecord:
+    made = Spec(name, str(ws.root), 1, "sample", 4, "local", body, dict(environment or {}))
     made.save()
     command = [sys.executable, "-m", "hpc_rl.cluster.entry", str(made.path)]
-    environment = {**ENVIRONMENT, "HPC_RL_JOB_ID": name, "HPC_RL_RESTART": "0"}
-    subprocess.run(command, cwd=HERE.parents[1], env=environment, timeout=300, check=False, capture_output=True)
+    jobs_own = {**ENVIRONMENT, "HPC_RL_JOB_ID": name, "HPC_RL_RESTART": "0"}
+    subprocess.run(command, cwd=HERE.parents[1], env=jobs_own, timeout=300, check=False, capture_output=True)
     (end,) = [end for end in end_records(ws, StageId(1, "sample")) if end.name == name]
     return end
 
@@ -233,6 +233,19 @@ def test_a_cache_without_room_for_one_prompt_is_an_error_that_says_what_to_raise
     assert end.outcome == "error", "less memory would not help"
     assert "the KV cache has no room with cpu_kv_cache_gib 0.0001: raise sample.cpu_kv_cache_gib, lower" in end.error
     assert notches_of(ws, 1, "sample") == 0
+
+
+def test_what_an_engine_in_processes_of_its_own_died_of_is_looked_for_in_the_log(
+    ws: Workspace, speaker_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed here")
+    apart = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # as with tensor_parallel_size > 1
+    for gib, outcome in ((0.0001, "error"), (10_000.0, "out of memory")):
+        name, sample = f"sample-{outcome[:3]}", {"engine": "auto", "cpu_kv_cache_gib": gib}
+        end = in_a_job(ws, name, {"base": str(speaker_folder), "sample": sample}, tmp_path / "out.json", **apart)
+        assert end.outcome == outcome
+        assert "EngineCoreFailed: the engine's processes did not start; why is in the log above" in end.error
+        assert f"no room with cpu_kv_cache_gib {gib:g}: raise sample.cpu_kv_cache_gib, lower" in end.error
 
 
 def test_an_architecture_that_vllm_does_not_know_is_sampled_with_transformers_by_auto_alone(
