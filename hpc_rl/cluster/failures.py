@@ -27,15 +27,32 @@ class Outcome(StrEnum):
 
 
 _OUT_OF_MEMORY = re.compile(
-    r"(?:CUDA|HIP) out of memory|torch\.(?:cuda\.)?OutOfMemoryError|(?:CUDA|HIP) error: out of memory"
+    r"(?:CUDA|HIP) out of memory|OutOfMemoryError\b|(?:CUDA|HIP|CUDA driver) error: out of memory"
+    r"|BLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|Cuda failure 2 'out of memory'"  # cuBLAS, hipBLAS; NCCL
     r"|is less than desired (?:GPU|CPU) memory utilization"  # vllm/v1/worker/utils.py and cpu_worker.py
     r"|on kv cache allocation is less than requested memory for kv"  # vllm/v1/worker/cpu_worker.py
-    r"|DefaultCPUAllocator: can't allocate memory|^(?:\[rank\d+\]: )?MemoryError\b",
+    r"|DefaultCPUAllocator: can't allocate memory|std::bad_alloc|\[Errno 12\] Cannot allocate memory"
+    r"|^(?:numpy\.[\w.]+\._Array)?MemoryError\b",
     re.MULTILINE,
 )
 _NO_ROOM_FOR_CACHE = re.compile(  # vllm/v1/core/kv_cache_utils.py
     r"No available memory for the cache blocks|is needed, which is larger than the available KV cache memory"
 )
+_TRACEBACK = "Traceback (most recent call last):"
+_CHAINED = (
+    "During handling of the above exception, another exception occurred:",
+    "The above exception was the direct cause of the following exception:",
+)
+_WENT_ON = re.compile(r"Exception ignored in|\d{4}-\d\d-\d\d [\d:,]+ (?:DEBUG|INFO|WARNING) ")
+"""A line, and what a traceback begins with, after which a program goes on."""
+_SOURCE_LINE = re.compile(r'  File "| {4}')
+_CAUSE_IS_ABOVE = re.compile(  # vllm/v1/engine/{utils,exceptions}.py, vllm/v1/executor/multiproc_executor.py
+    r"See root cause above|[Ss]ee (?:the )?stack trace|check the stack trace above"
+)
+_WORKER = re.compile(r"worker \d+: ")
+"""What a pool's worker prints has it before each line (`hpc_rl.engines.pool_guard`)."""
+_ENGINE_PROCESS = re.compile(r"\([^()]+ pid=\d+\) (?:[A-Z]+ [\d-]+ [\d:]+ \[[\w./]+:\d+\] )?")
+"""What vLLM's processes print has it."""
 _RANK = re.compile(r"^\[rank\d+\]: ")  # torch puts it before each line of a traceback once processes are joined
 _EXCEPTION = re.compile(
     r"^([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Warning|Corrupt\w*|Unavailable|Output|Failure))\b"
@@ -59,8 +76,39 @@ def classify(exit_code: int, log_tail: str, asked_to_leave: bool) -> Outcome:
 
 
 def is_out_of_memory(text: str) -> bool:
-    """True when an error's text, or a log, says that memory ran out where taking less of it helps."""
-    return bool(_OUT_OF_MEMORY.search(text)) and not has_no_room_for_cache(text)
+    """True when an error's text, or the end of a log, says that memory ran out where taking less of it helps.
+
+    Of a log only the error that it ends with counts: a pool's worker that ran out of memory long ago has been replaced.
+    An error that refers to what another process has printed (vLLM's, for an engine on several GPUs) is looked up there.
+    """
+    lines = [_RANK.sub("", line.rstrip()) for line in text.splitlines()]
+    own = [line for line in lines if not _WORKER.match(line)]
+    said = "\n".join(_last_report(own))
+    if not _CAUSE_IS_ABOVE.search(said):
+        return bool(_OUT_OF_MEMORY.search(said)) and not has_no_room_for_cache(said)
+    printed = lines if "PoolFailed" in said else own
+    printed = [_ENGINE_PROCESS.sub("", _WORKER.sub("", line, count=1), count=1) for line in printed]
+    causes = [line for line in printed if not _SOURCE_LINE.match(line)]
+    words = [line for line in causes if _OUT_OF_MEMORY.search(line) or has_no_room_for_cache(line)]
+    return bool(words) and not has_no_room_for_cache(words[-1])
+
+
+def _last_report(lines: list[str]) -> list[str]:
+    """The exception that a program ended with, and those that led to it, to the end of its log; else all but chatter.
+
+    Lines of source code are left out: they may name any error.
+    """
+    starts = [at for at, line in enumerate(lines) if line.startswith(_TRACEBACK)]
+    fatal = [at for at in starts if not (at and _WENT_ON.match(lines[at - 1]))]
+    if not fatal:
+        return [line for line in lines if not _WENT_ON.match(line)]
+    first = fatal[-1]
+    for start in reversed(fatal[:-1]):
+        before = next((line for line in reversed(lines[:first]) if line), "")
+        if before not in _CHAINED:
+            break
+        first = start
+    return [line for line in lines[first:] if not _SOURCE_LINE.match(line) and not _WENT_ON.match(line)]
 
 
 def has_no_room_for_cache(text: str) -> bool:
