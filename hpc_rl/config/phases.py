@@ -43,7 +43,8 @@ class SampleConfig(Section):
     max_tries_per_task: PositiveInt | None = None
     """Most completions drawn for one prompt (V2), with `accept: well_formed`. null = 4 × samples_per_prompt."""
     shard_size: PositiveInt = 16
-    """Prompts of one shard: what a lost task costs. Use more shards than array tasks."""
+    """Prompts of one shard, which is published at once. A task is at as many as fill its engine, and one more: that is
+    what a lost task costs. Use more shards than array tasks."""
     temperature: PositiveFloat = 1.0
     """Softmax temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -58,7 +59,8 @@ class SampleConfig(Section):
     not in the Lewis game."""
     data_parallel_size: PositiveInt = 1
     """Engines of one sampling task, each a worker process with GPUs of its own (V1): with 8 GPUs a node,
-    `stages.sample: {gpus_per_node: 8, ranks_per_node: 1}` and 8 here. Evaluation has one engine."""
+    `stages.sample: {gpus_per_node: 8, ranks_per_node: 1}` and 8 here. They share the task's `cpus_per_task` and
+    `mem_gb`: ask for as much more. Evaluation has one engine."""
     gpu_ids: tuple[NonNegativeInt, ...] | None = None
     """GPUs of a sampling task that its engines use, numbered from 0 as it sees them (V1). null = all that it has."""
     tensor_parallel_size: PositiveInt | None = None
