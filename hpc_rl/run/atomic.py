@@ -27,10 +27,14 @@ def _write_temporary(path: Path, data: bytes, mode: int) -> Path:
     except FileNotFoundError:  # asked for only now: most folders are there, and looking is a request to their server
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(temporary, flags, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:  # a full disk
+        temporary.unlink(missing_ok=True)
+        raise
     return temporary
 
 

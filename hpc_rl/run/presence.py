@@ -26,6 +26,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc_rl.run.atomic import CorruptFile
+
 PREFIX = ".holder-"
 BEATS = 5
 """Heartbeats in the time after which a holder is taken for dead."""
@@ -111,9 +113,20 @@ def see(path: Path) -> tuple[Holder, float]:
     """Who wrote the file (or the lease) `path`, and when its heart last beat, on the file system's clock.
 
     It is opened, not just looked at: NFS clients ask the server again when a file is opened (nfs(5), close-to-open).
+
+    Raises
+    ------
+    FileNotFoundError
+        When it is gone.
+    CorruptFile
+        When it does not say who wrote it: its process died before it had written it.
     """
     with path.open("rb") as file:
-        return Holder(**json.loads(file.read())), os.fstat(file.fileno()).st_mtime
+        text, beaten = file.read(), os.fstat(file.fileno()).st_mtime
+    try:
+        return Holder(**json.loads(text)), beaten
+    except (TypeError, ValueError) as error:
+        raise CorruptFile(f"{path} should say who takes leases, in JSON ({error}); {len(text)} bytes") from error
 
 
 class Presence:
@@ -195,11 +208,15 @@ class Presence:
         except FileNotFoundError:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, flags, 0o666)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(json.dumps(record).encode())
-            file.flush()
-            os.fsync(file.fileno())  # so that the time below is the server's, not the one of this client's cache
-            self._beaten, self._server_time = time.monotonic(), os.fstat(file.fileno()).st_mtime
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(json.dumps(record).encode())
+                file.flush()
+                os.fsync(file.fileno())  # so that the time below is the server's, not the one of this client's cache
+                self._beaten, self._server_time = time.monotonic(), os.fstat(file.fileno()).st_mtime
+        except BaseException:  # a full disk
+            path.unlink(missing_ok=True)
+            raise
 
     def _beat(self) -> None:
         while not self._stop.wait(self.ttl_s / BEATS):

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hpc_rl.run.atomic import CorruptFile
 from hpc_rl.run.lease import lease_path
 from hpc_rl.run.presence import PREFIX, Holder, file_system_now, holder_path, see
 
@@ -125,10 +126,13 @@ class Hearts:
 
     def beats(self, token: str) -> bool:
         """True while the holder `token`, whose file was there just now, is believed to be alive."""
-        now = self._now()
+        now, path = self._now(), holder_path(self._folder, token)
         try:
             if token not in self._seen or self._seen[token][1] + self._ttl_s < now:
-                self._seen[token] = see(holder_path(self._folder, token))
+                try:
+                    self._seen[token] = see(path)
+                except CorruptFile:  # nobody yet: it is being written, or its process died before it was
+                    return path.stat().st_mtime + self._ttl_s >= now
         except FileNotFoundError:
             return False
         holder, beaten = self._seen[token]

@@ -29,6 +29,7 @@ from hpc_rl.run.code import source_root
 from hpc_rl.run.digest import digest_of_outputs
 from hpc_rl.run.manifest import Manifest, Manifests, Output
 from hpc_rl.run.shard_leases import leases_of, read_listing, shard_lease_path
+from tests.full_disk import full_disk
 from tests.orchestrate import operations
 from tests.orchestrate.claims_body import content, job_of
 
@@ -210,6 +211,29 @@ def test_one_that_finds_a_holder_dead_frees_its_shards_for_all(make_job: MakeJob
     assert other.peers() == 2
     assert patiently(third.next), "although it saw the frozen one alive a moment ago"
     assert len(read_listing(leases_of(job.folder)).holders) == 2
+
+
+def test_a_task_that_cannot_say_who_it_is_leaves_nothing_behind(make_job: MakeJob) -> None:
+    job = make_job(1)
+    with full_disk(), pytest.raises(OSError):
+        job.claims()
+    assert not os.listdir(leases_of(job.folder))
+
+
+def test_the_empty_file_of_a_task_that_died_early_stops_nobody_and_goes(
+    make_job: MakeJob, claims_of: MakeClaims
+) -> None:
+    job = make_job(2, "run.lease_ttl_s=0.2")
+    claims = claims_of(job)
+    empty = leases_of(job.folder) / ".holder-0123456789ab"
+    empty.touch()
+    held = [must(claims.next()), must(claims.next())]
+    deadline = time.monotonic() + 10
+    while empty.exists() and time.monotonic() < deadline:
+        claims._look()
+        time.sleep(0.02)
+    assert not empty.exists()
+    assert all(finish(shard) for shard in held)
 
 
 def test_a_stage_is_at_work_while_a_living_task_holds_an_undone_shard(make_job: MakeJob, claims_of: MakeClaims) -> None:

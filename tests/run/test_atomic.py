@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hpc_rl.run import atomic
+from tests.full_disk import full_disk
 
 WRITER = """
 import sys
@@ -83,6 +84,15 @@ def test_a_failed_write_leaves_neither_a_change_nor_a_temporary_file(tmp_path: P
     with pytest.raises(OSError):
         atomic.write_text(tmp_path / "folder", "text")
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_full_disk_is_not_filled_with_temporary_files(tmp_path: Path) -> None:
+    with full_disk():
+        with pytest.raises(OSError):
+            atomic.write_text(tmp_path / "file", "text")
+        with pytest.raises(OSError):
+            atomic.create_exclusive(tmp_path / "file", "text")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("mask", "expected"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664), (0o077, 0o600)])
