@@ -19,6 +19,7 @@ Safe to use from several threads, with one exception: `close` comes after the la
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import threading
@@ -35,6 +36,8 @@ from hpc_rl.run.shard_leases import copy_path, is_given_back, leases_of, progres
 
 if TYPE_CHECKING:
     from hpc_rl.orchestrate.job import Job
+
+log = logging.getLogger("hpc_rl")
 
 POLL_FIRST_S, POLL_MOST_S = 0.1, 5.0
 """Pauses between two looks at shards in other hands, growing from the first to the most."""
@@ -75,6 +78,7 @@ class Claims:
         self._overslept = 0
         self._progress = progress_path(job.folder, self.token)
         self._reported = -float("inf")
+        self._warned = False
 
     @property
     def token(self) -> str:
@@ -254,25 +258,39 @@ class Claims:
                 shard.lease.give_back()
 
     def progress(self, done: int, total: int) -> None:
-        """Say how far this task is with the shards in its hands; for `status`, one small file for the task."""
+        """Say how far this task is with the shards in its hands; for `status`, one small file for the task.
+
+        That it cannot be written is no reason to lose the shards: a warning says so, once.
+        """
         if time.monotonic() - self._reported < PROGRESS_EVERY_S:
             return
         self._reported = time.monotonic()
         temporary = self._progress.with_name(f".tmp-{self._progress.name}")
-        self._progress.parent.mkdir(exist_ok=True)
-        temporary.write_text(f'{{"done": {done}, "total": {total}}}\n')
-        temporary.replace(self._progress)
+        try:
+            self._progress.parent.mkdir(exist_ok=True)
+            temporary.write_text(f'{{"done": {done}, "total": {total}}}\n')
+            temporary.replace(self._progress)
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            log.warning("status does not show how far this task is: %s cannot be written (%s)", self._progress, error)
+        self._warned = True
 
     def close(self) -> None:
         """Give everything back."""
         self._presence.close()
-        if self._reported > -float("inf"):
-            self._progress.unlink(missing_ok=True)
         with self._lock:
             descriptor, self._descriptor = self._descriptor, None
             self._mine.clear()
         if descriptor is not None:
             os.close(descriptor)
+        if self._reported > -float("inf"):
+            try:
+                self._progress.unlink(missing_ok=True)
+            except OSError as error:
+                self._warn(error)
 
     def __enter__(self) -> Claims:
         return self

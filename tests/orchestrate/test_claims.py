@@ -28,7 +28,7 @@ from hpc_rl.run import manifest
 from hpc_rl.run.code import source_root
 from hpc_rl.run.digest import digest_of_outputs
 from hpc_rl.run.manifest import Manifest, Manifests, Output
-from hpc_rl.run.shard_leases import leases_of, read_listing, shard_lease_path
+from hpc_rl.run.shard_leases import leases_of, progress_path, read_listing, shard_lease_path
 from tests.full_disk import full_disk
 from tests.orchestrate import operations
 from tests.orchestrate.claims_body import content, job_of
@@ -293,6 +293,25 @@ def test_the_task_with_the_most_left_is_helped_first(make_job: MakeJob, claims_o
     of_the_slow = {must(slow.next()).index for _ in range(6)}
     helper = claims_of(job)
     assert {must(helper.duplicate()).index for _ in range(5)} < of_the_slow
+
+
+def test_progress_that_cannot_be_written_is_said_once_and_loses_nothing(
+    make_job: MakeJob, claims_of: MakeClaims, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hpc_rl.orchestrate.claims.PROGRESS_EVERY_S", 0.0)
+    job = make_job(1)
+    claims = claims_of(job)
+    shard = must(claims.next())
+    with full_disk():
+        claims.progress(0, 2)
+        claims.progress(1, 2)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "File too large" in caplog.text and claims.token in caplog.text
+    claims.progress(2, 2)
+    assert progress_path(job.folder, claims.token).read_text() == '{"done": 2, "total": 2}\n'
+    assert finish(shard)
+    claims.close()
+    assert not list((job.folder / "tasks").iterdir())
 
 
 def test_two_threads_may_claim_and_commit(make_job: MakeJob, claims_of: MakeClaims) -> None:
