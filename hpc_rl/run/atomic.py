@@ -87,8 +87,12 @@ def create_exclusive(path: Path, data: bytes | str, *, private: bool = False, fo
     try:
         os.link(temporary, path)
     except FileExistsError:
-        # An NFS client may retry a link that succeeded and report EEXIST: the link count tells (link(2), "BUGS").
-        return os.stat(temporary).st_nlink == 2
+        # An NFS client may retry a link that succeeded and report EEXIST (link(2), "BUGS"). Which file it is tells; the
+        # number of links, which that page recommends, may be an old one from the client's cache.
+        try:
+            return os.path.samestat(os.stat(temporary), os.stat(path))
+        except FileNotFoundError:
+            return False
     finally:
         temporary.unlink(missing_ok=True)
     if folder is None:

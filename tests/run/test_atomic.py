@@ -86,6 +86,22 @@ def test_a_failed_write_leaves_neither_a_change_nor_a_temporary_file(tmp_path: P
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_link_whose_answer_was_lost_was_made_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def link_twice(source: Path, target: Path) -> None:
+        """As an NFS client does that got no answer; the number of links does not tell, something else made one too."""
+        link(source, target)
+        link(source, tmp_path / "snapshot")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    assert atomic.create_exclusive(tmp_path / "file", "ours")
+    monkeypatch.undo()
+    assert not atomic.create_exclusive(tmp_path / "file", "another's")
+    assert (tmp_path / "file").read_text() == "ours"
+
+
 def test_a_full_disk_is_not_filled_with_temporary_files(tmp_path: Path) -> None:
     with full_disk():
         with pytest.raises(OSError):
