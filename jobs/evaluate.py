@@ -6,6 +6,7 @@ import importlib
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -70,6 +71,10 @@ def evaluate(job: Job, shard: Shard) -> None:
     (dataset,) = job.inputs(0, "dataset")
     rows = [(name, row) for name in SETS for row in read_rows(dataset.path(f"{name}.parquet"))]
     weights = speaker_weights(job.ws, config, job.round)
+    root = image_root(job.ws, config.data.image_root)
+    fit = fitting(config, rows, root, weights.base)
+    dropped = Counter(name for name, row in rows if (name, row.id) not in fit)
+    rows = [(name, row) for name, row in rows if (name, row.id) in fit]
     kind = config.evaluate.engine or config.sample.engine
     engine = open_engine(
         kind,
@@ -81,14 +86,14 @@ def evaluate(job: Job, shard: Shard) -> None:
         cache_dir=job.ws.compile_cache,
         notches=notches_of(job.ws, job.round, job.stage.name),
     )
-    root = image_root(job.ws, config.data.image_root)
     played: list[Played] = []
     started = time.monotonic()
     with ListenerClient(job.ws, config) as listener:
         for start in range(0, len(rows), config.evaluate.batch_size):
             played += play(job, config, rows[start : start + config.evaluate.batch_size], root, engine, listener)
             shard.progress(len(played), len(rows))
-    metrics = {**summary(config, played), "playing_s": round(time.monotonic() - started, 2)}
+    dropped_of_sets = {f"dropped_{name}": float(dropped[name]) for name in SETS}
+    metrics = {**summary(config, played), **dropped_of_sets, "playing_s": round(time.monotonic() - started, 2)}
     table, log_lines = shard.output("evaluation.parquet"), shard.output("predictions.jsonl")
     write_table(table, played)
     write_predictions(log_lines, job, config, played)
@@ -103,11 +108,40 @@ def evaluate(job: Job, shard: Shard) -> None:
             write_wandb(wandb, job, config, metrics)
 
 
+def fitting(config: LewisConfig, rows: Sequence[tuple[str, Any]], root: Path, model: str) -> set[tuple[str, str]]:
+    """Set and id of the games whose prompt leaves room for a description, as `sample.long_prompts` says.
+
+    Raises
+    ------
+    PromptError
+        For prompts that are too long or that the model cannot read, before the engine starts.
+    """
+    from hpc_rl.engines.base import Prompt, Sampling
+    from hpc_rl.sampling.prompts import check_prompts
+
+    checked = check_prompts(
+        ((f"{name}/{row.id}", Prompt.of(row.speaker_problem, root / row.image)) for name, row in rows),
+        model,
+        Sampling(config.evaluate.temperature, config.sample.max_tokens),
+        max_model_len=config.sample.max_model_len,
+        min_pixels=config.speaker.min_pixels,
+        max_pixels=config.speaker.max_pixels,
+        how=config.sample.long_prompts,
+    )
+    return {(name, row.id) for name, row in rows if f"{name}/{row.id}" not in checked.dropped}
+
+
 def play(
     job: Job, config: LewisConfig, rows: Sequence[tuple[str, Any]], root: Path, engine: Any, listener: Any
 ) -> list[Played]:
-    """Play some games."""
-    from hpc_rl.engines.base import Prompt, Request, Sampling, generate
+    """Play some games.
+
+    Raises
+    ------
+    ValueError
+        For a game whose image cannot be read, with its set and row.
+    """
+    from hpc_rl.engines.base import Prompt, Request, Sampling, generate_each
     from hpc_rl.grading.game import judge
 
     requests = [
@@ -117,8 +151,12 @@ def play(
         )
         for _, row in rows
     ]
-    made = generate(engine, requests, Sampling(config.evaluate.temperature, config.sample.max_tokens))
-    texts = [completion.text for completion in made]
+    sampling = Sampling(config.evaluate.temperature, config.sample.max_tokens)
+    texts = []
+    for (name, row), made in zip(rows, generate_each(engine, [(one, sampling) for one in requests]), strict=True):
+        if isinstance(made, ValueError):
+            raise ValueError(f"row {name}/{row.id}, image {row.image}: {made}") from made
+        texts.append(made.text)
     verdicts = judge(texts, [row for _, row in rows], listener, config.listener.question, config.rewards)
     return [Played(name, row, text, verdict) for (name, row), text, verdict in zip(rows, texts, verdicts, strict=True)]
 

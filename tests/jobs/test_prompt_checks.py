@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rl.data.lewis import read_rows, rows_of_round, write_rows
+from hpc_rl.data.lewis import image_root, read_rows, rows_of_round, write_rows
 from hpc_rl.grading.samples import read_samples
 from hpc_rl.orchestrate.job import load
 from hpc_rl.run import manifest
@@ -16,7 +16,7 @@ from hpc_rl.run.workspace import Workspace
 from hpc_rl.sampling.prompts import PromptError
 from hpc_rl.sampling.record import read_records
 from hpc_rl.training import store
-from jobs import grade, sample
+from jobs import evaluate, grade, sample
 from tests.jobs.listening import arguments, listener_thread
 
 NewRun = Callable[..., Workspace]
@@ -25,15 +25,23 @@ LONG = 4  # of the round's 8 rows: the second of the shard of 3, 4 and 5
 
 def with_a_long_row(ws: Workspace) -> str:
     """Give one row of round 1 a problem of a thousand words, as if the data set had been made so; its id."""
-    path = manifest.read(ws, 0, "dataset", 0).path("train.parquet")
-    rows = read_rows(path)
+    rows = read_rows(manifest.read(ws, 0, "dataset", 0).path("train.parquet"))
     long = rows_of_round(rows, 1, prompts_per_round=8, seed=0)[LONG].id
+    change_row(ws, "train", long, speaker_problem="ring " * 1000)
+    return long
+
+
+def change_row(ws: Workspace, of: str, id: str, **changes: str) -> None:
+    """Make the data set anew, with another row."""
+    stored = manifest.read(ws, 0, "dataset", 0)
+    sets = {name: read_rows(stored.path(f"{name}.parquet")) for name in ("train", *evaluate.SETS)}
     manifest.manifest_path(ws, 0, "dataset", 0).unlink()
     for shard in load(ws.root, 0, "dataset").shards():
-        made = shard.output("train.parquet")
-        write_rows(made, [replace(row, speaker_problem="ring " * 1000) if row.id == long else row for row in rows])
-        assert shard.commit([made], made_from={})
-    return long
+        made = []
+        for name, rows in sets.items():
+            made.append(shard.output(f"{name}.parquet"))
+            write_rows(made[-1], [replace(row, **changes) if (name, row.id) == (of, id) else row for row in rows])  # type: ignore[arg-type]
+        assert shard.commit(made, made_from={})
 
 
 def samples(ws: Workspace) -> list[Path]:
@@ -66,3 +74,30 @@ def test_a_row_that_is_dropped_is_counted_to_the_end_and_the_others_stay_as_they
     graded = [manifest.read(ws, 1, "grade", shard).path("graded.parquet") for shard in range(3)]
     counts = store.read(graded, group_size=4, prompts=8).counts
     assert (counts.samples, counts.groups, counts.dropped_groups, counts.short_groups) == (28, 8, 1, 0)
+
+
+def test_evaluation_checks_its_prompts_too_and_counts_what_it_drops(new_run: NewRun) -> None:
+    ws, dropping = new_run("sample.max_model_len=800"), new_run("sample.max_model_len=800", "sample.long_prompts=drop")
+    for run in (ws, dropping):
+        long = read_rows(manifest.read(run, 0, "dataset", 0).path("validation.parquet"))[2].id
+        change_row(run, "validation", long, speaker_problem="ring " * 1000)
+    with listener_thread(dropping, stage="evaluate.listener", round=0):
+        assert evaluate.main(arguments(dropping, 0)) == 0
+    metrics = manifest.read(dropping, 0, "evaluate", 0).metrics
+    assert (metrics["n_new_views"], metrics["n_validation"]) == (7, 5)
+    assert (metrics["dropped_new_views"], metrics["dropped_validation"]) == (0, 1)
+    with pytest.raises(PromptError, match=rf"1 of 13 prompts .* row validation/{long}: \d+ tokens"):
+        evaluate.main(arguments(ws, 0))
+
+
+@pytest.mark.parametrize(
+    ("kept", "error"), [(8, "1 of 13 prompts cannot be sampled from. row {}: "), (-200, "row {}, image broken.png: ")]
+)
+def test_a_picture_that_an_evaluation_cannot_read_is_named_with_its_row(new_run: NewRun, kept: int, error: str) -> None:
+    ws = new_run()
+    row = read_rows(manifest.read(ws, 0, "dataset", 0).path("validation.parquet"))[2]
+    root = image_root(ws, None)
+    root.joinpath("broken.png").write_bytes(root.joinpath(row.image).read_bytes()[:kept])  # with its header, or without
+    change_row(ws, "validation", row.id, image="broken.png")
+    with pytest.raises(ValueError, match=error.format(f"validation/{row.id}")):
+        evaluate.main(arguments(ws, 0))
