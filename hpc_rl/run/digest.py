@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import random
+import time
 from pathlib import Path
 
 from hpc_rl.run import atomic
-from hpc_rl.run.lease import acquire_patiently
+from hpc_rl.run.lease import acquire
 from hpc_rl.run.manifest import Manifests
-from hpc_rl.run.shard_leases import leases_of
 
 FEW = 64
 """Up to so many manifests are read each time; the digest of more is kept in the stage's folder."""
 TTL_S, PATIENCE_S = 60.0, 600.0
+PAUSE_FIRST_S, PAUSE_MOST_S = 0.2, 10.0
+"""Pauses between two looks at whether another task has written the digest down."""
 
 
 def digest_path(stage_folder: Path) -> Path:
-    """Where a stage's digest is kept."""
-    return stage_folder / "outputs.sha256"
+    """Where a stage's digest is kept. The lease lies beside it, away from the ten thousand of the shards."""
+    return stage_folder / "digest" / "outputs.sha256"
 
 
 def digest_of_outputs(manifests: Manifests) -> str:
@@ -29,14 +32,16 @@ def digest_of_outputs(manifests: Manifests) -> str:
     if len(manifests) <= FEW:
         return _digest(manifests)
     path = digest_path(manifests.folder)
-    kept = _read(path)
-    if kept is None:
-        lease = acquire_patiently(leases_of(manifests.folder), "outputs", TTL_S, PATIENCE_S)
+    deadline, pause_s = time.monotonic() + PATIENCE_S, PAUSE_FIRST_S
+    while (kept := _read(path)) is None:
+        lease = acquire(path.parent, "outputs", TTL_S)
+        if lease is None and time.monotonic() < deadline:
+            time.sleep(pause_s * random.uniform(0.5, 1.5))  # not all tasks at once
+            pause_s = min(2 * pause_s, PAUSE_MOST_S)
+            continue
         try:
-            kept = _read(path)
-            if kept is None:
-                kept = _digest(manifests)
-                atomic.create_exclusive(path, f"{kept}\n")
+            if _read(path) is None:
+                atomic.create_exclusive(path, f"{_digest(manifests)}\n")
         finally:
             if lease is not None:
                 lease.release()

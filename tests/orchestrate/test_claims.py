@@ -24,9 +24,10 @@ from hpc_rl.orchestrate import gate
 from hpc_rl.orchestrate.claims import Claims
 from hpc_rl.orchestrate.job import Job, Shard
 from hpc_rl.orchestrate.start import open_run
-from hpc_rl.run import manifest
+from hpc_rl.run import atomic, manifest
 from hpc_rl.run.code import source_root
-from hpc_rl.run.digest import digest_of_outputs
+from hpc_rl.run.digest import digest_of_outputs, digest_path
+from hpc_rl.run.lease import acquire
 from hpc_rl.run.manifest import Manifest, Manifests, Output
 from hpc_rl.run.shard_leases import leases_of, progress_path, read_listing, shard_lease_path
 from tests.full_disk import full_disk
@@ -488,3 +489,34 @@ def test_the_inputs_of_a_task_are_one_digest_that_one_task_reads_for_all(make_jo
         again = patiently(claims.next)
         assert again.index == 7 and finish(again)
     assert digest_of_outputs(inputs) != digest_of_outputs(Manifests(job.ws, 1, "cut", 0))
+
+
+LISTINGS: list[str] | None = None
+
+
+def note_listings(event: str, arguments: tuple[object, ...]) -> None:
+    if LISTINGS is not None and event in ("os.listdir", "os.scandir"):
+        LISTINGS.append(str(arguments[0]))
+
+
+sys.addaudithook(note_listings)  # for good; it notes nothing while LISTINGS is None
+
+
+def test_who_waits_for_the_digest_does_not_list_the_leases_of_ten_thousand_shards(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(500)
+    inputs = Manifests(job.ws, 1, "cut", 500)  # of which none is there: they are not to be read
+    path = digest_path(job.folder)
+    listings: list[str] = []
+    lease = acquire(path.parent, "outputs", 60.0)
+    assert lease is not None
+    with ThreadPoolExecutor(1) as threads, lease:
+        monkeypatch.setitem(globals(), "LISTINGS", listings)
+        digest = threads.submit(digest_of_outputs, inputs)
+        while len(listings) < 2:
+            assert not digest.done()
+            time.sleep(0.01)
+        atomic.create_exclusive(path, "what another task found\n")
+        assert digest.result(60) == "what another task found"
+    assert len(listings) <= 3 and set(listings) == {str(path.parent)}
