@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -71,11 +71,14 @@ def test_a_round_is_shown_while_it_is_sampled_and_afterwards(run: Run, monkeypat
     try:
         end = EndRecord("noop-r01-sample-a1-abc", "41_1", 0, 0, record.host, "killed", -9, "", "", record.started - 1.0,
                         record.updated + 9.0, 1.0, 10.0 + record.updated - record.started)  # fmt: skip
-        atomic.write_json(run.ws.attempts_dir(1, "sample") / f"{end.name}.end-41_1-0-1.json", asdict(end))
+        full = replace(end, job_id="41_2", outcome="out of memory", error="CUDA out of memory", log="logs/41_2-0.out")
+        for one in (end, full):
+            atomic.write_json(run.ws.attempts_dir(1, "sample") / f"{end.name}.end-{one.job_id}-0-1.json", asdict(one))
         shown = report(run)
     finally:
         killed.close()
-    assert "round 1 sample: 2 tasks (1 killed)" in shown
+    assert "round 1 sample: 3 tasks (1 killed, 1 out of memory)" in shown
+    assert "trouble 1 out of memory; it said: CUDA out of memory (log: logs/41_2-0.out)" in shown
     assert "40 samples of 8 prompts, 400 tokens; 50 tokens lost" in shown
     assert "speaker 32 of 40 accepted (80.0 %); tasks by tries 4: 4, 6: 4; 0 of 8 tasks exhausted" in shown
     assert "GPU seconds for each accepted sample" in shown

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from hpc_rl.cluster.failures import Outcome
 from hpc_rl.sampling.record import TaskRecord
 
 PARTS = ("start_up", "sampling", "judging", "publishing", "waiting", "lost", "unknown")
@@ -39,6 +40,12 @@ class End(Protocol):
     def job_id(self) -> str: ...
     @property
     def restart(self) -> int: ...
+    @property
+    def outcome(self) -> str: ...
+    @property
+    def error(self) -> str: ...
+    @property
+    def log(self) -> str: ...
     @property
     def started(self) -> float: ...
     @property
@@ -65,6 +72,11 @@ class Life:
         Drawn, as far as known, and of these thrown away.
     record
         None for a task that left before it had one.
+    outcome
+        How it ended (`hpc_rl.cluster.failures.Outcome`); '' where nobody knows: it still runs, or there is no end
+        record of it.
+    error, log
+        The last error in its log, and where that is, relative to the workspace.
     """
 
     began: float
@@ -75,6 +87,9 @@ class Life:
     tokens: int = 0
     lost_tokens: int = 0
     record: TaskRecord | None = None
+    outcome: str = ""
+    error: str = ""
+    log: str = ""
 
 
 def lives(records: Iterable[TaskRecord], ends: Iterable[End], kept: Mapping[str, int], complete: bool) -> list[Life]:
@@ -98,7 +113,16 @@ def lives(records: Iterable[TaskRecord], ends: Iterable[End], kept: Mapping[str,
             own.remove(matching[0])
         found.append(_life(record, matching[0] if matching else None, kept.get(record.name, 0), complete))
     found += [
-        Life(end.started, end.ended, True, _parts(unknown=end.ended - end.started), end.gpu_s)
+        Life(
+            end.started,
+            end.ended,
+            True,
+            _parts(unknown=end.ended - end.started),
+            end.gpu_s,
+            outcome=end.outcome,
+            error=end.error,
+            log=end.log,
+        )
         for own in of_process.values()
         for end in own
     ]
@@ -115,6 +139,7 @@ def _life(record: TaskRecord, end: End | None, kept: int, complete: bool) -> Lif
     began = record.started - before_s
     ended = max(end.ended if end else record.ended or record.updated, began + known_s)
     lost_s = spent["sampling"] * lost / tokens if tokens else 0.0
+    silent = Outcome.KILLED.value if is_over and record.ended is None else ""  # it could not say goodbye
     return Life(
         began=began,
         ended=ended,
@@ -132,6 +157,9 @@ def _life(record: TaskRecord, end: End | None, kept: int, complete: bool) -> Lif
         tokens=tokens,
         lost_tokens=lost,
         record=record,
+        outcome=end.outcome if end else silent,
+        error=end.error if end else "",
+        log=end.log if end else "",
     )
 
 

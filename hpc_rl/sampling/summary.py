@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from hpc_rl.run.atomic import CorruptFile
 from hpc_rl.run.manifest import Manifest
 from hpc_rl.sampling.lives import PARTS, Life
+from hpc_rl.sampling.record import TaskRecord
 from hpc_rl.sampling.tally import Tally
+
+MEMORY_SETTINGS = ("gpu_memory_utilization", "cpu_kv_cache_gib", "max_num_seqs")
+"""What is lowered after running out of memory (`hpc_rl.engines.memory`)."""
 
 COUNTS = ("prompts", "dropped", "samples", "tokens", "cut_off")
 """What adds up over the manifests' metrics."""
@@ -25,6 +30,15 @@ class Worker:
     busy_s: float
     up_s: float
     deaths: int
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Engines that take less memory than the config says, after running out of it so many times (`notches`)."""
+
+    notches: int
+    engines: int
+    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -66,8 +80,12 @@ class Summary:
     ----------
     published
         What there is.
-    tasks, running, killed
-        Lives of tasks (a requeued one has several); those that have not ended; those that could not say goodbye.
+    tasks, running
+        Lives of tasks (a requeued one has several); those that have not ended.
+    ends
+        How the others ended, where somebody knows: by class (`hpc_rl.cluster.failures.Outcome`) their number.
+    last
+        By class the last of them: its error and log.
     seconds
         By part, over all tasks: they add up to `task_s`.
     wall_s
@@ -84,6 +102,8 @@ class Summary:
         How many tasks these are.
     engines
         What generated: by its name, settings as those tasks had them.
+    lowered
+        Engines with less memory than the config says.
     workers
         The engines of tasks that had several.
     """
@@ -91,7 +111,8 @@ class Summary:
     published: Published
     tasks: int
     running: int
-    killed: int
+    ends: Mapping[str, int]
+    last: Mapping[str, Life]
     seconds: Mapping[str, float]
     wall_s: float
     gpu_s: float
@@ -103,6 +124,7 @@ class Summary:
     loading: Mapping[str, float]
     loaded: int
     engines: Mapping[str, Settings]
+    lowered: tuple[Lowered, ...]
     workers: tuple[Worker, ...]
 
     @property
@@ -202,13 +224,13 @@ def summarise(done: Published, tasks: Iterable[Life]) -> Summary:
             settings["workers"] = len(workers)
         if settings:
             of_its_kind = engines.setdefault(str(settings.pop("engine", "?")), {})
-            for name, value in settings.items():
-                of_its_kind.setdefault(name, Counter())[str(value)] += 1
+            _count(of_its_kind, settings)
     return Summary(
         published=done,
         tasks=len(tasks),
         running=sum(not life.is_over for life in tasks),
-        killed=sum(life.is_over and life.record is not None and life.record.ended is None for life in tasks),
+        ends=Counter(life.outcome for life in tasks if life.outcome),
+        last={life.outcome: life for life in sorted(tasks, key=lambda life: life.ended) if life.outcome},
         seconds={part: sum(life.seconds[part] for life in tasks) for part in PARTS},
         wall_s=max((life.ended for life in tasks), default=0.0) - min((life.began for life in tasks), default=0.0),
         gpu_s=sum(life.gpu_s for life in tasks),
@@ -220,12 +242,32 @@ def summarise(done: Published, tasks: Iterable[Life]) -> Summary:
         loading=dict(loading),
         loaded=sum(bool(record.loading) for record in records),
         engines=engines,
+        lowered=_lowered(records),
         workers=tuple(
             Worker(w.get("busy_s", 0.0), w.get("up_s", 0.0), w["deaths"])
             for record in records
             for w in record.engine.get("workers", ())
         ),
     )
+
+
+def _count(counters: dict[str, Counter[str]], settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        counters.setdefault(name, Counter())[f"{value:g}" if isinstance(value, float) else str(value)] += 1
+
+
+def _lowered(records: Iterable[TaskRecord]) -> tuple[Lowered, ...]:
+    """By notches; of a task with several engines each one counts, unless it was given up."""
+    engines: Counter[int] = Counter()
+    settings: dict[int, dict[str, Counter[str]]] = {}
+    for record in records:
+        for own in record.engine.get("workers", ({},)):
+            engine = {**record.engine, **own}
+            if (notches := engine.get("notches", 0)) and "given_up" not in own:
+                engines[notches] += 1
+                taken = {name: engine[name] for name in MEMORY_SETTINGS if name in engine}
+                _count(settings.setdefault(notches, {}), taken)
+    return tuple(Lowered(notches, engines[notches], settings[notches]) for notches in sorted(engines))
 
 
 def _ratio(part: float, whole: float) -> float:

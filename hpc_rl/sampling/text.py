@@ -5,8 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
+from hpc_rl.cluster.failures import Outcome
 from hpc_rl.sampling.lives import PARTS
-from hpc_rl.sampling.summary import Settings, Summary, Worker
+from hpc_rl.sampling.summary import Lowered, Settings, Summary, Worker
 from hpc_rl.sampling.tally import Tally
 
 COLUMNS = 120
@@ -19,12 +20,33 @@ TRIES_SHOWN = 10
 VALUES_SHOWN = 3
 """Different values of an engine's setting that are named."""
 
+ENDS = {
+    Outcome.KILLED.value: "killed",
+    Outcome.OUT_OF_MEMORY.value: "out of memory",
+    Outcome.ERROR.value: "with an error",
+    Outcome.BLOCKED.value: "blocked",
+    Outcome.LEFT.value: "told to leave",
+}
+"""Ends of tasks before their work was done, and how they are called."""
+
+EXPLAINED = (Outcome.OUT_OF_MEMORY.value, Outcome.ERROR.value)
+"""Ends whose last error is shown; of a killed task the last line says nothing."""
+
+LONGEST_ERROR = 300
+"""Characters of an error; the log has all of it."""
+
+OF_NO_INTEREST = ("notches", "compile_cache", "staged")
+"""An engine's settings that are said elsewhere, or are paths which every task has of its own."""
+
 WORDS = {"start_up": "start-up", "publishing": "files"}
 
 
 def text(title: str, sampled: Summary) -> str:
     """The section of a report, without a final newline."""
     lines = [f"{title}: {_tasks(sampled)}"]
+    for outcome in EXPLAINED:
+        if outcome in sampled.last:
+            lines += _line("trouble", _last_error(sampled, outcome))
     lines += _line("drawn", _drawn(sampled))
     if sampled.tokens_per_s:
         lines += _line("speed", _speed(sampled))
@@ -37,15 +59,25 @@ def text(title: str, sampled: Summary) -> str:
     if sampled.published.accepted:
         lines += _line("cost", _cost(sampled))
     for engine, settings in sampled.engines.items():
-        lines += _line("engine", ", ".join([engine, *_settings(settings)]))
+        shown = {name: values for name, values in settings.items() if name not in OF_NO_INTEREST}
+        lines += _line("engine", ", ".join([engine, *_settings(shown)]))
+    for lowered in sampled.lowered:
+        lines += _line("memory", _lowered(lowered))
     if sampled.workers:
         lines += _line("workers", _workers(sampled.workers))
     return "\n".join(lines)
 
 
 def _tasks(sampled: Summary) -> str:
-    notes = [f"{n} {word}" for n, word in ((sampled.running, "running"), (sampled.killed, "killed")) if n]
+    notes = [f"{sampled.running} running"] if sampled.running else []
+    notes += [f"{sampled.ends[outcome]} {word}" for outcome, word in ENDS.items() if outcome in sampled.ends]
     return _count(sampled.tasks, "task") + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _last_error(sampled: Summary, outcome: str) -> str:
+    last, which = sampled.last[outcome], "the last one" if sampled.ends[outcome] > 1 else "it"
+    error = last.error if len(last.error) <= LONGEST_ERROR else last.error[:LONGEST_ERROR] + " …"
+    return f"{sampled.ends[outcome]} {ENDS[outcome]}; {which} said: {error or 'nothing'} (log: {last.log})"
 
 
 def _drawn(sampled: Summary) -> str:
@@ -93,7 +125,7 @@ def _cost(sampled: Summary) -> str:
     return f"{of_tasks} for each accepted sample (no GPUs)"
 
 
-def _settings(settings: Settings) -> Iterable[str]:
+def _settings(settings: Settings, of: str = "task") -> Iterable[str]:
     """`max_num_seqs 256 (7 tasks) or 128 (1 task)`; what every task has its own of is only counted."""
     for name, values in settings.items():
         if set(values) <= {"None", "", "[]", "{}"}:
@@ -104,7 +136,13 @@ def _settings(settings: Settings) -> Iterable[str]:
             yield f"{name} {next(iter(values))}"
         else:
             ordered = sorted(values.items(), key=lambda item: -item[1])
-            yield f"{name} " + " or ".join(f"{value} ({_count(tasks, 'task')})" for value, tasks in ordered)
+            yield f"{name} " + " or ".join(f"{value} ({_count(number, of)})" for value, number in ordered)
+
+
+def _lowered(lowered: Lowered) -> str:
+    times = "once" if lowered.notches == 1 else f"{lowered.notches} times"
+    taken = ", ".join(_settings(lowered.settings, "engine"))
+    return f"lowered after running out {times}: {taken} ({_count(lowered.engines, 'engine')})"
 
 
 def _workers(workers: Sequence[Worker]) -> str:

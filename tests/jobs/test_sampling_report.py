@@ -62,7 +62,7 @@ def test_its_time_adds_up_with_what_was_lost_and_curves_tell_of_it(killed_and_do
     found = summarise(ws, job.stage)
     assert found is not None
     ends = [path for path in ws.attempts_dir(1, "sample").iterdir() if ".end-" in path.name]
-    assert (len(ends), found.tasks, found.killed, found.running) == (2, 2, 1, 0)
+    assert (len(ends), found.tasks, found.running, found.ends) == (2, 2, 0, {"killed": 1, "done": 1})
     assert found.task_s == pytest.approx(found.gpu_s, abs=1.0), "one GPU each, so the tasks' time is that of the GPUs"
     assert sum(found.share(part) for part in PARTS) == pytest.approx(1)
     assert found.seconds["start_up"] > 0 and found.seconds["unknown"] > 0, "a kill leaves up to 30 s unaccounted for"

@@ -34,8 +34,9 @@ def record(name: str, began: float, ended: float | None, tokens: int = 0, **seco
     )  # fmt: skip
 
 
-def end(job_id: str, started: float, ended: float, gpus: float = 2.0) -> EndRecord:
-    return EndRecord("a1", job_id, 0, 0, "node1", "done", 0, "", "", started, ended, 1.0, gpus * (ended - started))
+def end(job_id: str, started: float, ended: float, outcome: str = "done", error: str = "") -> EndRecord:
+    gpu_s, log = 2.0 * (ended - started), f"logs/{job_id}-0.out"
+    return EndRecord("a1", job_id, 0, 0, "node1", outcome, 0, error, log, started, ended, 1.0, gpu_s)
 
 
 def test_a_task_that_published_all_that_it_drew_has_lost_nothing() -> None:
@@ -75,7 +76,9 @@ def test_lives_of_a_requeued_task_have_their_own_records() -> None:
 
 def test_a_task_without_a_record_has_lived_for_something_unknown() -> None:
     (life,) = lives([], [end("t", 100.0, 103.0)], {}, complete=False)
-    assert life == Life(100.0, 103.0, True, {**dict.fromkeys(PARTS, 0.0), "unknown": 3.0}, 6.0)
+    assert life == Life(
+        100.0, 103.0, True, {**dict.fromkeys(PARTS, 0.0), "unknown": 3.0}, 6.0, outcome="done", log="logs/t-0.out"
+    )
 
 
 SECONDS = st.floats(0, 1000, allow_nan=False)
@@ -143,13 +146,13 @@ def sampled() -> Summary:
             loading={"staging": 3.0, "engine": 10.0}, engine={"engine": "vllm", "asked": "auto", "max_num_seqs": 128},
         ),
     ]  # fmt: skip
-    ends = [end("one", 100.0, 200.0), end("two", 105.0, 170.0), end("late", 195.0, 205.0)]
+    ends = [end("one", 100.0, 200.0), end("two", 105.0, 170.0, "killed"), end("late", 195.0, 205.0)]
     return summarise(done, lives(records, ends, done.kept, complete=True))
 
 
 def test_the_numbers_of_a_round_are_those_worked_out_by_hand() -> None:
     found = sampled()
-    assert (found.tasks, found.running, found.killed) == (3, 0, 1)
+    assert (found.tasks, found.running, found.ends) == (3, 0, {"done": 2, "killed": 1})
     assert (found.published.shards, found.published.samples, found.published.tokens) == (3, 42, 1000)
     assert (found.published.accepted, found.lost_tokens, found.tokens) == (22, 200, 1200)
     assert found.seconds == {
@@ -182,6 +185,43 @@ def test_the_report_says_it_in_lines_that_fit() -> None:
         "1 prompt left out as too long; 200 tokens lost",
     ):
         assert said in flat
+
+
+def test_tasks_that_failed_are_counted_by_how_they_ended_and_their_last_errors_are_said() -> None:
+    records = [record("none", 100.0, None, sampling=9.0), record("full", 100.0, 110.0, start_up=10.0)]
+    said = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+    ends = [
+        end("full", 99.0, 111.0, "out of memory", said),
+        end("early", 100.0, 101.0, "error", "KeyError: 'a'"), end("late", 100.0, 105.0, "error", "so long " * 50),
+        end("late", 200.0, 230.0, "left"), end("whole", 100.0, 230.0),
+    ]  # fmt: skip
+    found = summarise(Published(), lives(records, ends, {}, complete=True))
+    assert found.ends == {"killed": 1, "out of memory": 1, "error": 2, "left": 1, "done": 1}
+    shown = text("round 1 sample", found)
+    assert shown.splitlines()[0] == (
+        "round 1 sample: 6 tasks (1 killed, 1 out of memory, 2 with an error, 1 told to leave)"
+    )
+    flat = " ".join(shown.split())
+    assert f"1 out of memory; it said: {said} (log: logs/full-0.out)" in flat
+    long = ("so long " * 50)[:300]
+    assert f"2 with an error; the last one said: {long} … (log: logs/late-0.out)" in flat, "the log has all of it"
+
+
+def test_engines_with_less_memory_than_the_config_says_are_named() -> None:
+    """In the config's words: alone in their task, and as one of several."""
+    common = {"engine": "vllm", "gpu_memory_utilization": 0.8 - 0.1, "max_num_seqs": 128, "notches": 1}
+    less = {"gpu_memory_utilization": 0.8 - 0.2, "max_num_seqs": 64, "notches": 2, "deaths": 1}
+    workers = [{"deaths": 0, "notches": 1}, less, {"deaths": 4, "notches": 4, "given_up": "CUDA out of memory"}]
+    whole = {"engine": "vllm", "gpu_memory_utilization": 0.8, "max_num_seqs": 256, "notches": 0}
+    own = {"compile_cache": "/w/slot_03", "staged": "/local/me/model", "staged_by": "another process"}
+    engines = [whole | own, common | {"compile_cache": "/w/slot_00"}, common | {"workers": workers}]
+    records = [replace(record(f"t{n}", 100.0, 110.0, start_up=10.0), engine=one) for n, one in enumerate(engines)]
+    shown = " ".join(text("round 1 sample", summarise(Published(), lives(records, [], {}, complete=True))).split())
+    assert "lowered after running out once: gpu_memory_utilization 0.7, max_num_seqs 128 (2 engines)" in shown
+    assert "lowered after running out 2 times: gpu_memory_utilization 0.6, max_num_seqs 64 (1 engine)" in shown
+    assert "4 times" not in shown.partition(" workers ")[0], "where nothing runs nothing is taken"
+    assert "staged_by another process" in shown
+    assert not any(word in shown for word in ("notch", "slot_", "/local", "0.79", "0.70000"))
 
 
 def test_without_gpus_the_cost_is_in_seconds_of_tasks() -> None:
