@@ -59,7 +59,7 @@ class Played:
 def evaluate(job: Job, shard: Shard) -> None:
     """Describe, ask, count; write the files, commit, and tell TensorBoard."""
     from hpc_rl.data.lewis import image_root, read_rows
-    from hpc_rl.engines.memory import notches_of
+    from hpc_rl.engines.memory import notches_of, note_notches
     from hpc_rl.engines.opening import open_engine
     from hpc_rl.engines.weights import speaker_weights
     from hpc_rl.grading import predictions
@@ -86,6 +86,7 @@ def evaluate(job: Job, shard: Shard) -> None:
         cache_dir=job.ws.compile_cache,
         notches=notches_of(job.ws, job.round, job.stage.name),
     )
+    note_notches(job.ws, job.round, job.stage.name, engine.description)
     played: list[Played] = []
     started = time.monotonic()
     with ListenerClient(job.ws, config) as listener:

@@ -58,7 +58,7 @@ def sample(
         only shard is in other hands.
     """
     from hpc_rl.engines.gpus import check_gpus
-    from hpc_rl.engines.memory import notches_of
+    from hpc_rl.engines.memory import notches_of, note_notches
     from hpc_rl.engines.opening import open_engine
     from hpc_rl.sampling.at_work import Origin
     from hpc_rl.sampling.pace import NeverFits
@@ -70,6 +70,10 @@ def sample(
     # the engine is closed last: that may take seconds, and others wait for the shards that are given back
     with ExitStack() as engines, job.claims() as claims, ExitStack() as stack:
         task = stack.enter_context(Recorder(job.folder, claims.token, job.config.stage(job.stage.name).gpus_per_node))
+
+        def opened(engine: DescribedEngine) -> None:
+            task.opened(engine.description, engine.loading)
+            note_notches(job.ws, job.round, job.stage.name, engine.description)
 
         def start_engine() -> DescribedEngine:
             engine = open_engine(
@@ -84,8 +88,8 @@ def sample(
                 pool=True,
             )
             engines.callback(engine.close)
-            task.opened(engine.description, engine.loading)
-            stack.callback(lambda: task.opened(engine.description, engine.loading))  # workers may have been replaced
+            opened(engine)
+            stack.callback(opened, engine)  # workers may have been replaced
             made_from["engine"] = dict(engine.description)
             log.info("sampling from weights %s", weights.hash[:16])
             return engine

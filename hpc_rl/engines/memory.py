@@ -1,16 +1,18 @@
 """How much memory an engine takes: what the config says, and less after it has run out (V5).
 
 Each time that a stage runs out of memory is a *notch*: 0.1 less of each GPU, half as many sequences at once, half the
-KV cache on CPUs, within limits. How many there were follows from the end records of the stage's jobs, in this round and
-those before it; a person who changes the config or resumes a stopped run starts at none again. Nothing here imports
-torch: the login node asks too.
+KV cache on CPUs, within limits. How many there were follows from the end records of the stage's jobs in this round; a
+round begins with as many as engines of the rounds before it worked with, which those noted (`note_notches`). A person
+who changes the config or resumes a stopped run starts at none again. Nothing here imports torch: the login node asks
+too.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from math import ceil
@@ -31,6 +33,8 @@ USUAL_SEQUENCES = {"vllm": 256, "transformers": 32}
 """Sequences at once where the config says null. vLLM has 1024 on GPUs of 70 GiB and more (vllm/engine/arg_utils.py)."""
 CPU_NOTCHES = 4
 """Halvings of a KV cache on CPUs before the run stops."""
+TAKEN = ".taken-"
+"""In the name of the note of an engine that works with less memory."""
 
 
 class End(Protocol):
@@ -47,6 +51,14 @@ class End(Protocol):
     @property
     def ended(self) -> float:
         """When it ended."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An engine worked after so many notches, from `ended` on (seconds since the epoch)."""
+
+    notches: int
+    ended: float
 
 
 @dataclass(frozen=True)
@@ -115,39 +127,74 @@ def most_notches(sample: SampleConfig, engine: str, has_gpus: bool) -> int:
     return max(halvings, ceil(round(shares, 6)) if has_gpus else CPU_NOTCHES)
 
 
-def count_notches(ends: Iterable[End]) -> int:
+def count_notches(ends: Iterable[End], taken: Iterable[Taken] = (), begun: int = 0) -> int:
     """Notches that ends out of memory amount to.
 
     Tasks of one array that fail together had the same settings: they are one notch. A task that started after another
     of its array had failed had lower ones already, and its failure is a notch of its own.
+
+    Parameters
+    ----------
+    taken
+        What engines worked with: workers of a pool take less without an end of their task.
+    begun
+        Notches that were there before.
     """
-    notches, since = 0, 0.0
+    notches, since = begun, 0.0
     seen: set[str] = set()
-    for end in sorted(ends, key=lambda end: end.ended):
-        if end.name not in seen or end.started >= since:
-            notches, since = notches + 1, end.ended
-            seen.add(end.name)
+    events: list[End | Taken] = [*ends, *taken]
+    for event in sorted(events, key=lambda event: event.ended):
+        if isinstance(event, Taken):
+            notches = max(notches, event.notches)
+        elif event.name not in seen or event.started >= since:
+            notches, since = notches + 1, event.ended
+            seen.add(event.name)
     return notches
 
 
 def notches_of(ws: Workspace, round: int, stage: str) -> int:
-    """How often a stage ran out of memory up to now, in this round and those before, since its config was written.
+    """After how many notches a stage's next engine opens, since its config was written.
+
+    Of rounds before this one only those count with which engines worked: where one node was short of memory, and the
+    others did its work as they were, the next round begins as they did.
 
     One folder listing a round, and no file is opened unless memory ran out.
     """
     since = max(ws.config_path.stat().st_mtime, Ledger(ws).history().resumed_at)
-    ends = [end for number in range(round + 1) for end in _memory_ends(ws, number, stage)]
-    return count_notches(end for end in ends if end.ended >= since)
+    begun, ends, taken = 0, [], []
+    for number in range(round + 1):
+        folder = ws.attempts_dir(number, stage)
+        records = [(name, atomic.read_json(folder / name)) for name in _memory_records(folder)]
+        records = [(name, record) for name, record in records if record["ended"] >= since]
+        taken = [Taken(record["notches"], record["ended"]) for name, record in records if TAKEN in name]
+        begun = max([begun, *(one.notches for one in taken if number < round)])
+        ends = [EndRecord(**record) for name, record in records if TAKEN not in name]
+    return count_notches(ends, taken, begun)
 
 
-def _memory_ends(ws: Workspace, round: int, stage: str) -> list[EndRecord]:
-    folder = ws.attempts_dir(round, stage)
+def note_notches(ws: Workspace, round: int, stage: str, engine: Mapping[str, Any]) -> None:
+    """Note with how many notches an open engine works, by its description: the next rounds begin with them.
+
+    Of a pool's workers it is that with the most. One small file an attempt, and none where memory never ran out.
+    """
+    workers = [worker for worker in engine.get("workers", ()) if "given_up" not in worker]
+    notches = max([int(one.get("notches", 0)) for one in (engine, *workers)])
+    if not notches:
+        return
+    attempt = os.environ.get("HPC_RL_ATTEMPT", "by-hand")
+    path = ws.attempts_dir(round, stage) / f"{attempt}{TAKEN}{notches:02d}{MEMORY}.json"
+    try:
+        atomic.create_exclusive(path, atomic.to_json({"notches": notches, "ended": time.time()}))
+    except OSError as error:  # the work goes on
+        log.warning("%s cannot be written (%s): later engines may run out of memory again", path, error)
+
+
+def _memory_records(folder: Path) -> list[str]:
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
         return []
-    found = [name for name in names if name.endswith(f"{MEMORY}.json") and not name.startswith(".")]
-    return [EndRecord(**atomic.read_json(folder / name)) for name in found]
+    return [name for name in names if name.endswith(f"{MEMORY}.json") and not name.startswith(".")]
 
 
 def tell(plan: MemoryPlan, sample: SampleConfig, lowered: Iterable[str]) -> None:

@@ -32,6 +32,9 @@ class View:
         What the scheduler still has of this run.
     ends
         End records by submission name.
+    notches
+        After how many notches an engine of a stage would open now (`hpc_rl.engines.memory`), of stages that have run
+        out of memory in their round.
     """
 
     graph: Graph
@@ -39,6 +42,7 @@ class View:
     history: History
     queue: Sequence[Queued]
     ends: Mapping[str, Sequence[EndRecord]]
+    notches: Mapping[StageId, int] = field(default_factory=dict)
 
     def is_done(self, id: StageId) -> bool:
         """A stage with work is done when all its shards are; a service when all whom it serves are."""
@@ -227,10 +231,11 @@ def _hopeless(view: View, plan: _Planner, unfinished: Sequence[Stage], policy: P
         short = []
         if stage.notches is not None:
             short = [a for a in tries if _any(view, a, Outcome.OUT_OF_MEMORY)]
-            lowered = count_notches(end for end in ends if end.outcome == Outcome.OUT_OF_MEMORY.value)
+            times = count_notches(end for end in ends if end.outcome == Outcome.OUT_OF_MEMORY.value)
+            lowered = max(times, view.notches.get(stage.id, 0)) if times else 0  # rounds before may have begun it
             # once more where nothing gets lower at all: others may have had the memory
             if lowered > max(1, stage.notches) or len(short) >= stage.notches + policy.max_attempts:
-                return _out_of_memory(stage, ends, lowered)
+                return _out_of_memory(stage, ends, times)
         # neither is the stage's fault: its inputs were not there, or it was told to leave (time limit, preemption)
         blocked = [a for a in tries if _only(view, a, Outcome.BLOCKED, Outcome.LEFT)]
         if (
@@ -258,8 +263,9 @@ def _count_by_fingerprint(errors: Sequence[EndRecord]) -> Counter[str]:
 
 def _out_of_memory(stage: Stage, ends: Sequence[EndRecord], times: int) -> str:
     last = max((e for e in ends if e.outcome == Outcome.OUT_OF_MEMORY.value), key=lambda end: end.ended)
+    often = "once" if times == 1 else f"{times} times, the last time"
     return (
-        f"{stage.id} ran out of memory {times} times, the last time with settings that go no lower. Lower "
+        f"{stage.id} ran out of memory {often} with settings that go no lower. Lower "
         "sample.max_model_len or min_gpu_memory_utilization, or give it more memory or more GPUs; "
         f"the last one: {last.error} (log: {last.log})"
     )

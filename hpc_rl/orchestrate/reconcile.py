@@ -17,7 +17,9 @@ from hpc_rl import config as configs
 from hpc_rl import recipes
 from hpc_rl.cluster.base import Executor, JobRequest, Queued, QueueReader
 from hpc_rl.cluster.entry import EndRecord
+from hpc_rl.cluster.failures import Outcome
 from hpc_rl.config.schema import Config
+from hpc_rl.engines.memory import notches_of
 from hpc_rl.orchestrate import overview
 from hpc_rl.orchestrate.decide import Cancel, Decision, Policy, Submit, View, WriteOff, decide
 from hpc_rl.orchestrate.graph import Graph, StageId
@@ -81,7 +83,13 @@ def look(run: Run, executor: QueueReader, history: History | None = None) -> Vie
         for end in end_records(run.ws, stage_id):
             ends.setdefault(end.name, []).append(end)
     queue = executor.queue([a.name for a in history.attempts])
-    return View(run.graph, done, history, queue, ends)
+    short = {StageId(a.round, a.stage) for a in history.attempts if any(_is_short(e) for e in ends.get(a.name, ()))}
+    notches = {id: notches_of(run.ws, id.round, id.name) for id in sorted(short)}
+    return View(run.graph, done, history, queue, ends, notches)
+
+
+def _is_short(end: EndRecord) -> bool:
+    return end.outcome == Outcome.OUT_OF_MEMORY.value
 
 
 def end_records(ws: Workspace, id: StageId) -> list[EndRecord]:

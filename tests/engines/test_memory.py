@@ -22,13 +22,17 @@ from hpc_rl.engines.memory import (
     memory_gib,
     most_notches,
     notches_of,
+    note_notches,
     plan,
     tell,
 )
+from hpc_rl.engines.pool import EnginePool
 from hpc_rl.run import atomic
 from hpc_rl.run.code import source_root
 from hpc_rl.run.ledger import Ledger
 from hpc_rl.run.workspace import Workspace
+
+from .letters import OpenLetters
 
 SAMPLE = SampleConfig(gpu_memory_utilization=0.8, min_gpu_memory_utilization=0.5, cpu_kv_cache_gib=8)
 MEMORY_RAN_OUT = "raise MemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')"
@@ -85,7 +89,7 @@ def test_a_further_notch_never_takes_more_and_none_goes_below_the_limits(
     sample: SampleConfig, notches: int, memory: float, least: float
 ) -> None:
     now, lower = (plan(sample, n, memory_gib=memory, least_kv_gib=least) for n in (notches, notches + 1))
-    assert sample.min_gpu_memory_utilization <= lower.gpu_memory_utilization <= now.gpu_memory_utilization
+    assert sample.least_gpu_memory_utilization <= lower.gpu_memory_utilization <= now.gpu_memory_utilization
     assert lower.cpu_kv_cache_gib <= now.cpu_kv_cache_gib
     assert lower.cpu_kv_cache_gib >= min(least, sample.cpu_kv_cache_gib)
     asked = sample.max_num_seqs or 256
@@ -150,10 +154,35 @@ def test_what_the_jobs_of_a_stage_met_says_how_much_less_the_next_one_takes(ws: 
     assert notches_of(ws, 1, "sample") == 1
     job(ws, "sample-a3", MEMORY_RAN_OUT)
     assert notches_of(ws, 1, "sample") == 2
+    assert notches_of(ws, 2, "sample") == 0, "as long as no engine has worked with less"
+    note_notches(ws, 1, "sample", {"notches": 2})
     assert notches_of(ws, 2, "sample") == 2, "the next round begins with what this one has learnt"
     assert notches_of(ws, 1, "evaluate") == 0, "which has GPUs of its own"
     job(ws, "sample-r02-a1", MEMORY_RAN_OUT, round=2)
     assert (notches_of(ws, 1, "sample"), notches_of(ws, 2, "sample")) == (2, 3)
+
+
+def test_what_workers_of_a_pool_took_counts_without_an_end_of_their_task(
+    ws: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HPC_RL_ATTEMPT", "sample-a1")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])  # workers import what the test does
+    with EnginePool(OpenLetters(needs=2), 2, gpus=[(), ()]) as pool:
+        pool.wait_until_all_are_ready()
+        note_notches(ws, 1, "sample", pool.description)
+        note_notches(ws, 1, "sample", pool.description)
+    assert (notches_of(ws, 1, "sample"), notches_of(ws, 2, "sample")) == (2, 2)
+    assert len(list(ws.attempts_dir(1, "sample").iterdir())) == 1
+    job(ws, "sample-a1", MEMORY_RAN_OUT)
+    assert notches_of(ws, 1, "sample") == 3, "that was with what they took"
+    note_notches(ws, 1, "sample", {"notches": 0, "workers": [{"notches": 4, "given_up": "CUDA out of memory"}]})
+    assert notches_of(ws, 2, "sample") == 2, "a worker that was given up did not work with it"
+
+
+def test_a_task_whose_work_others_did_as_they_were_lowers_nothing_in_the_next_round(ws: Workspace) -> None:
+    job(ws, "sample-a1", MEMORY_RAN_OUT)
+    note_notches(ws, 1, "sample", {"engine": "vllm", "notches": 0})  # the other tasks of that array
+    assert (notches_of(ws, 1, "sample"), notches_of(ws, 2, "sample")) == (1, 0)
 
 
 def test_a_changed_config_or_a_resumed_run_begins_with_what_the_config_says(ws: Workspace) -> None:

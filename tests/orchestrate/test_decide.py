@@ -420,6 +420,13 @@ def test_a_stage_whose_settings_can_get_no_lower_is_not_tried_again_and_again(no
     assert last.status == "stopped" and "with settings that go no lower. Lower sample.max_model_len" in last.reason
 
 
+def test_a_stage_that_began_its_round_with_the_lowest_settings_is_not_tried_again_and_again() -> None:
+    at_first = short_of_memory(1, notches=4)
+    assert decide(replace(at_first, notches={StageId(1, "sample"): 4}), Policy()).status == "running"
+    last = decide(replace(at_first, notches={StageId(1, "sample"): 5}), Policy())
+    assert last.status == "stopped" and "ran out of memory once with settings that go no lower" in last.reason
+
+
 def test_being_blocked_counts_for_less_than_failing() -> None:
     attempts = tuple(attempt("train", n) for n in range(1, 6))
     blocked = {a.name: [end(a.name, "blocked")] for a in attempts}
