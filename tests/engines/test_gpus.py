@@ -12,6 +12,7 @@ import torch
 from hpc_rl.config.gpu_shares import GpuShareError, share_gpus
 from hpc_rl.config.schema import Config
 from hpc_rl.engines.gpus import NoGpuError, check_gpus, task_gpus
+from hpc_rl.engines.vllm_start import start_vllm
 
 UUIDS = ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "GPU-1f5a2d0e-0000-4106-c12f-20bd9faed9f6")
 SLICES = ("MIG-0a1b2c3d-1111-5222-9333-444455556666", "MIG-GPU-8932f937-d72c-4106-c12f-20bd9faed9f6/1/0")
@@ -114,3 +115,15 @@ def test_where_nobody_deals_out_gpus_work_on_cpus_goes_on_and_is_said(
     with caplog.at_level(logging.WARNING):
         check_gpus(config, "sample", environ)
     assert ("working on the CPU, which is slow" in caplog.text) == warned
+
+
+def test_an_engine_that_is_larger_than_what_the_process_sees_says_so_in_the_words_of_the_config(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a machine with one GPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(
+        ValueError, match=r"sample.tensor_parallel_size is 4, .* 1 GPU \(CUDA_VISIBLE_DEVICES=3\): .* null"
+    ):
+        start_vllm("model", dtype="float32", max_model_len=None, gpu_memory_utilization=0.8, tensor_parallel_size=4)
