@@ -92,6 +92,10 @@ class Board:
         """The holder of a lease unless it has left."""
         return self.listing.holders.get(claimed.inode)
 
+    def is_copied(self, claimed: Claimed) -> bool:
+        """True when a shard has a copy whose maker has not left."""
+        return claimed.copy_inode in self.listing.holders
+
     def list_leases(self, mine: Container[int]) -> None:
         """List the leases; what may be claimed then is what nobody has ever claimed."""
         self._listed, self.listing = time.monotonic(), read_listing(self._folder)

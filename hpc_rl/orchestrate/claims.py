@@ -176,19 +176,22 @@ class Claims:
     def duplicate(self) -> Shard | None:
         """A copy of a shard that another holder is still at: at most one copy of each. None when there is none.
 
-        The holder with the most shards left is helped first. For bodies whose outputs have names of their own
-        (`Shard.output`).
+        The holder with the most shards left is helped first. The copy of a task that is gone does not count; two that
+        replace it at once make one too many. For bodies whose outputs have names of their own (`Shard.output`).
         """
         with self._lock:
             if time.monotonic() >= self._look_at:
                 self._look()
             shards, others = self._board.listing.shards, self._board.others
             left = Counter(others.values())
-            candidates = [i for i in others if shards[i].copy_inode is None and i not in self._mine]
+            candidates = [i for i in others if i not in self._mine and not self._board.is_copied(shards[i])]
             random.shuffle(candidates)
             for index in sorted(candidates, key=lambda i: -left[others[i]]):
                 generation = shards[index].generation
-                made = self._presence.link(copy_path(self._folder, index, generation))
+                copy = copy_path(self._folder, index, generation)
+                if shards[index].copy_inode is not None:
+                    copy.unlink(missing_ok=True)
+                made = self._presence.link(copy)
                 # whether it was made now or before: there is one from now on
                 shards[index] = replace(shards[index], copy_inode=shards[index].inode)
                 if made and (shard := self._unless_done(self._hold(index, generation, copy=True))):

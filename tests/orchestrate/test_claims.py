@@ -275,6 +275,24 @@ def test_a_copy_that_is_given_back_can_be_made_again(make_job: MakeJob, claims_o
     assert finish(must(third.duplicate()))
 
 
+@pytest.mark.parametrize("how", ["dies", "leaves"])
+def test_a_shard_whose_copier_is_gone_can_be_copied_again(make_job: MakeJob, claims_of: MakeClaims, how: str) -> None:
+    job = make_job(1, "run.lease_ttl_s=60")
+    slow, second, third = claims_of(job), claims_of(job), claims_of(job)
+    original = must(slow.next())
+    copy = must(second.duplicate())
+    assert claims_of(job).duplicate() is None
+    if how == "dies":
+        freeze(copy)
+    else:
+        second.close()
+    again = patiently(third.duplicate)
+    assert again.output("x") not in (copy.output("x"), original.output("x"))
+    assert claims_of(job).duplicate() is None, "one at a time"
+    assert finish(again) and not finish(original)
+    assert_whole(job)
+
+
 def test_a_shard_whose_holder_dies_is_left_to_its_copy(make_job: MakeJob, claims_of: MakeClaims) -> None:
     job = make_job(1, "run.lease_ttl_s=60")
     slow, second, third = claims_of(job), claims_of(job), claims_of(job)
