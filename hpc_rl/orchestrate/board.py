@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from bisect import bisect
 from collections.abc import Container, Sequence
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from hpc_rl.run.presence import Presence
 from hpc_rl.run.shard_leases import Claimed, Hearts, Listing, read_listing
 from hpc_rl.run.workspace import Workspace
 
-STRANGERS = 8
-"""Holders of nothing that are looked at in one look, so that dead ones do not count as peers for ever."""
+ENOUGH = 32
+"""When so many other tasks are known to live, the rest is taken for alive: no task looks at all of a thousand."""
 
 
 class Board:
@@ -71,7 +72,6 @@ class Board:
         self.looked, self.took_s = time.monotonic(), 0.0
         self._place = 0
         self._listed: float | None = None
-        self._met: dict[str, float] = {}  # other holders → when we first saw them
         self._set_free([index for index in self._shards if index not in self.done])
 
     @property
@@ -91,6 +91,20 @@ class Board:
     def holder_of(self, claimed: Claimed) -> str | None:
         """The holder of a lease unless it has left."""
         return self.listing.holders.get(claimed.inode)
+
+    def peers(self) -> int:
+        """How many tasks live, ours included. The files of dead ones that are met are removed.
+
+        Every task asks those whose tokens follow its own first, so that a thousand do not all ask the same ones.
+        """
+        others = sorted(token for token in self.listing.holders.values() if not self._presence.owns(token))
+        place = bisect(others, self._presence.token)
+        living = 0
+        for token in others[place:] + others[:place]:
+            living += self._is_alive(token)
+            if living == ENOUGH:
+                return 1 + sum(not self._presence.owns(token) for token in self.listing.holders.values())
+        return 1 + living
 
     def is_copied(self, claimed: Claimed) -> bool:
         """True when a shard has a copy whose maker has not left."""
@@ -130,7 +144,6 @@ class Board:
             else:
                 self.others[index] = holder
         self._set_free(free)
-        self._look_at_strangers()
         self.looked, self.took_s = time.monotonic(), time.monotonic() - began
 
     def peek(self) -> None:
@@ -166,12 +179,3 @@ class Board:
             self.hearts.bury(token)
             self.listing.holders = {inode: other for inode, other in self.listing.holders.items() if other != token}
         return alive
-
-    def _look_at_strangers(self) -> None:
-        """Remove the files of holders that are dead and hold nothing that is undone."""
-        now, met = time.monotonic(), self._met
-        tokens = [token for token in self.listing.holders.values() if not self._presence.owns(token)]
-        self._met = {token: met.get(token, now) for token in tokens}
-        old = [token for token in tokens if now - self._met[token] > self._presence.ttl_s]
-        for token in random.sample(old, min(STRANGERS, len(old))):
-            self._is_alive(token)

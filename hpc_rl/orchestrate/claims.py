@@ -220,10 +220,10 @@ class Claims:
             return len(self._board.free)
 
     def peers(self) -> int:
-        """How many tasks of this stage showed signs of life at the last listing, ours included."""
+        """How many tasks of this stage live, of those at the last listing, ours included."""
         with self._lock:
             self._board.list_leases_once(self._mine)
-            return max(1, len(self._board.listing.holders))
+            return self._board.peers()
 
     def overtaken(self, shards: Sequence[Shard]) -> list[Shard]:
         """Those of `shards` that somebody else has committed or taken over meanwhile. Cheap to poll."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 import random
 import shutil
@@ -29,6 +30,7 @@ from hpc_rl.run.code import source_root
 from hpc_rl.run.digest import digest_of_outputs, digest_path
 from hpc_rl.run.lease import acquire
 from hpc_rl.run.manifest import Manifest, Manifests, Output
+from hpc_rl.run.presence import Holder
 from hpc_rl.run.shard_leases import leases_of, progress_path, read_listing, shard_lease_path
 from tests.full_disk import full_disk
 from tests.orchestrate import operations
@@ -230,11 +232,30 @@ def test_the_empty_file_of_a_task_that_died_early_stops_nobody_and_goes(
     empty.touch()
     held = [must(claims.next()), must(claims.next())]
     deadline = time.monotonic() + 10
-    while empty.exists() and time.monotonic() < deadline:
-        claims._look()
+    while claims.peers() > 1 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not empty.exists()
     assert all(finish(shard) for shard in held)
+
+
+def test_dead_tasks_are_no_peers(make_job: MakeJob, claims_of: MakeClaims) -> None:
+    job = make_job(10, "run.lease_ttl_s=60")
+    claims = claims_of(job)
+    holder = vars(Holder.this_process()) | {"host": "another"}
+    folder = leases_of(job.folder)
+    for number in range(100):
+        token = f"{number * 0x28F5C28F5C2:012x}"  # spread over all tokens
+        (folder / f".holder-{token}").write_text(json.dumps(holder | {"token": token}))
+        if number >= 40:
+            os.utime(folder / f".holder-{token}", (0, 0))
+    assert 33 <= claims.peers() <= 101
+    for token in read_listing(folder).holders.values():
+        if token != claims.token:
+            os.utime(folder / f".holder-{token}", (0, 0))
+    claims.close()
+    assert must((restarted := claims_of(job)).next())
+    assert restarted.peers() == 1, "at once, whatever they left"
+    assert len(read_listing(folder).holders) == 1
 
 
 def test_a_stage_is_at_work_while_a_living_task_holds_an_undone_shard(make_job: MakeJob, claims_of: MakeClaims) -> None:
