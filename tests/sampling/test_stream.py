@@ -250,13 +250,14 @@ def test_a_task_that_is_killed_leaves_its_shards_to_another(make_job: MakeJob, s
     assert_whole(job)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_task_that_is_told_to_leave_publishes_what_is_complete_and_gives_the_rest_back(
-    make_job: MakeJob, start: Start
+    make_job: MakeJob, start: Start, number: signal.Signals
 ) -> None:
     job = make_job("run.lease_ttl_s=1000")
     first = start(job, pause_s=0.02)
     wait_until(lambda: done(job))
-    first.terminate()
+    first.send_signal(number)
     assert first.wait(30) == 128 + signal.SIGTERM
     (left,) = read_records(job.folder)
     assert left.ended is not None and left.lost_tokens > 0
