@@ -124,13 +124,15 @@ class Board:
     def look(self, mine: Container[int], fresh_s: float = 0.0) -> None:
         """List manifests and leases: what may be claimed is also what a holder that is gone has left undone.
 
+        While there are shards that nobody ever claimed, holders are taken for alive: else all tasks would ask all.
         A listing of the leases younger than `fresh_s` is not made again.
         """
         began = time.monotonic()
         self.done = self._read_done()
         if self.left and (self._listed is None or began - self._listed > fresh_s):
             self.list_leases(mine)
-        alive = {token: self._is_alive(token) for token in self._holders_of_undone()}
+        asked = set() if self.free else self._holders_of_undone()
+        dead = {token for token in asked if not self._is_alive(token)}
         free: list[int] = []
         self.others = {}
         for index in self._shards:
@@ -138,7 +140,7 @@ class Board:
             seen = 0 if known is None else known.generation
             if index in self.done or index in mine or seen < self.missed.get(index, 0):
                 continue
-            holder = None if known is None else next((t for t in self._workers(known) if alive[t]), None)
+            holder = None if known is None else next((t for t in self._workers(known) if t not in dead), None)
             if holder is None:
                 free.append(index)
             else:

@@ -67,6 +67,20 @@ def claims_of() -> Iterator[MakeClaims]:
         claims.close()
 
 
+LISTED: list[str] | None = None
+OPENED: list[str] | None = None
+
+
+def note(event: str, arguments: tuple[object, ...]) -> None:
+    if LISTED is not None and event in ("os.listdir", "os.scandir"):
+        LISTED.append(str(arguments[0]))
+    if OPENED is not None and event == "open":
+        OPENED.append(str(arguments[0]))
+
+
+sys.addaudithook(note)  # for good; it notes nothing while there is no list
+
+
 def must(shard: Shard | None) -> Shard:
     assert shard is not None
     return shard
@@ -256,6 +270,22 @@ def test_dead_tasks_are_no_peers(make_job: MakeJob, claims_of: MakeClaims) -> No
     assert must((restarted := claims_of(job)).next())
     assert restarted.peers() == 1, "at once, whatever they left"
     assert len(read_listing(folder).holders) == 1
+
+
+def test_hearts_are_not_asked_while_there_are_shards_that_nobody_ever_claimed(
+    make_job: MakeJob, claims_of: MakeClaims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(20, "run.lease_ttl_s=60")
+    frozen = [must(claims_of(job).next()) for _ in range(10)]
+    for shard in frozen:
+        freeze(shard)
+    claims = claims_of(job)
+    opened: list[str] = []
+    monkeypatch.setitem(globals(), "OPENED", opened)
+    claims._look()
+    assert len({must(claims.next()).index for _ in range(10)} - {shard.index for shard in frozen}) == 10
+    assert not [path for path in opened if ".holder-" in path]
+    assert {patiently(claims.next).index for _ in range(10)} == {shard.index for shard in frozen}
 
 
 def test_a_stage_is_at_work_while_a_living_task_holds_an_undone_shard(make_job: MakeJob, claims_of: MakeClaims) -> None:
@@ -530,17 +560,6 @@ def test_the_inputs_of_a_task_are_one_digest_that_one_task_reads_for_all(make_jo
     assert digest_of_outputs(inputs) != digest_of_outputs(Manifests(job.ws, 1, "cut", 0))
 
 
-LISTINGS: list[str] | None = None
-
-
-def note_listings(event: str, arguments: tuple[object, ...]) -> None:
-    if LISTINGS is not None and event in ("os.listdir", "os.scandir"):
-        LISTINGS.append(str(arguments[0]))
-
-
-sys.addaudithook(note_listings)  # for good; it notes nothing while LISTINGS is None
-
-
 def test_who_waits_for_the_digest_does_not_list_the_leases_of_ten_thousand_shards(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -551,7 +570,7 @@ def test_who_waits_for_the_digest_does_not_list_the_leases_of_ten_thousand_shard
     lease = acquire(path.parent, "outputs", 60.0)
     assert lease is not None
     with ThreadPoolExecutor(1) as threads, lease:
-        monkeypatch.setitem(globals(), "LISTINGS", listings)
+        monkeypatch.setitem(globals(), "LISTED", listings)
         digest = threads.submit(digest_of_outputs, inputs)
         while len(listings) < 2:
             assert not digest.done()
