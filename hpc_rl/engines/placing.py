@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
 import tempfile
 import time
 from contextlib import ExitStack
@@ -12,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpc_rl.config.phases import SampleConfig
-from hpc_rl.engines.node_disk import node_folder
+from hpc_rl.engines.node_disk import NETWORK, NoNodeFolder, node_folder
 from hpc_rl.engines.staging import Staging
 
 
@@ -51,8 +49,8 @@ def place_weights(
 ) -> Placed:
     """Copy and merge as the config says.
 
-    An adapter that is not merged is small, and read from where it lies. A merged model is made once per node where
-    there is `stage_to`, else by each process for itself.
+    An adapter that is not merged is small, and read from where it lies. A merged model is made once per node, in
+    `stage_to`, where it stays for the next ones, or else in the folder for temporary files, until nobody uses it.
 
     Parameters
     ----------
@@ -66,29 +64,33 @@ def place_weights(
     Raises
     ------
     ValueError
-        NoNodeFolder and NoRoom when `stage_to` cannot be used.
+        NoNodeFolder and NoRoom when `stage_to`, or the folder for temporary files, cannot be used.
     """
     merged = adapter is not None and sample.merge_adapter
     started = time.monotonic()
-    if sample.stage_to is not None:
-        staging = Staging(node_folder(sample.stage_to, os.environ))
-        if adapter is not None and merged:
-            copy = staging.merged(Path(base), adapter, dtype)
-        else:
-            copy = staging.model(Path(base), of_a_round=trained)
-        lent.callback(copy.close)
-        about: dict[str, object] = {
-            "staged": str(copy.path),
-            "staged_by": "this process" if copy.how == "made" else "another process",
-            "file_system": staging.file_system,
-        }
-        part = "merging" if merged else "staging"
-        return Placed(str(copy.path), None if merged else adapter, True, about, {part: time.monotonic() - started})
-    if adapter is None or not merged or merges:
+    if sample.stage_to is None and (not merged or merges):
         return Placed(base, adapter)
-    from hpc_rl.engines.merging import merge_adapter
+    staging = Staging(node_folder(sample.stage_to, os.environ) if sample.stage_to is not None else _temporary())
+    if adapter is not None and merged:
+        copy = staging.merged(Path(base), adapter, dtype)
+    else:
+        copy = staging.model(Path(base), of_a_round=trained)
+    lent.callback(copy.close if sample.stage_to is not None else lambda: staging.remove(copy))
+    about: dict[str, object] = {
+        "staged": str(copy.path),
+        "staged_by": "this process" if copy.how == "made" else "another process",
+        "file_system": staging.file_system,
+    }
+    part = "merging" if merged else "staging"
+    on_node = sample.stage_to is not None or staging.file_system not in NETWORK
+    return Placed(str(copy.path), None if merged else adapter, on_node, about, {part: time.monotonic() - started})
 
-    folder = Path(tempfile.mkdtemp(prefix="hpc_rl-merged-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    merge_adapter(base, adapter, dtype, folder)
-    return Placed(str(folder), None, True, {}, {"merging": time.monotonic() - started})
+
+def _temporary() -> Path:
+    try:
+        return node_folder(tempfile.gettempdir(), os.environ)
+    except NoNodeFolder as error:
+        raise NoNodeFolder(
+            f"merge_adapter needs a folder for the merged model, and {tempfile.gettempdir()} (TMPDIR) is none: "
+            f"{error}. Name one in sample.stage_to"
+        ) from error

@@ -139,6 +139,20 @@ class Staging:
 
         return self._obtain(f"{series}-{digest(*ids.values(), dtype)}", what, needed, merge, series)
 
+    def remove(self, copy: Staged) -> None:
+        """Give a copy back and remove it, unless others use it: the last of them does that.
+
+        While another process writes here it stays, for who uses it next, or until it is old.
+        """
+        copy.close()
+        turn = FileLock(self.folder / "turn.lock")
+        if turn.take(alone=True):
+            try:
+                if copy.path.is_dir():
+                    self._remove_unused(copy.path, "nobody uses it any more")
+            finally:
+                turn.drop()
+
     def _obtain(
         self, name: str, what: str, needed_bytes: int, make: Callable[[Path], object], series: str | None = None
     ) -> Staged:

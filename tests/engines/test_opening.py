@@ -9,15 +9,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hpc_rl.cluster.entry import EndRecord, Spec
+from hpc_rl.config.phases import SampleConfig
 from hpc_rl.engines import weights
 from hpc_rl.engines.memory import notches_of
-from hpc_rl.engines.node_disk import node_folder
+from hpc_rl.engines.node_disk import NoNodeFolder, node_folder
+from hpc_rl.engines.placing import Placed, place_weights
 from hpc_rl.engines.staging import Staging
 from hpc_rl.engines.vllm_start import VllmMissing
 from hpc_rl.engines.weights import noted_hash, weights_hash
@@ -101,6 +104,38 @@ def test_a_later_merger_replaces_that_of_the_round_before(
         opened = open_and_sample({"base": str(speaker_folder), "adapter": str(adapter), "sample": sample})
         staged.append(Path(opened["description"]["staged"]))
     assert not staged[0].exists() and staged[1].exists()
+
+
+def merge(base: Path, adapter: Path, lent: ExitStack) -> Placed:
+    """As for vLLM, without `stage_to`."""
+    sample = SampleConfig(merge_adapter=True)
+    return place_weights(str(base), adapter, sample, "float32", trained=False, merges=False, lent=lent)
+
+
+def test_without_a_folder_on_the_node_a_merger_is_there_as_long_as_it_is_used(
+    speaker_folder: Path, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with ExitStack() as first:
+        placed = merge(speaker_folder, adapter_folder, first)
+        with ExitStack() as second:
+            again = merge(speaker_folder, adapter_folder, second)
+            assert again.base == placed.base and again.about["staged_by"] == "another process"
+        assert placed.adapter is None and (Path(placed.base) / "model.safetensors").exists()
+    assert not list(tmp_path.rglob("*.safetensors"))
+    code = (
+        "import os, sys; from contextlib import ExitStack; from pathlib import Path; from engines import test_opening\n"
+        "test_opening.merge(Path(sys.argv[1]), Path(sys.argv[2]), ExitStack()); os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-c", code, str(speaker_folder), str(adapter_folder)]
+    killed = subprocess.run(command, env={**ENVIRONMENT, "TMPDIR": str(tmp_path)}, check=False)
+    assert killed.returncode == -9 and len(list(tmp_path.rglob("*.safetensors"))) == 1
+    with ExitStack() as third:
+        assert merge(speaker_folder, adapter_folder, third).about["staged_by"] == "another process"
+    assert not list(tmp_path.glob("hpc_rl-*/**/*.safetensors"))
+    tmp_path.chmod(0o777)
+    with pytest.raises(NoNodeFolder, match=r"merge_adapter needs a folder .* Name one in sample\.stage_to"):
+        merge(speaker_folder, adapter_folder, ExitStack())
 
 
 def test_so_does_a_later_rounds_model_where_all_weights_are_trained(speaker_folder: Path, tmp_path: Path) -> None:
