@@ -26,8 +26,9 @@ SETS = ("new_views", "validation")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m jobs.evaluate --workspace W --round R`; 75 when no listener answers."""
+    """`python -m jobs.evaluate --workspace W --round R`; 75 when no listener answers, or to start the engine again."""
     job = open_job("evaluate", argv)
+    from hpc_rl.engines.compile_cache import SlotLost
     from hpc_rl.engines.gpus import check_gpus
     from hpc_rl.services.calling import ServiceUnavailable
 
@@ -35,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for shard in job.shards():
         try:
             evaluate(job, shard)
-        except ServiceUnavailable as error:
-            log.error("ServiceUnavailable: %s", error)
+        except (ServiceUnavailable, SlotLost) as error:
+            log.error("%s: %s", type(error).__name__, error)
             return EXIT_BLOCKED
     return 0
 

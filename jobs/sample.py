@@ -55,8 +55,9 @@ def sample(
     -------
     int
         0; 124 when the rest does not fit before the time limit, 76 when not a single shard does; 75 when the stage's
-        only shard is in other hands.
+        only shard is in other hands, or when the engine is to be started again (`SlotLost`).
     """
+    from hpc_rl.engines.compile_cache import SlotLost
     from hpc_rl.engines.gpus import check_gpus
     from hpc_rl.engines.memory import notches_of, note_notches
     from hpc_rl.engines.opening import open_engine
@@ -109,6 +110,9 @@ def sample(
         except NeverFits as error:
             log.error("NeverFits: %s", error)
             return EXIT_NEVER_FITS
+        except SlotLost as error:
+            log.error("SlotLost: %s", error)
+            return EXIT_BLOCKED
     if ending is Ending.OTHERS:
         left = job.stage.shards - len(manifest.done_shards(job.ws, job.round, job.stage.name))
         log.warning("leaving %s: %d shards are in other hands", job.stage.id, left)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from hpc_rl.engines.compile_cache import SlotLost
 from hpc_rl.grading.samples import Sample, read_samples
 from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
@@ -98,6 +99,20 @@ def test_a_pool_of_engines_draws_the_same_samples(new_run: NewRun) -> None:
     assert_the_same(one, several)
     (record,) = read_records(several.stage_dir(1, "sample"))
     assert len(record.engine["workers"]) == 2
+
+
+def test_an_engine_that_may_have_other_weights_is_started_again(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stood_still(*_: object, **__: object) -> None:
+        raise SlotLost("which of the two was loaded is not known")
+
+    ws = new_run()
+    with monkeypatch.context() as patch:
+        patch.setattr("hpc_rl.engines.opening.open_engine", stood_still)
+        assert sample.main(arguments(ws)) == 75, "no fault of the program's, whose repetition would stop the run"
+    assert not manifest.done_shards(ws, 1, "sample")
+    assert sample.main(arguments(ws)) == 0, "all claims were given back"
 
 
 def test_a_job_without_time_leaves_the_rest_to_its_next_run(
