@@ -36,14 +36,13 @@ from typing import Any
 
 from benchmarks.sums_recipe import Sums, SumsConfig
 from hpc_rl.config.lewis import LewisConfig
-from hpc_rl.data.lewis import image_root, read_rows, rows_of_round
 from hpc_rl.grading.samples import iter_samples
 from hpc_rl.orchestrate.job import Job, load
 from hpc_rl.run import manifest
-from hpc_rl.sampling.lewis import LewisSource
 from hpc_rl.sampling.record import read_records
 from hpc_rl.sampling.source import Source
 from hpc_rl.sampling.tasks import TaskQueue
+from jobs.sample import lewis_source
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TARGET = 0.95
@@ -203,14 +202,7 @@ def _source(job: Job) -> Source:
     if isinstance(config, SumsConfig):
         return Sums(config.sample, job.round)
     assert isinstance(config, LewisConfig)
-    (dataset,) = job.inputs(0, "dataset")
-    rows = rows_of_round(
-        read_rows(dataset.path("train.parquet")),
-        job.round,
-        prompts_per_round=config.sample.prompts_per_round,
-        seed=config.run.seed,
-    )
-    return LewisSource(config.sample, rows, job.round, image_root(job.ws, config.data.image_root))
+    return lewis_source(job, config, config.speaker.path)
 
 
 def _bare(job: Job, requests: Path, lines: Sequence[Mapping[str, Any]]) -> Turn:

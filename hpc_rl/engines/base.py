@@ -8,7 +8,7 @@ that they come from. And `logprobs` are those of the distribution that was sampl
 control tokens were banned, so they are what an importance ratio needs.
 
 Which requests share a forward pass depends on when each came and how long the others run, and so does the last bit of a
-logit: now and then another token is drawn for it. vLLM's batch-invariant mode (GPUs from H100 on) has no such cases;
+logit: now and then another token is drawn for it. vLLM promises none in its batch-invariant mode (GPUs from H100 on);
 `benchmarks/reproducibility.py` measures how many there are without it.
 """
 
