@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,9 +117,16 @@ def load_spec(path: Path) -> Spec:
     return Spec(**{**data, "body": tuple(data["body"])})
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies (prctl(2), PR_SET_PDEATHSIG): no body outlives its job."""
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+def die_with_parent() -> Callable[[], None]:
+    """For `preexec_fn`: the kernel kills the child as we die (prctl(2), PR_SET_PDEATHSIG): no body outlives its job."""
+    parent = os.getpid()
+
+    def bind() -> None:
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the kernel knew
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return bind
 
 
 class Runner:
@@ -188,7 +196,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=die_with_parent(),
             )
         except OSError as error:
             log.write(f"{type(error).__name__}: cannot start {self.spec.body[0]} on this node: {error}\n".encode())

@@ -165,7 +165,7 @@ def main(argv: list[str]) -> int:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         pass_fds=(sock,),
-        preexec_fn=die_with_parent,
+        preexec_fn=die_with_parent(),
     )
     os.close(sock)  # the pool sees the worker's end at once
     assert worker.stdout is not None

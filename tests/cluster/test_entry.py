@@ -178,6 +178,26 @@ def test_a_body_dies_with_its_entry(tmp_path: Path, start: Start) -> None:
     assert ends(made) == [], "nobody was left to write a record"
 
 
+KILLED_AT_THE_FORK = """
+import os, signal, subprocess, sys, time
+from hpc_rl.cluster.entry import die_with_parent
+parent, bind = os.getpid(), die_with_parent()
+
+def too_late():
+    os.kill(parent, signal.SIGKILL)
+    while os.getppid() == parent:
+        time.sleep(0.001)
+    bind()
+
+subprocess.Popen(["sh", "-c", "echo I live"], preexec_fn=too_late)
+"""
+
+
+def test_a_body_whose_entry_dies_before_it_begins_never_begins() -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED_AT_THE_FORK], capture_output=True, text=True, cwd=source_root())
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, ""), done.stderr
+
+
 # services
 
 
