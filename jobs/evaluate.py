@@ -60,6 +60,7 @@ class Played:
 def evaluate(job: Job, shard: Shard) -> None:
     """Describe, ask, count; write the files, commit, and tell TensorBoard."""
     from hpc_rl.data.lewis import image_root, read_rows
+    from hpc_rl.engines.engine_spec import EngineSpec
     from hpc_rl.engines.memory import notches_of, note_notches
     from hpc_rl.engines.opening import open_engine
     from hpc_rl.engines.weights import speaker_weights
@@ -77,16 +78,8 @@ def evaluate(job: Job, shard: Shard) -> None:
     dropped = Counter(name for name, row in rows if (name, row.id) not in fit)
     rows = [(name, row) for name, row in rows if (name, row.id) in fit]
     kind = config.evaluate.engine or config.sample.engine
-    engine = open_engine(
-        kind,
-        config.speaker,
-        config.sample,
-        base=weights.base,
-        adapter=weights.adapter,
-        weights_hash=weights.hash,
-        cache_dir=job.ws.compile_cache,
-        notches=notches_of(job.ws, job.round, job.stage.name),
-    )
+    notches = notches_of(job.ws, job.round, job.stage.name)
+    engine = open_engine(EngineSpec(kind, config.speaker, config.sample, weights, job.ws.compile_cache, notches))
     note_notches(job.ws, job.round, job.stage.name, engine.description)
     played: list[Played] = []
     started = time.monotonic()

@@ -58,9 +58,10 @@ def sample(
         only shard is in other hands, or when the engine is to be started again (`SlotLost`).
     """
     from hpc_rl.engines.compile_cache import SlotLost
+    from hpc_rl.engines.engine_spec import EngineSpec
     from hpc_rl.engines.gpus import check_gpus
     from hpc_rl.engines.memory import notches_of, note_notches
-    from hpc_rl.engines.opening import open_engine
+    from hpc_rl.engines.pool_opening import open_engines
     from hpc_rl.sampling.at_work import Origin
     from hpc_rl.sampling.pace import NeverFits
     from hpc_rl.sampling.record import Recorder
@@ -77,17 +78,8 @@ def sample(
             note_notches(job.ws, job.round, job.stage.name, engine.description)
 
         def start_engine() -> DescribedEngine:
-            engine = open_engine(
-                options.engine,
-                speaker,
-                options,
-                base=weights.base,
-                adapter=weights.adapter,
-                weights_hash=weights.hash,
-                cache_dir=job.ws.compile_cache,
-                notches=notches_of(job.ws, job.round, job.stage.name),
-                pool=True,
-            )
+            notches = notches_of(job.ws, job.round, job.stage.name)
+            engine = open_engines(EngineSpec(options.engine, speaker, options, weights, job.ws.compile_cache, notches))
             engines.callback(engine.close)
             opened(engine)
             stack.callback(opened, engine)  # workers may have been replaced

@@ -1,4 +1,4 @@
-"""Which engine a stage uses, opened with the run's settings: the one door to vLLM, to transformers and to a pool."""
+"""Which engine a stage uses, opened with the run's settings: the one door to vLLM and to transformers."""
 
 from __future__ import annotations
 
@@ -11,23 +11,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
-from typing import Literal
 
 from hpc_rl.cluster.failures import has_no_room_for_cache
-from hpc_rl.config.modeling import SpeakerConfig
 from hpc_rl.config.phases import SampleConfig
 from hpc_rl.engines import compile_cache as caches
 from hpc_rl.engines import memory
 from hpc_rl.engines.base import Engine
-from hpc_rl.engines.described import DescribedEngine, OpenedEngine
+from hpc_rl.engines.described import OpenedEngine
+from hpc_rl.engines.engine_spec import EngineSpec
 from hpc_rl.engines.memory import MemoryPlan
 from hpc_rl.engines.placing import Placed, place_weights
 from hpc_rl.run.private import NotPrivate
 
 log = logging.getLogger(__name__)
-
-Kind = Literal["vllm", "transformers", "auto"]
 
 _UNSUPPORTED = re.compile(  # vllm/model_executor/models/registry.py
     r"Model architecture.*? (?:are not supported for now|is not supported anymore|is not supported in-tree anymore)"
@@ -48,33 +44,8 @@ class EngineCoreFailed(RuntimeError):
     """vLLM's processes did not start; why, only the log says."""
 
 
-def open_engine(
-    kind: Kind,
-    speaker: SpeakerConfig,
-    sample: SampleConfig,
-    *,
-    base: str,
-    adapter: Path | None,
-    weights_hash: str,
-    cache_dir: Path | None = None,
-    notches: int = 0,
-    pool: bool = False,
-) -> DescribedEngine:
-    """An engine with the speaker's weights in it.
-
-    Parameters
-    ----------
-    kind
-        `sample.engine` or `evaluate.engine`. auto: vllm; transformers where vLLM is not installed or does not know the
-        model's architecture, and in no other case.
-    base, adapter, weights_hash
-        The weights (`hpc_rl.engines.weights.speaker_weights`).
-    cache_dir
-        Where to keep what the engine compiles (`Workspace.compile_cache`); None = nowhere.
-    notches
-        How often the stage ran out of memory with these settings (`hpc_rl.engines.memory.notches_of`).
-    pool
-        As many engines as `sample.data_parallel_size` says, on `sample.gpu_ids`; else one, in this process.
+def open_engine(spec: EngineSpec) -> OpenedEngine:
+    """An engine in this process, with the speaker's weights in it.
 
     Raises
     ------
@@ -82,23 +53,10 @@ def open_engine(
         For what the user can change: vLLM is not installed (`VllmMissing`), no room for the KV cache
         (`NoRoomForCache`), `stage_to` that cannot be used (`NoNodeFolder`, `NoRoom`), no model folder.
     """
-    if pool and (sample.data_parallel_size > 1 or sample.gpu_ids is not None):
-        from hpc_rl.engines.pool_opening import open_pool
-
-        return open_pool(
-            kind,
-            speaker,
-            sample,
-            base=base,
-            adapter=adapter,
-            weights_hash=weights_hash,
-            cache_dir=cache_dir,
-            notches=notches,
-        )
-    opening = _Opening(speaker, sample, base, adapter, weights_hash, cache_dir, notches)
+    opening = _Opening(spec)
     atexit.register(opening.lent.close)  # a job that does not close its engine would hold its slot until that is stale
     try:
-        return opening.open(kind)
+        return opening.open()
     except BaseException:
         opening.lent.close()
         raise
@@ -108,19 +66,18 @@ def open_engine(
 class _Opening:
     """One engine on its way."""
 
-    speaker: SpeakerConfig
-    sample: SampleConfig
-    base: str
-    adapter: Path | None
-    weights_hash: str
-    cache_dir: Path | None
-    notches: int
+    spec: EngineSpec
     lent: ExitStack = field(default_factory=ExitStack)
     loading: dict[str, float] = field(default_factory=dict)
     description: dict[str, object] = field(default_factory=dict)
 
-    def open(self, asked: Kind) -> OpenedEngine:
+    @property
+    def sample(self) -> SampleConfig:
+        return self.spec.sample
+
+    def open(self) -> OpenedEngine:
         """The engine that is asked for."""
+        asked, weights, speaker = self.spec.kind, self.spec.weights, self.spec.speaker
         with self._timed("import"):
             from hpc_rl.engines.vllm_start import VllmMissing, check_installed
 
@@ -134,11 +91,11 @@ class _Opening:
             check_installed()
         merges = asked == "transformers" or bool(why)
         placed = place_weights(
-            self.base,
-            self.adapter,
+            weights.base,
+            weights.adapter,
             self.sample,
-            self.speaker.dtype,
-            trained=self.base != str(self.speaker.path),
+            speaker.dtype,
+            trained=weights.base != str(speaker.path),
             merges=merges,
             lent=self.lent,
         )
@@ -146,7 +103,7 @@ class _Opening:
         self.description |= placed.about
         if not merges:
             try:
-                return self._opened(self._vllm(placed), "vllm", asked)
+                return self._opened(self._vllm(placed), "vllm")
             except ValueError as error:
                 refused = _UNSUPPORTED.search(str(error))
                 if asked != "auto" or refused is None:
@@ -154,10 +111,10 @@ class _Opening:
                 why = f"vLLM: {refused[0]}"
         if why:
             log.warning("engine auto: sampling with transformers, which is slower. %s", why)
-        return self._opened(self._transformers(placed), "transformers", asked, why)
+        return self._opened(self._transformers(placed), "transformers", why)
 
-    def _opened(self, engine: Engine, kind: str, asked: str, why: str = "") -> OpenedEngine:
-        description = {"engine": kind, "asked": asked, **({"why": why} if why else {}), **self.description}
+    def _opened(self, engine: Engine, kind: str, why: str = "") -> OpenedEngine:
+        description = {"engine": kind, "asked": self.spec.kind, **({"why": why} if why else {}), **self.description}
         loading = {part: round(seconds, 2) for part, seconds in self.loading.items()}
         log.info("the engine is ready: %s; seconds: %s", description, loading)
         return OpenedEngine(engine, kind, description, loading, self.lent.close)
@@ -186,11 +143,11 @@ class _Opening:
             engine = VllmEngine(
                 placed.base if slot is None else slot.stable_path(placed.base),
                 placed.adapter,
-                adapter_name=f"speaker-{self.weights_hash[:16]}",
+                adapter_name=f"speaker-{self.spec.weights.hash[:16]}",
                 adapter_rank=0 if placed.adapter is None else lora_rank(placed.adapter),
-                dtype=self.speaker.dtype,
-                min_pixels=self.speaker.min_pixels,
-                max_pixels=self.speaker.max_pixels,
+                dtype=self.spec.speaker.dtype,
+                min_pixels=self.spec.speaker.min_pixels,
+                max_pixels=self.spec.speaker.max_pixels,
                 max_model_len=self.sample.max_model_len,
                 gpu_memory_utilization=plan.gpu_memory_utilization,
                 batch_invariant=self.sample.batch_invariant,
@@ -225,10 +182,10 @@ class _Opening:
                 placed.base,
                 placed.adapter,
                 merge=self.sample.merge_adapter,
-                dtype=self.speaker.dtype,
-                attention=self.speaker.attn_implementation,
-                min_pixels=self.speaker.min_pixels,
-                max_pixels=self.speaker.max_pixels,
+                dtype=self.spec.speaker.dtype,
+                attention=self.spec.speaker.attn_implementation,
+                min_pixels=self.spec.speaker.min_pixels,
+                max_pixels=self.spec.speaker.max_pixels,
                 max_model_len=self.sample.max_model_len,
                 max_num_seqs=plan.max_num_seqs,
             )
@@ -241,11 +198,11 @@ class _Opening:
 
     def _claim_slot(self) -> caches.Slot | None:
         """Where what vLLM compiles is kept; None where it is not."""
-        if self.cache_dir is None or not self.sample.keep_compiled:
+        if self.spec.cache_dir is None or not self.sample.keep_compiled:
             return None
         number = caches.own_number(self.sample.data_parallel_size)
         try:
-            slot = caches.claim(self.cache_dir, caches.what_compiles(), number)
+            slot = caches.claim(self.spec.cache_dir, caches.what_compiles(), number)
         except NotPrivate as error:
             raise NotPrivate(f"{error}, or set sample.keep_compiled to false") from error
         if slot is not None:
@@ -255,9 +212,9 @@ class _Opening:
     def _plan(self, engine: str, *lowered: str) -> MemoryPlan:
         """The memory to take; what differs from the config is said aloud."""
         least = 0.0
-        if self.notches and "cpu_kv_cache_gib" in lowered:
-            least = memory.kv_gib_of_longest(self.base, self.speaker.dtype, self.sample.max_model_len)
-        plan = memory.plan(self.sample, self.notches, engine, memory_gib=memory.memory_gib(), least_kv_gib=least)
+        if self.spec.notches and "cpu_kv_cache_gib" in lowered:
+            least = memory.kv_gib_of_longest(self.spec.weights.base, self.spec.speaker.dtype, self.sample.max_model_len)
+        plan = memory.plan(self.sample, self.spec.notches, engine, memory_gib=memory.memory_gib(), least_kv_gib=least)
         memory.tell(plan, self.sample, lowered)
         self.description["notches"] = plan.notches
         return plan

@@ -170,6 +170,7 @@ def open_service(ws: Workspace, config: Config, round: int, options: SpeakerServ
     CannotServe
         When the run has none, or that round's training is not done.
     """
+    from hpc_rl.engines.engine_spec import EngineSpec
     from hpc_rl.engines.opening import open_engine
     from hpc_rl.engines.weights import speaker_weights
 
@@ -183,15 +184,8 @@ def open_service(ws: Workspace, config: Config, round: int, options: SpeakerServ
         raise CannotServe(
             f"round {round} train of {ws.root} is not done: there are no weights yet. --round 0 serves the base model"
         ) from None
-    engine = open_engine(
-        config.sample.engine,
-        config.speaker,
-        config.sample,
-        base=weights.base,
-        adapter=weights.adapter,
-        weights_hash=weights.hash,
-        cache_dir=ws.compile_cache,
-    )
+    sample = config.sample
+    engine = open_engine(EngineSpec(sample.engine, config.speaker, sample, weights, ws.compile_cache))
     describer = Describer(
         engine,
         ImageRoots([image_root(ws, config.data.image_root)], options),

@@ -12,7 +12,9 @@ from engines.conftest import PIXELS, requests
 from hpc_rl.config.modeling import SpeakerConfig
 from hpc_rl.config.phases import SampleConfig
 from hpc_rl.engines.base import Sampling, generate
+from hpc_rl.engines.engine_spec import EngineSpec
 from hpc_rl.engines.opening import open_engine
+from hpc_rl.engines.weights import Weights
 
 
 def open_and_sample(asked: dict[str, Any]) -> dict[str, Any]:
@@ -20,14 +22,14 @@ def open_and_sample(asked: dict[str, Any]) -> dict[str, Any]:
     adapter, cache = asked.get("adapter"), asked.get("cache_dir")
     sample = SampleConfig(max_tokens=12, max_model_len=256, **asked["sample"])
     engine = open_engine(
-        sample.engine,
-        SpeakerConfig(path=asked.get("start", asked["base"]), dtype="float32", **PIXELS),
-        sample,
-        base=asked["base"],
-        adapter=Path(adapter) if adapter else None,
-        weights_hash="0123456789abcdef0123456789abcdef",
-        cache_dir=Path(cache) if cache else None,
-        notches=asked.get("notches", 0),
+        EngineSpec(
+            sample.engine,
+            SpeakerConfig(path=asked.get("start", asked["base"]), dtype="float32", **PIXELS),
+            sample,
+            Weights(asked["base"], Path(adapter) if adapter else None, "0123456789abcdef0123456789abcdef"),
+            cache_dir=Path(cache) if cache else None,
+            notches=asked.get("notches", 0),
+        )
     )
     made = generate(engine, requests(samples=2), Sampling(1.0, 12))
     engine.close()

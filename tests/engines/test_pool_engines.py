@@ -11,9 +11,11 @@ from hpc_rl.config.gpu_shares import GpuShareError
 from hpc_rl.config.modeling import SpeakerConfig
 from hpc_rl.config.phases import SampleConfig
 from hpc_rl.engines.base import Completion, Sampling, generate
+from hpc_rl.engines.engine_spec import EngineSpec
 from hpc_rl.engines.node_disk import NoNodeFolder
 from hpc_rl.engines.pool_opening import open_pool
 from hpc_rl.engines.transformers_engine import TransformersEngine
+from hpc_rl.engines.weights import Weights
 
 from .conftest import PIXELS, by_path, requests
 
@@ -42,9 +44,7 @@ def test_a_pool_draws_the_samples_of_one_engine(
         max_model_len=256,
         stage_to=str(tmp_path / "node"),
     )
-    with open_pool(
-        sample.engine, speaker, sample, base=str(speaker_folder), adapter=None, weights_hash="0" * 64
-    ) as pool:
+    with open_pool(EngineSpec(sample.engine, speaker, sample, Weights(str(speaker_folder), None, "0" * 64))) as pool:
         assert pool.capacity == 16 and pool.description["engine"] == kind and pool.loading["engine"] > 0
         pool.wait_until_all_are_ready()
         made = generate(pool, by_path(requests(), tmp_path), SAMPLING)
@@ -64,4 +64,4 @@ def test_gpus_and_folders_that_are_not_there_are_told_before_anything_is_started
     uneven, unset = SampleConfig(data_parallel_size=2), SampleConfig(data_parallel_size=3, stage_to="$NODE_DISK")
     for sample, error in ((uneven, GpuShareError), (unset, NoNodeFolder)):
         with pytest.raises(error):
-            open_pool("vllm", speaker, sample, base=str(speaker_folder), adapter=None, weights_hash="")
+            open_pool(EngineSpec("vllm", speaker, sample, Weights(str(speaker_folder), None, "")))

@@ -16,13 +16,13 @@ PAGE = REPOSITORY / "docs" / "sampling.md"
 
 def test_the_example_of_the_docs_samples(speaker_folder: Path, tmp_path: Path) -> None:
     (script,) = [
-        text for text in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "EnginePool(" in text
+        text for text in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "open_pool(" in text
     ]
     picture = tmp_path / "picture.png"
     pictures()[0].save(picture)
     for there, here in {
         r"MODEL, PICTURE, ENGINES = .*": f'MODEL, PICTURE, ENGINES = "{speaker_folder}", Path("{picture}"), 2',
-        r'OpenEngine\("vllm"': 'OpenEngine("transformers"',
+        r'EngineSpec\("vllm"': 'EngineSpec("transformers"',
         r"print\(completion\.text\)": "print(len(completion.token_ids))",
     }.items():
         script, found = re.subn(there, here, script)

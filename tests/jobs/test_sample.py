@@ -109,7 +109,7 @@ def test_an_engine_that_may_have_other_weights_is_started_again(
 
     ws = new_run()
     with monkeypatch.context() as patch:
-        patch.setattr("hpc_rl.engines.opening.open_engine", stood_still)
+        patch.setattr("hpc_rl.engines.pool_opening.open_engine", stood_still)
         assert sample.main(arguments(ws)) == 75, "no fault of the program's, whose repetition would stop the run"
     assert not manifest.done_shards(ws, 1, "sample")
     assert sample.main(arguments(ws)) == 0, "all claims were given back"

@@ -21,7 +21,7 @@ PAGE = (REPOSITORY / "docs" / "sampling.md").read_text()
 
 def test_the_example_draws_until_two_answers_are_accepted(tmp_path: Path) -> None:
     (script,) = [text for text in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "KAccepted(" in text]
-    script, found = re.subn(r'open_engine\("auto"', 'open_engine("transformers"', script)
+    script, found = re.subn(r'EngineSpec\("auto"', 'EngineSpec("transformers"', script)
     assert found == 1
     program = tmp_path / "example.py"
     program.write_text(script)

@@ -85,13 +85,14 @@ def plain(ws: Workspace, image: str) -> str:
     from hpc_rl import config as configs
     from hpc_rl.data.images import load_image
     from hpc_rl.engines.base import Prompt, Request, Sampling, generate
+    from hpc_rl.engines.engine_spec import EngineSpec
     from hpc_rl.engines.opening import open_engine
+    from hpc_rl.engines.weights import Weights
 
     config = configs.from_json(atomic.read_json(ws.config_path))
     assert isinstance(config, LewisConfig)
-    engine = open_engine(
-        "transformers", config.speaker, config.sample, base=config.speaker.path, adapter=None, weights_hash=""
-    )
+    weights = Weights(config.speaker.path, None, "")
+    engine = open_engine(EngineSpec("transformers", config.speaker, config.sample, weights))
     prompt = Prompt.of(config.data.speaker_problem, load_image(ws.images_dir / image))
     (made,) = generate(engine, [Request(prompt, 0)], Sampling(0.0, config.sample.max_tokens))
     return made.text
