@@ -1,8 +1,9 @@
 """A round's graded samples as groups with advantages: what is trained on, and what is left out and counted.
 
-A sample whose grading failed is left out (L11). Its group keeps the others: mean and deviation are over those present,
-and the missing one simply is no row of any batch, since batches are made of samples and not of whole groups
-(`hpc_rl.training.plan`). A group with fewer than two samples left says nothing about better or worse and is dropped.
+A group is what one role says about one prompt: roles that answer the same prompt are not compared (V12). A sample whose
+grading failed is left out (L11). Its group keeps the others: mean and deviation are over those present, and the missing
+one simply is no row of any batch, since batches are made of samples and not of whole groups (`hpc_rl.training.plan`). A
+group with fewer than two samples left says nothing about better or worse and is dropped.
 
 A round may have a million samples. What planning needs of each is a row of one array (`INDEX`); its tokens stay on disk
 until its batch comes (`hpc_rl.training.store`).
@@ -27,12 +28,12 @@ EQUAL = 1e-8
 """Rewards that differ by less are equal."""
 
 INDEX = np.dtype([
-    ("group", np.int32), ("attempt", np.int32), ("prompt_tokens", np.int32), ("tokens", np.int32),
+    ("group", np.int32), ("role", np.int16), ("attempt", np.int32), ("prompt_tokens", np.int32), ("tokens", np.int32),
     ("finished", np.bool_), ("reward", np.float32), *((f"reward_{part}", np.float32) for part in PARTS),
     ("id_hash", np.uint64), ("chunk", np.int32), ("row", np.int32),
 ])  # fmt: skip
-"""What is known of a sample without reading it: numbers of the prompt and of the attempt, lengths, what it is worth; a
-hash of its id, and where it lies."""
+"""What is known of a sample without reading it: numbers of the prompt, the role (`Rollouts.roles`) and the attempt,
+lengths, what it is worth; a hash of its id, and where it lies."""
 
 Scale = Literal["group", "batch", "none"]
 
@@ -47,9 +48,9 @@ class Rollout:
 
     Attributes
     ----------
-    id, row_id, group, attempt
-        The sample, its row of the data set, the prompt's number in the round, the sample's number among those drawn
-        for the prompt. Numbers of attempts that were not accepted are missing.
+    id, row_id, group, role, attempt
+        The sample, its row of the data set, the prompt's number in the round, who said it, the sample's number among
+        those that this role drew for the prompt. Numbers of attempts that were not accepted are missing.
     prompt_ids, token_ids
         (P,) and (T,) int32: what the engine read, image tokens expanded, and what it sampled, end token included.
     logprobs
@@ -65,6 +66,7 @@ class Rollout:
     id: str
     row_id: str
     group: int
+    role: str
     attempt: int
     prompt_ids: NDArray[np.int32]
     token_ids: NDArray[np.int32]
@@ -126,7 +128,7 @@ class Counts:
     left_out
         Those without a reward, because grading failed (L11).
     groups, dropped_groups
-        Prompts of the round, and those with fewer than two samples left.
+        Prompts of the round, by role, and those with fewer than two samples left.
     short_groups
         Groups that are used although some of their samples are missing.
     equal_groups
@@ -155,7 +157,9 @@ class Rollouts:
     Attributes
     ----------
     index
-        (N,) of `INDEX`: the samples, ordered by group and attempt.
+        (N,) of `INDEX`: the samples, ordered by prompt, role and attempt.
+    roles
+        Names of the roles, by number.
     starts
         (G + 1,) where each group starts in it, and N.
     rows
@@ -165,6 +169,7 @@ class Rollouts:
     """
 
     index: NDArray[Any]
+    roles: Sequence[str]
     starts: NDArray[np.int64]
     rows: Rows
     counts: Counts
@@ -180,7 +185,7 @@ class Rollouts:
 
     @property
     def groups(self) -> Iterator[Sequence[Rollout]]:
-        """The samples of one prompt after the other, two or more each, read as they are asked for."""
+        """The samples of one prompt and role after the other, two or more each, read as they are asked for."""
         for start, end in zip(self.starts[:-1], self.starts[1:], strict=True):
             yield self.rows(self.index[start:end])
 

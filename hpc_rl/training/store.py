@@ -41,7 +41,7 @@ READ_AT_ONCE = 1024
 TOKENS = ("prompt_token_ids", "token_ids", "logprobs")
 KEPT = ("sample_id", "row_id", *TOKENS)
 REWARDS = ("reward", *(f"reward_{part}" for part in PARTS))
-READ = (*KEPT, *REWARDS, "group", "attempt", "finish_reason", "weights_hash", "left_out")
+READ = (*KEPT, *REWARDS, "group", "role", "attempt", "finish_reason", "weights_hash", "left_out")
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,24 @@ class Written:
     """Where the files are, and what is in them: what one rank of a node tells the others."""
 
     folder: Path
+    roles: tuple[str, ...]
     counts: Counts
     weights_hash: str
 
 
-def read(files: Iterable[Path], group_size: int, prompts: int, rank: int = 0) -> Rollouts:
+def read(files: Iterable[Path], group_size: int, groups: int, rank: int = 0) -> Rollouts:
     """The rollouts of a round. All ranks must call it; only the first rank of each node goes through `files`.
 
     Parameters and errors as those of `write`.
     """
     with tempfile.TemporaryDirectory(prefix="hpc_rl-rollouts-") as folder:
-        written = once_per_node(rank, lambda: write(files, Path(folder), group_size, prompts))
+        written = once_per_node(rank, lambda: write(files, Path(folder), group_size, groups))
         rollouts = open_rollouts(written)
         barrier()  # who has opened the files needs their names no more
     return rollouts
 
 
-def write(files: Iterable[Path], folder: Path, group_size: int, prompts: int) -> Written:
+def write(files: Iterable[Path], folder: Path, group_size: int, groups: int) -> Written:
     """Read the graded parquet files of a round once, check them, and write the files that `open_rollouts` opens.
 
     Parameters
@@ -73,11 +74,13 @@ def write(files: Iterable[Path], folder: Path, group_size: int, prompts: int) ->
     files
         One per shard.
     folder
-        Empty, on a disk with room for all tokens (a few hundred bytes per sample; prompts that repeat are compressed).
+        Empty, on a disk with room for all tokens: 8 bytes for each that was sampled and its log-probability, 4 for each
+        of a prompt. Compression spares what repeats: prompts of the same group.
     group_size
-        G: how many samples of each prompt were wanted.
-    prompts
-        How many prompts the round has. One that none of its completions was accepted for is in no file, and dropped.
+        G: how many samples each role was to have of each prompt.
+    groups
+        How many groups the round has: prompts × roles. One that no completion was accepted for is in no file, and
+        dropped.
 
     Raises
     ------
@@ -91,29 +94,35 @@ def write(files: Iterable[Path], folder: Path, group_size: int, prompts: int) ->
             for file in files:
                 writer.add(file)
         writer.check_ids()
-        index, counts = writer.index(group_size, prompts)
+        index, counts = writer.index(group_size, groups)
         np.save(folder / "index.npy", index)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            what = f"no room for the round's samples in {folder}: set TMPDIR to a folder on a disk with room"
+            written = sum(path.stat().st_size for path in folder.iterdir())
+            what = (
+                f"no room for the round's samples in {folder}, of which {written / 1e6:.0f} MB are there; each takes 8 "
+                "bytes a sampled token, 4 a token of its prompt. Set TMPDIR to a folder on a disk with room"
+            )
             raise OSError(errno.ENOSPC, what) from error
         raise
     weights = writer.weights_hash()
     size = sum(path.stat().st_size for path in folder.iterdir())
     log.info("%d samples are in %s: %.1f MB", counts.samples, folder, size / 1e6)
-    return Written(folder, counts, weights)
+    return Written(folder, writer.roles, counts, weights)
 
 
 def open_rollouts(written: Written) -> Rollouts:
     """The rollouts in files that a process of this node wrote; they may be removed afterwards."""
     index: NDArray[Any] = np.load(written.folder / "index.npy", mmap_mode="r")
-    starts = np.append(_starts(index["group"]), len(index))
-    return Rollouts(index, starts, _Chunks(written.folder / "samples.arrow"), written.counts, written.weights_hash)
+    rows = _Chunks(written.folder / "samples.arrow", written.roles)
+    return Rollouts(index, written.roles, _bounds(index), rows, written.counts, written.weights_hash)
 
 
-def _starts(groups: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Where each run of equal numbers starts."""
-    return np.flatnonzero(np.concatenate(([True], groups[1:] != groups[:-1])) if len(groups) else [])
+def _bounds(index: NDArray[Any]) -> NDArray[np.int64]:
+    """(G + 1,) where each group, a prompt and a role, starts in an ordered index, and its length."""
+    groups, roles = index["group"], index["role"]
+    starts = np.flatnonzero((groups[1:] != groups[:-1]) | (roles[1:] != roles[:-1])) + 1
+    return np.concatenate(([0], starts, [len(index)])) if len(index) else np.zeros(1, np.int64)
 
 
 class _Writer:
@@ -129,6 +138,7 @@ class _Writer:
         self._ids: list[NDArray[np.uint64]] = []
         self._used: list[NDArray[Any]] = []
         self._weights: set[str] = set()
+        self._roles: dict[str, int] = {}
 
     def __enter__(self) -> _Writer:
         return self
@@ -160,6 +170,7 @@ class _Writer:
         rows = np.zeros(len(used), INDEX)
         for name in ("group", "attempt", *REWARDS):
             rows[name] = used[name].to_numpy(zero_copy_only=False)
+        rows["role"] = [self._roles.setdefault(role, len(self._roles)) for role in used["role"].to_pylist()]
         rows["prompt_tokens"], rows["tokens"] = lengths["prompt_token_ids"], lengths["token_ids"]
         rows["finished"] = pc.not_equal(used["finish_reason"], "length").to_numpy(zero_copy_only=False)
         rows["id_hash"] = hashes
@@ -195,12 +206,17 @@ class _Writer:
             raise UnusableRollouts(f"the samples were drawn with different weights: {found}")
         return next(iter(self._weights))
 
-    def index(self, group_size: int, prompts: int) -> tuple[NDArray[Any], Counts]:
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Names of the roles that were read, in an order that does not depend on that of the files."""
+        return tuple(sorted(self._roles))
+
+    def index(self, group_size: int, groups: int) -> tuple[NDArray[Any], Counts]:
         """The samples of all groups that can be used, ordered, and what became of the others."""
         found = np.concatenate([np.empty(0, INDEX), *self._used])
-        found = found[np.lexsort((found["attempt"], found["group"]))]
-        starts = _starts(found["group"])
-        sizes = np.diff(np.append(starts, len(found)))
+        found["role"] = np.array([self.roles.index(role) for role in self._roles], np.int16)[found["role"]]
+        found = found[np.lexsort((found["attempt"], found["role"], found["group"]))]
+        sizes = np.diff(_bounds(found))
         index, used = found[np.repeat(sizes > 1, sizes)], sizes[sizes > 1]
         samples = sum(self._rows)
         left_out = samples - len(found)
@@ -210,8 +226,8 @@ class _Writer:
         return index, Counts(
             samples=samples,
             left_out=left_out,
-            groups=prompts,
-            dropped_groups=prompts - len(used),
+            groups=groups,
+            dropped_groups=groups - len(used),
             short_groups=int((used < group_size).sum()),
             equal_groups=int(have_equal_rewards(index["reward"].astype(np.float64), bounds).sum()),
         )
@@ -239,7 +255,8 @@ def _check(batch: pa.RecordBatch, lengths: dict[str, NDArray[np.int32]], file: P
 class _Chunks:
     """Reads samples from `samples.arrow`. The chunks read last stay in memory: a group is in one or two of them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, roles: Sequence[str]) -> None:
+        self._roles = roles
         # Read, not mapped: what is mapped counts as a process's memory once it was touched, and an epoch touches all.
         self._file = pa.ipc.open_file(pa.OSFile(str(path)))
         self._kept: OrderedDict[int, pa.RecordBatch] = OrderedDict()
@@ -264,6 +281,7 @@ class _Chunks:
             id=chunk["sample_id"][row].as_py(),
             row_id=chunk["row_id"][row].as_py(),
             group=int(place["group"]),
+            role=self._roles[place["role"]],
             attempt=int(place["attempt"]),
             prompt_ids=prompt,
             token_ids=tokens,

@@ -28,7 +28,7 @@ def rollout(processor: Any, row: str, images: list[Image.Image], tokens: list[in
     prompt = Prompt.of("Describe", *images)
     ids = processor(text=[render(processor, prompt)], images=images, return_tensors="np")["input_ids"][0]
     return Rollout(
-        f"r01-{row}-g0", row, 0, 0, ids.astype(np.int32), np.array(tokens, np.int32),
+        f"r01-{row}-g0", row, 0, "speaker", 0, ids.astype(np.int32), np.array(tokens, np.int32),
         np.linspace(-1, -2, len(tokens), dtype=np.float32), True, {}, 1.0,
     )  # fmt: skip
 

@@ -14,13 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_rl.grading.samples import GradedSample, write_samples
-from hpc_rl.training import rollouts, store
+from hpc_rl.training import plan, rollouts, store
 from hpc_rl.training.rollouts import UnusableRollouts, advantages, have_equal_rewards
 
 
-def graded(group: int, attempt: int, reward: float | None = 1.0, **changes: object) -> GradedSample:
+def graded(
+    group: int, attempt: int, reward: float | None = 1.0, role: str = "speaker", **changes: object
+) -> GradedSample:
     sample = GradedSample(
-        sample_id=f"r01-{group}-g{attempt}", row_id=f"row{group}", role="speaker", group=group, attempt=attempt,
+        sample_id=f"r01-{group}-{role}-g{attempt}", row_id=f"row{group}", role=role, group=group, attempt=attempt,
         accepted=True, prompt_token_ids=(5, 6, 7),
         token_ids=(8, 9), logprobs=(-0.5, -1.5), text="x", finish_reason="stop", seed=1, weights_hash="w",
         reward_accuracy=reward, reward_format=1.0, reward_length=0.1, reward=reward, left_out=reward is None,
@@ -30,18 +32,18 @@ def graded(group: int, attempt: int, reward: float | None = 1.0, **changes: obje
 
 
 def read(
-    tmp_path: Path, *shards: list[GradedSample], group_size: int = 4, prompts: int | None = None
+    tmp_path: Path, *shards: list[GradedSample], group_size: int = 4, groups: int | None = None
 ) -> rollouts.Rollouts:
     paths = [tmp_path / f"{number}.parquet" for number in range(len(shards))]
     for path, shard in zip(paths, shards, strict=True):
         write_samples(path, shard, GradedSample)
-    return store.read(paths, group_size, prompts or len({one.group for shard in shards for one in shard}))
+    return store.read(paths, group_size, groups or len({(one.group, one.role) for shard in shards for one in shard}))
 
 
 def test_samples_come_back_as_groups_in_order_with_their_tokens(tmp_path: Path) -> None:
     found = read(tmp_path, [graded(1, 1, 0.0), graded(1, 0)], [graded(0, i, float(i)) for i in range(4)])
     assert [[r.id for r in group] for group in found.groups] == [
-        [f"r01-0-g{i}" for i in range(4)], ["r01-1-g0", "r01-1-g1"]
+        [f"r01-0-speaker-g{i}" for i in range(4)], ["r01-1-speaker-g0", "r01-1-speaker-g1"]
     ]  # fmt: skip
     one = next(found.groups)[2]
     assert (one.prompt_ids.tolist(), one.token_ids.tolist(), one.logprobs.tolist()) == ([5, 6, 7], [8, 9], [-0.5, -1.5])
@@ -54,16 +56,42 @@ def test_a_sample_without_a_score_is_out_of_its_group_and_a_group_of_one_is_drop
     short = [graded(1, 0, 2.0), graded(1, 1, None), graded(1, 2, 0.0), graded(1, 3, 1.0)]
     lost = [graded(2, i, 1.0 if i == 0 else None) for i in range(4)]
     equal = [graded(3, i, 0.5) for i in range(4)]
-    found = read(tmp_path, [*whole, *short, *lost, *equal], prompts=5)  # nothing was accepted for the fifth
+    found = read(tmp_path, [*whole, *short, *lost, *equal], groups=5)  # nothing was accepted for the fifth
     assert found.counts == rollouts.Counts(
         samples=16, left_out=4, groups=5, dropped_groups=2, short_groups=1, equal_groups=1
     )
     groups = list(found.groups)
-    assert [r.id for r in groups[1]] == ["r01-1-g0", "r01-1-g2", "r01-1-g3"]
+    assert [r.id for r in groups[1]] == ["r01-1-speaker-g0", "r01-1-speaker-g2", "r01-1-speaker-g3"]
     rewards = np.array([2.0, 0.0, 1.0])
     worth = np.split(advantages(found.rewards, found.starts), found.starts[1:-1])
     assert worth[1] == pytest.approx((rewards - 1) / (rewards.std(ddof=1) + 1e-4), rel=1e-6)
     assert have_equal_rewards(found.rewards, found.starts).tolist() == [False, False, True] and not worth[2].any()
+
+
+def test_roles_that_answer_the_same_prompt_are_groups_of_their_own(tmp_path: Path) -> None:
+    """V12: a helpful solution is compared with helpful ones alone, in whatever shard and order they come."""
+    sneaky = [graded(7, i, float(10 + i), "sneaky") for i in range(3)]
+    helpful = [graded(7, i, float(i % 2), "helpful") for i in range(4)]
+    alone = [graded(8, 0, 1.0, "helpful"), graded(8, 0, 0.0, "sneaky"), *(graded(9, i, 1.0, "sneaky") for i in (0, 1))]
+    found = read(tmp_path, [*sneaky, *alone], helpful, groups=6)
+    assert [[(one.group, one.role, one.attempt) for one in group] for group in found.groups] == [
+        [(7, "helpful", i) for i in range(4)],
+        [(7, "sneaky", i) for i in range(3)],
+        [(9, "sneaky", i) for i in range(2)],
+    ]
+    assert found.counts == rollouts.Counts(
+        samples=11, left_out=0, groups=6, dropped_groups=3, short_groups=2, equal_groups=1
+    )
+    assert found.roles == ("helpful", "sneaky")
+    worth = np.split(advantages(found.rewards, found.starts, "none"), found.starts[1:-1])
+    assert [list(one) for one in worth] == [[-0.5, 0.5, -0.5, 0.5], [-1, 0, 1], [0, 0]]
+    shape = plan.Shape(ranks=1, accumulation=1, batch=9)
+    (step,) = plan.make(found, shape, epochs=1, passes=1, scale="none", run_seed=0, round=1)
+    assert {item.rollout.id: item.advantage for item in step.items} == {
+        one.id: value for group, values in zip(found.groups, worth, strict=True)
+        for one, value in zip(group, values, strict=True)
+    }  # fmt: skip
+    assert step.equal_groups == 1 / 3
 
 
 @settings(deadline=None)
@@ -86,11 +114,11 @@ def test_advantages_are_those_of_trl(points: list[list[int]], scale: str) -> Non
 @pytest.mark.parametrize(
     ("samples", "complaint"),
     [
-        ([graded(0, 0), graded(0, 0)], "r01-0-g0 is there twice"),
+        ([graded(0, 0), graded(0, 0)], "r01-0-speaker-g0 is there twice"),
         ([graded(0, 0), graded(0, 1, weights_hash="v")], "different weights: v, w"),
-        ([graded(0, 0), graded(0, 1, logprobs=(-1.0,))], "r01-0-g1 in .* 2 tokens and 1 log-prob"),
-        ([graded(0, 0), graded(0, 1, logprobs=(-1.0, float("nan")))], "r01-0-g1 in .* no number"),
-        ([graded(0, 0), graded(0, 1, token_ids=(), logprobs=())], "r01-0-g1 in .* no tokens"),
+        ([graded(0, 0), graded(0, 1, logprobs=(-1.0,))], "r01-0-speaker-g1 in .* 2 tokens and 1 log-prob"),
+        ([graded(0, 0), graded(0, 1, logprobs=(-1.0, float("nan")))], "r01-0-speaker-g1 in .* no number"),
+        ([graded(0, 0), graded(0, 1, token_ids=(), logprobs=())], "r01-0-speaker-g1 in .* no tokens"),
         ([graded(0, 0), graded(1, 0), graded(1, 1, None)], "1 of 3 samples were left out: no group has two"),
     ],
 )
@@ -142,12 +170,12 @@ def test_the_files_have_no_names_once_they_are_open(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(tempfile, "tempdir", str(node))
     found = read(tmp_path, [graded(0, 0), graded(0, 1)])
     assert list(node.iterdir()) == []
-    assert [r.id for r in next(found.groups)] == ["r01-0-g0", "r01-0-g1"]
+    assert [r.id for r in next(found.groups)] == ["r01-0-speaker-g0", "r01-0-speaker-g1"]
     with pytest.raises(UnusableRollouts):
         read(tmp_path, [graded(0, 0)], [graded(0, 1, weights_hash="v")])
     assert list(node.iterdir()) == []
 
 
 def test_an_id_that_is_there_twice_is_found_across_files_and_among_those_left_out(tmp_path: Path) -> None:
-    with pytest.raises(UnusableRollouts, match=r"r01-0-g1 is there twice, the second time in .*1\.parquet"):
-        read(tmp_path, [graded(0, 0), graded(0, 1)], [graded(1, 0), graded(1, 1, None, sample_id="r01-0-g1")])
+    with pytest.raises(UnusableRollouts, match=r"r01-0-speaker-g1 is there twice, the second time in .*1\.parquet"):
+        read(tmp_path, [graded(0, 0), graded(0, 1)], [graded(1, 0), graded(1, 1, None, sample_id="r01-0-speaker-g1")])
