@@ -42,6 +42,7 @@ class Holder:
     pid: int
     pid_start: str
     pid_space: str
+    user: int
     job_id: str
     taken: float
 
@@ -55,6 +56,7 @@ class Holder:
             pid,
             _process_start(pid),
             _process_space(),
+            os.getuid(),
             os.environ.get("HPC_RL_JOB_ID", ""),
             time.time(),
         )
@@ -62,9 +64,10 @@ class Holder:
     def is_known_dead(self) -> bool:
         """True when the holder ran on this host and its process is gone (a recycled pid has another start time).
 
-        A container may number processes for itself: from outside of it nothing can be said about them.
+        A container may number processes for itself: from outside of it nothing can be said about them. Nor of another
+        user's: /proc may hide those (proc(5), hidepid).
         """
-        here = (self.host, self.pid_space) == (socket.gethostname(), _process_space())
+        here = (self.host, self.pid_space, self.user) == (socket.gethostname(), _process_space(), os.getuid())
         return here and self.pid_start != _process_start(self.pid)
 
     def __str__(self) -> str:
@@ -81,8 +84,12 @@ def _process_start(pid: int) -> str:
 
 
 def _process_space() -> str:
-    """Which numbering of processes ours belongs to (pid_namespaces(7))."""
-    return str(Path("/proc/self/ns/pid").readlink())
+    """Which numbering of processes ours belongs to (pid_namespaces(7)), since which start of this very machine.
+
+    The first numbering has the same name on every machine, and machines may share a host name.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
 
 
 def holder_path(folder: Path, token: str) -> Path:
@@ -90,16 +97,20 @@ def holder_path(folder: Path, token: str) -> Path:
     return folder / f"{PREFIX}{token}"
 
 
+UNWRITABLE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""Why a file cannot be made: by who may only read, and on a full disk, when one wants to look at a run."""
+
+
 def file_system_now(folder: Path) -> float:
     """The time on the file system's clock: that of a file touched just now.
 
-    Somebody who may only read cannot touch files; for those, who only look, this host's clock has to do.
+    Where no file can be made this host's clock has to do. Nobody takes a lease there, which is a file too.
     """
     probe = folder / f".tmp-clock-{os.getpid()}-{threading.get_ident()}"
     try:
         probe.touch()
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EROFS):
+        if error.errno in UNWRITABLE:
             return time.time()
         raise
     try:

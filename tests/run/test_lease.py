@@ -343,6 +343,19 @@ def test_the_lease_of_another_host_is_judged_by_its_heartbeat_alone(tmp_path: Pa
     must(acquire(tmp_path, "shard", LONG_S)).release()
 
 
+@pytest.mark.parametrize("field", ["user", "pid_space"])
+def test_so_is_that_of_another_user_or_of_a_host_with_the_same_name(tmp_path: Path, field: str) -> None:
+    lease = must(acquire(tmp_path, "shard", LONG_S))
+    record = json.loads(lease.path.read_text())
+    boot, numbering = record["pid_space"].split()
+    assert numbering.startswith("pid:[")
+    another = {"user": record["user"] + 1, "pid_space": f"{boot[::-1]} {numbering}"}[field]
+    lease.path.write_text(json.dumps({**record, field: another, "pid": 2**22 + 1}))
+    assert acquire(tmp_path, "shard", LONG_S) is None, "/proc says nothing about it"
+    make_stale(lease)
+    must(acquire(tmp_path, "shard", LONG_S)).release()
+
+
 def test_a_process_with_the_number_of_a_dead_one_is_not_mistaken_for_it(tmp_path: Path) -> None:
     lease = must(acquire(tmp_path, "shard", LONG_S))
     record = json.loads(lease.path.read_text())
@@ -382,6 +395,32 @@ def test_somebody_who_may_only_read_can_look() -> None:
             assert nobody.exitcode == 0
     finally:
         shutil.rmtree(folder)
+
+
+def test_on_a_disk_without_room_for_another_file_one_can_look(tmp_path: Path) -> None:
+    code = """if True:
+        import errno, pathlib, subprocess, sys
+        from hpc_rl.run.lease import acquire, look
+        disk = pathlib.Path(sys.argv[1])
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=4", "none", str(disk)], check=True)
+        held = acquire(disk, "shard", 60)
+        number = 0
+        try:
+            while True:
+                (disk / str(number := number + 1)).touch()
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+        assert held is not None and look(disk, "shard").is_held(60)
+        try:
+            acquire(disk, "another", 60)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+        else:
+            sys.exit("a lease without a file")
+    """
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a small disk")
+    subprocess.run(["unshare", "--mount", sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
 def test_processes_that_fight_for_a_lease_never_hold_it_together(tmp_path: Path) -> None:
