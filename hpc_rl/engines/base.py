@@ -152,8 +152,18 @@ class Engine(Protocol):
     def unfinished(self) -> int:
         """Requests that were submitted, and neither returned nor aborted."""
 
+    def expect(self, prompts: Sequence[Prompt]) -> int:
+        """These come next, and no others: begin to read them, with their images, beside the loop.
+
+        Returns
+        -------
+        int
+            How many of the first of them to submit before the next step. For the others `submit` would keep the batch
+            waiting.
+        """
+
     def submit(self, key: str, request: Request, sampling: Sampling) -> None:
-        """Take one more request; reads the prompt and its images, and samples nothing yet.
+        """Take one more request; reads the prompt and its images where that was not done before, and samples nothing.
 
         Raises
         ------

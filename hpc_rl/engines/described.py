@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
-from hpc_rl.engines.base import Completion, Engine, Request, Sampling
+from hpc_rl.engines.base import Completion, Engine, Prompt, Request, Sampling
 
 
 class DescribedEngine(Engine, Protocol):
@@ -54,6 +54,10 @@ class OpenedEngine:
     def unfinished(self) -> int:
         """See `Engine.unfinished`."""
         return self._engine.unfinished
+
+    def expect(self, prompts: Sequence[Prompt]) -> int:
+        """See `Engine.expect`."""
+        return self._engine.expect(prompts)
 
     def submit(self, key: str, request: Request, sampling: Sampling) -> None:
         """See `Engine.submit`."""

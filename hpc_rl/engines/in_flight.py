@@ -1,16 +1,22 @@
 """What an engine made of a prompt, kept as long as a request with that prompt is in flight.
 
-The requests of a group share their prompt, so it is rendered, and its images are opened and processed, once. Prompts
-count as the same if their messages are, and if their images are the same files or objects: copies that came through a
-pipe share too.
+The requests of a group share their prompt, so it is rendered, and its images are opened and processed, once; in threads
+beside the engine's loop when it is known beforehand. Prompts count as the same if their messages are, and if their
+images are the same files or objects: copies that came through a pipe share too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+from threading import Lock
 from typing import Generic, TypeVar
+
+from PIL import Image
 
 from hpc_rl.engines.base import Prompt
 
@@ -18,6 +24,9 @@ Made = TypeVar("Made")
 
 PromptKey = tuple[str, tuple[Path | int, ...], int | None]
 """Messages, images, tokens to keep."""
+
+THREADS = max(1, min(4, len(os.sched_getaffinity(0)) - 1))
+"""Images that are decoded at once: a photo of 12 megapixels takes a tenth of a second."""
 
 
 @dataclass
@@ -28,25 +37,39 @@ class _Entry(Generic[Made]):
 
 
 class InFlight(Generic[Made]):
-    """The prompts in flight.
+    """The prompts in flight, and those that come next. For one thread.
 
     Parameters
     ----------
     make
-        What to do with a prompt that is new here; what it raises, `take` raises.
+        What to do with a prompt that is new here, and its decoded images; what it raises, `take` raises. It is called
+        in several threads, one at a time: neither tokenizers nor image processors are for more.
     """
 
-    def __init__(self, make: Callable[[Prompt], Made]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[Prompt, Sequence[Image.Image]], Made]) -> None:
+        self._make, self._making = make, Lock()
         self._entries: dict[PromptKey, _Entry[Made]] = {}
+        self._expected: dict[PromptKey, tuple[Prompt, Future[Made]]] = {}
+        self._threads = ThreadPoolExecutor(THREADS, "prompts")
+
+    def expect(self, prompts: Sequence[Prompt]) -> int:
+        """Begin to read these; how many of the first of them are there. Those of the last time are forgotten."""
+        keys = [_key(prompt) for prompt in prompts]
+        for key in self._expected.keys() - set(keys):
+            self._expected.pop(key)[1].cancel()
+        for key, prompt in zip(keys, prompts, strict=True):
+            if key not in self._entries and key not in self._expected:
+                self._expected[key] = prompt, self._threads.submit(self._read, prompt)
+        return sum(1 for _ in takewhile(lambda key: key in self._entries or self._expected[key][1].done(), keys))
 
     def take(self, prompt: Prompt) -> tuple[PromptKey, Made]:
         """What was made of the prompt, for one request; to be given back by its key when that ends."""
-        images = tuple(image if isinstance(image, Path) else id(image) for image in prompt.images)
-        key = (repr(prompt.messages), images, prompt.keep_tokens)
+        key = _key(prompt)
         entry = self._entries.get(key)
         if entry is None:
-            entry = self._entries[key] = _Entry(prompt, self._make(prompt), 0)
+            known, reading = self._expected.pop(key, (prompt, None))
+            made = self._read(prompt) if reading is None else reading.result()
+            entry = self._entries[key] = _Entry(known, made, 0)
         entry.requests += 1
         return key, entry.made
 
@@ -57,6 +80,21 @@ class InFlight(Generic[Made]):
         if not entry.requests:
             del self._entries[key]
 
+    def close(self) -> None:
+        """Stop reading."""
+        self.expect(())
+        self._threads.shutdown()
+
     def __len__(self) -> int:
         """How many different prompts are kept."""
         return len(self._entries)
+
+    def _read(self, prompt: Prompt) -> Made:
+        images = prompt.open_images()
+        with self._making:
+            return self._make(prompt, images)
+
+
+def _key(prompt: Prompt) -> PromptKey:
+    images = tuple(image if isinstance(image, Path) else id(image) for image in prompt.images)
+    return repr(prompt.messages), images, prompt.keep_tokens

@@ -11,6 +11,7 @@ same tokens.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from hpc_rl.engines.base import (
@@ -127,7 +129,7 @@ class TransformersEngine:
         self._processor = load_processor(path, min_pixels, max_pixels)
         self._sees = min_pixels is not None
         self._model: Any = load_model(path, dtype, attention, self._device)
-        tokenizer = tokenizer_of(self._processor)
+        tokenizer = self._tokenizer = copy.deepcopy(tokenizer_of(self._processor))  # prompts are read in other threads
         self._ends = end_ids(path, tokenizer)
         self._pad: int = self._ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # In place of the model's own generation config, which often asks for a repetition penalty or top_k.
@@ -156,13 +158,18 @@ class TransformersEngine:
         """See `Engine.unfinished`."""
         return len(self._queue)
 
+    def expect(self, prompts: Sequence[Prompt]) -> int:
+        """See `Engine.expect`: all, since an empty place in a batch stays empty to its end."""
+        self._prompts.expect(prompts)
+        return len(prompts)
+
     def submit(self, key: str, request: Request, sampling: Sampling) -> None:
         """See `Engine.submit`."""
         if key in self._queue:
             raise ValueError(f"{key} is in flight already; each request needs a key of its own")
         if sampling.json_schema is not None:
             raise ValueError("the transformers engine holds no completion to a schema; engine vllm does")
-        if sampling.stop and not Stops.can_read(tokenizer_of(self._processor)):
+        if sampling.stop and not Stops.can_read(self._tokenizer):
             raise ValueError(
                 "the transformers engine finds stops with fast tokenizers only; engine vllm with others too"
             )
@@ -190,13 +197,13 @@ class TransformersEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         self.abort(list(self._queue))
+        self._prompts.close()
         self._model = None
 
-    def _read(self, prompt: Prompt) -> Inputs:
-        images = prompt.open_images()
+    def _read(self, prompt: Prompt, images: Sequence[Image.Image]) -> Inputs:
         if images and not self._sees:
             raise ValueError("this engine was opened without pixel limits, so it sees no images")
-        given = {"images": images} if images else {}
+        given = {"images": list(images)} if images else {}
         # The chat template has written the special tokens already.
         text = [render(self._processor, prompt)]
         made = self._processor(text=text, return_tensors="pt", add_special_tokens=False, **given)
@@ -214,7 +221,7 @@ class TransformersEngine:
         prompts = [waiting.inputs["input_ids"][0].tolist() for waiting in batch]
         inputs = {name: value.to(self._device) for name, value in self._collate(batch).items()}
         sampler = _SeededSampler([waiting.seed for waiting in batch], sampling, self._bias)
-        stops = Stops(tokenizer_of(self._processor), prompts, sampling.stop, self._ends) if sampling.stop else None
+        stops = Stops(self._tokenizer, prompts, sampling.stop, self._ends) if sampling.stop else None
         self._model.generate(
             **inputs,
             do_sample=False,
@@ -255,6 +262,6 @@ class TransformersEngine:
             tuple(prompt),
             tuple(tokens[:length]),
             tuple(logprobs[:length]),
-            decode(tokenizer_of(self._processor), tokens[:length]) if stops is None else stops.texts[row],
+            decode(self._tokenizer, tokens[:length]) if stops is None else stops.texts[row],
             "stop" if ends else "length",
         )

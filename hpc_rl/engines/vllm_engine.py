@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from hpc_rl.engines.base import (
     BAN_BIAS,
@@ -102,8 +103,9 @@ class VllmEngine:
         cpu_kv_cache_gib: float | None = None,
     ) -> None:
         self._processor = load_processor(path, min_pixels, max_pixels)
+        self._tokenizer = copy.deepcopy(tokenizer_of(self._processor))  # prompts are read in other threads
         self._sees = min_pixels is not None
-        self._bias = {token: BAN_BIAS for token in banned_ids(path, tokenizer_of(self._processor))}
+        self._bias = {token: BAN_BIAS for token in banned_ids(path, self._tokenizer)}
         options = sampling_options(min_pixels, max_pixels, images_per_prompt)
         if self._sees:  # processed images are kept by `InFlight`, as long as they are needed and no longer
             options["mm_processor_cache_gb"] = 0
@@ -140,6 +142,10 @@ class VllmEngine:
     def unfinished(self) -> int:
         """See `Engine.unfinished`."""
         return len(self._flights)
+
+    def expect(self, prompts: Sequence[Prompt]) -> int:
+        """See `Engine.expect`: those that are read."""
+        return self._prompts.expect(prompts)
 
     def submit(self, key: str, request: Request, sampling: Sampling) -> None:
         """See `Engine.submit`."""
@@ -182,9 +188,10 @@ class VllmEngine:
     def close(self) -> None:
         """See `Engine.close`: ends vLLM's worker processes, where there are some."""
         self.abort(list(self._flights))
+        self._prompts.close()
         self._engine.engine_core.shutdown()
 
-    def _read(self, prompt: Prompt) -> _Ready:
+    def _read(self, prompt: Prompt, images: Sequence[Image.Image]) -> _Ready:
         tokenizer = tokenizer_of(self._processor)
         # The chat template has written the special tokens already; from a text vLLM would write them once more.
         token_ids = tokenizer(render(self._processor, prompt), add_special_tokens=False)["input_ids"]
@@ -192,10 +199,10 @@ class VllmEngine:
             token_ids = token_ids[-prompt.keep_tokens :]
         self._check_length(len(token_ids))
         given: dict[str, Any] = {"prompt_token_ids": token_ids}
-        if prompt.images:
+        if images:
             if not self._sees:
                 raise ValueError("this engine was opened without pixel limits, so it sees no images")
-            given["multi_modal_data"] = {"image": prompt.open_images()}
+            given["multi_modal_data"] = {"image": images}
         (rendered,) = self._engine.renderer.render_cmpl([given])
         self._check_length(len(rendered["prompt_token_ids"]))  # now with all of the images' tokens
         return _Ready(rendered, tuple(rendered["prompt_token_ids"]))
@@ -244,7 +251,7 @@ class VllmEngine:
             flight.ready.token_ids,
             tokens,
             tuple(sampled.logprobs.logprobs),
-            sampled.text if flight.sampling.stop else decode(tokenizer_of(self._processor), tokens),
+            sampled.text if flight.sampling.stop else decode(self._tokenizer, tokens),
             sampled.finish_reason,
         )
 

@@ -5,7 +5,7 @@ A task is in one *phase* at any time, so its seconds add up to its life by const
     start_up    from its first line to its first request: weights, engine, prompts
     sampling    the engine has work, and the task does nothing but hand it over and take it back
     judging     it judges completions; the engine may go on meanwhile
-    publishing  the engine has nothing to do until a shard is claimed, read or written
+    publishing  the engine waits until a shard is claimed, read or written
     waiting     the engine has nothing to do: all that is left is in other hands
 
 Records are for reports only and decide nothing. What a task has *kept* is said by the manifests of its shards, which

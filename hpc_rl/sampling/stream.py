@@ -3,8 +3,8 @@
     claim ahead → hand requests over → one step of the engine → judge, retry → publish what is complete → …
 
 Requests of many shards are in flight at once, so the batch stays full across their borders; a retry goes straight back
-into it. Claiming, reading rows and images, and publishing happen in threads beside the loop: the engine never waits for
-the file system. What is held is bounded by what is in flight, whatever the number of shards.
+into it. Claiming, reading rows, prompts and images, and publishing happen in threads beside the loop: a full batch
+never waits for the file system. What is held is bounded by what is in flight, whatever the number of shards.
 
 A sample depends on its prompt and its own seed, and a shard's file is sorted: it is the same whoever made it, in
 whatever order.
@@ -14,22 +14,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from enum import StrEnum
 from typing import Any
 
 from hpc_rl.cluster.walltime import Deadline
-from hpc_rl.engines.base import Completion, Engine, EngineFailed, Request
+from hpc_rl.engines.base import Engine
 from hpc_rl.sampling.ahead import Ahead
 from hpc_rl.sampling.at_work import AtWork, Origin
+from hpc_rl.sampling.batch import Batch
 from hpc_rl.sampling.claiming import Claims
 from hpc_rl.sampling.leaving import Leaving
 from hpc_rl.sampling.pace import Pace
 from hpc_rl.sampling.record import Recorder
 from hpc_rl.sampling.source import Source
-from hpc_rl.sampling.tasks import Attempt
 
 log = logging.getLogger("hpc_rl")
 
@@ -39,6 +38,10 @@ LOOK_EVERY_S = 5.0
 """Pause between two looks at whether others have done what is under way here."""
 WAIT_S = 0.1
 """Longest wait for the file system in one turn, when the engine has nothing to do."""
+FILL_S = 1.0
+"""How long the first batch may take to fill."""
+FILL_SHARE = 0.1
+"""How long a batch that is not full may wait for more, as a share of its last step."""
 UNPUBLISHED = 8
 """Complete shards that wait for the file system; with more no further one is claimed."""
 
@@ -84,14 +87,13 @@ class Stream:
         linger_s: float,
         speculate: bool,
     ) -> None:
-        self._open, self._source, self._origin, self._task = open_engine, source, origin, task
+        self._source, self._origin, self._task = source, origin, task
         self._linger_s, self._speculate = linger_s, speculate
         self._ahead = Ahead(claims, source)
         self._pace = Pace(deadline)
-        self._engine: Engine | None = None
+        self._batch = Batch(open_engine, origin, source.sampling)
+        self._fill_s = FILL_S
         self._shards: dict[int, AtWork] = {}
-        self._waiting: deque[tuple[AtWork, Attempt]] = deque()  # claimed, not yet handed to the engine
-        self._flying: dict[str, tuple[AtWork, Attempt]] = {}
         self._publishers = ThreadPoolExecutor(2, "publish")
         self._publishing: dict[Future[bool], AtWork] = {}
         self._requests_per_shard = 1
@@ -129,20 +131,37 @@ class Stream:
 
     def _turn(self) -> Ending | None:
         self._leaving.check()
-        self._take_in()
-        self._claim_ahead()
-        self._hand_over()
-        self._collect()
+        until = time.monotonic() + self._fill_s
+        self._claim(until)
+        if len(self._batch):
+            self._sample(until)
+        elif self._publishing or self._ahead.claiming:
+            self._wait_for_files(WAIT_S)
         self._settle()
         self._look_around()
         return None if self._shards or self._publishing or self._ahead.claiming else self._without_work()
 
     # shards in
 
+    def _claim(self, until: float) -> None:
+        """Take in what has been claimed, and claim on; an engine that is not busy waits for it till then."""
+        self._take_in()
+        self._claim_ahead()
+        while self._ahead.claiming and len(self._batch) < self._batch.capacity and time.monotonic() < until:
+            self._wait_for_files(until - time.monotonic())
+            self._take_in()
+            self._claim_ahead()
+
+    def _wait_for_files(self, longest_s: float) -> None:
+        """Wait for a claim, or for a shard to be published."""
+        pending: list[Future[Any]] = [*self._publishing, *filter(None, [self._ahead.claiming])]
+        with self._task.during("publishing"), self._leaving.at_once():
+            wait(pending, timeout=longest_s, return_when=FIRST_COMPLETED)
+
     def _claim_ahead(self) -> None:
         """Claim one more shard when what is in hand would leave the engine with less than a shard to spare."""
-        in_hand = len(self._waiting) + len(self._flying)
-        enough = 1 if self._engine is None else self._engine.capacity + self._requests_per_shard
+        in_hand = len(self._batch)
+        enough = self._batch.capacity + self._requests_per_shard if self._batch.is_open else 1
         if (
             self._ahead.claiming is None
             and in_hand < enough
@@ -169,66 +188,33 @@ class Stream:
         self._shards[work.number] = work
         attempts = work.start()
         self._requests_per_shard = max(1, len(attempts))
-        self._waiting.extend((work, attempt) for attempt in attempts)
+        self._batch.add(work, attempts)
         self._publish_if_done(work)
 
     # the engine
 
-    def _hand_over(self) -> None:
-        """Fill the engine's batch; beyond it one prompt a turn, since reading prompts keeps the batch waiting."""
-        if not self._waiting:
-            return
-        if self._engine is None:
-            with self._leaving.at_once():
-                self._engine = self._open()
-        self._task.enter("sampling")
-        prompt = None
-        while self._waiting:
-            work, attempt = self._waiting[0]
-            if len(self._flying) >= self._engine.capacity and prompt not in (None, attempt.task.id):
-                break
-            prompt = attempt.task.id
-            self._waiting.popleft()
-            key = work.key(attempt)
-            seed = attempt.seed(self._origin.run_seed, self._origin.round)
-            try:
-                self._engine.submit(key, Request(attempt.task.prompt, seed), self._source.sampling)
-            except ValueError as error:
-                raise ValueError(_of_row(attempt, error)) from error
-            work.in_flight[key] = attempt
-            self._flying[key] = work, attempt
-
-    def _collect(self) -> None:
+    def _sample(self, until: float) -> None:
         """One step of the engine; what has finished is judged, and what it calls for goes back into the batch."""
-        if not self._flying:
-            pending: list[Future[Any]] = [*self._publishing, *filter(None, [self._ahead.claiming])]
-            if pending:
-                with self._task.during("publishing"), self._leaving.at_once():
-                    wait(pending, timeout=WAIT_S, return_when=FIRST_COMPLETED)
-            return
-        finished = self._step()
+        if not self._batch.is_open:
+            with self._leaving.at_once():
+                self._batch.open()
+            return  # its batch may be larger than one shard
+        self._task.enter("sampling")
+        self._batch.hand_over(until)
+        began = time.monotonic()
+        with self._leaving.at_once():
+            finished = self._batch.step()
+        self._fill_s = FILL_SHARE * (time.monotonic() - began)
+        self._task.at_work_on(self._batch.flying + len(finished), self._batch.capacity)
         if not finished:
             return
         with self._task.during("judging"):
-            for key, completion in finished:
-                work, attempt = self._flying.pop(key)
+            for work, attempt, completion in finished:
                 self._task.drew(len(completion.token_ids), len(completion.prompt_token_ids))
-                retries = work.finished(attempt, completion, self._source.judge(attempt.task, completion))
-                self._waiting.extendleft((work, retry) for retry in reversed(retries))
+                self._batch.add_retries(
+                    work, work.finished(attempt, completion, self._source.judge(attempt.task, completion))
+                )
                 self._publish_if_done(work)
-
-    def _step(self) -> list[tuple[str, Completion]]:
-        assert self._engine is not None and self._engine.unfinished, "the engine has lost requests"
-        try:
-            with self._leaving.at_once():
-                finished = self._engine.step()
-        except (ValueError, EngineFailed) as error:  # of a pool, which hears of it only now
-            if getattr(error, "key", None) not in self._flying:
-                raise
-            kind = ValueError if isinstance(error, ValueError) else EngineFailed
-            raise kind(_of_row(self._flying[error.key][1], error)) from error  # type: ignore[union-attr]
-        self._task.at_work_on(len(self._flying), self._engine.capacity)
-        return finished
 
     # shards out
 
@@ -256,16 +242,12 @@ class Stream:
         if self._shards and time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + LOOK_EVERY_S
             drawn = sum(work.drawn for work in self._shards.values())
-            total = drawn + len(self._flying) + len(self._waiting)
+            total = drawn + len(self._batch)
             self._ahead.look([work.shard for work in self._shards.values()], drawn, total)
 
     def _drop(self, work: AtWork) -> None:
         log.info("shard %d is left to who has published it or taken it over", work.shard.index)
-        if self._engine is not None:
-            self._engine.abort(list(work.in_flight))
-        for key in work.in_flight:
-            del self._flying[key]
-        self._waiting = deque(entry for entry in self._waiting if entry[0] is not work)
+        self._batch.drop(work)
         del self._shards[work.number]
         self._task.lost(work.tokens)
 
@@ -281,7 +263,7 @@ class Stream:
         if self._idle_since is None:
             self._idle_since = now
             self._task.enter("waiting")
-            self._task.at_work_on(0, self._engine.capacity if self._engine else 0)
+            self._task.at_work_on(0, self._batch.capacity)
         if now - self._idle_since > self._linger_s:
             return Ending.OTHERS
         with self._leaving.at_once():
@@ -297,7 +279,3 @@ class Stream:
         if self._shards:
             log.info("%d shards in hand are given back unfinished", len(self._shards))
         self._settle()
-
-
-def _of_row(attempt: Attempt, error: Exception) -> str:
-    return f"row {attempt.task.row_id}, role {attempt.task.role}: {error}"

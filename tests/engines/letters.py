@@ -11,7 +11,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -52,10 +52,15 @@ class LettersEngine:
     def unfinished(self) -> int:
         return len(self._rows)
 
+    def expect(self, prompts: Sequence[Prompt]) -> int:
+        return len(prompts)
+
     def submit(self, key: str, request: Request, sampling: Sampling) -> None:
         text = text_of(request.prompt)
         if "refuse" in text:
             raise ValueError(f"the prompt {text!r} is too long")
+        if "heavy" in text:
+            time.sleep(0.5)
         if "helper" in text:
             self._start_helper()
         if self._notes is not None:
@@ -70,6 +75,8 @@ class LettersEngine:
             text = text_of(row.request.prompt)
             if "kill" in text:
                 os.kill(os.getpid(), signal.SIGKILL)
+            while "hang" in text:
+                signal.pause()
             if "raise" in text:
                 raise RuntimeError(f"CUDA error: an illegal memory access was encountered, at {text}")
             weights = [1 + (len(text) * 7 + sum(row.tokens) + place) % 5 for place in range(len(LETTERS))]
@@ -123,6 +130,8 @@ class OpenLetters:
         Raise a fault of the user's, or an error, with this text.
     once
         A file: only the first worker that can create it fails, in these ways.
+    open_s
+        How long opening takes.
     """
 
     capacity: int = 4
@@ -132,8 +141,10 @@ class OpenLetters:
     fault: str = ""
     crash: str = ""
     once: Path | None = None
+    open_s: float = 0.0
 
     def __call__(self, notches: int) -> LettersEngine:
+        time.sleep(self.open_s)
         if self.once is None or _create(self.once):
             if notches < self.needs:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from hpc_rl.engines.base import Completion, Prompt, Request, Sampling, generate, generate_each
 from hpc_rl.engines.in_flight import InFlight
 from hpc_rl.engines.stops import first_stop
 from hpc_rl.engines.transformers_engine import TransformersEngine
+from tests.waiting import wait_for
 from tools.tiny_chat_model import POSITIONS, write
 
 from .conftest import PIXELS, TEXT, by_path, requests, words_of
@@ -87,17 +91,21 @@ def test_images_may_be_files_and_prompts_may_go_through_a_pipe(engine: Transform
     assert generate(engine, pickle.loads(sent), SAMPLING) == generate(engine, asked, SAMPLING)
 
 
-def test_a_prompt_is_made_once_for_all_that_share_it_while_one_of_them_is_in_flight() -> None:
+def test_a_prompt_is_made_once_for_all_that_share_it_while_one_of_them_is_in_flight(tmp_path: Path) -> None:
     made: list[Prompt] = []
 
-    def make(prompt: Prompt) -> int:
+    def make(prompt: Prompt, images: Sequence[Image.Image]) -> int:
+        assert len(images) == len(prompt.images)
         made.append(prompt)
         return len(made)
 
     shelf = InFlight(make)
     picture = requests()[0].prompt.open_images()[0]
-    of_files = [Prompt.of(TEXT, Path("a.png")), Prompt.of(TEXT, Path("a.png"))]
-    others = [Prompt.of(TEXT, Path("b.png")), Prompt.of("?", Path("a.png")), Prompt.of(TEXT, picture), Prompt.of(TEXT)]
+    a, b = tmp_path / "a.png", tmp_path / "b.png"
+    picture.save(a)
+    picture.save(b)
+    of_files = [Prompt.of(TEXT, a), Prompt.of(TEXT, Path(str(a)))]
+    others = [Prompt.of(TEXT, b), Prompt.of("?", a), Prompt.of(TEXT, picture), Prompt.of(TEXT)]
     others += [Prompt.of(TEXT, picture.copy()), Prompt(Prompt.of(TEXT).messages, keep_tokens=3)]
     keys = [shelf.take(prompt)[0] for prompt in [*of_files, *others, others[2]]]
     assert len(made) == len(shelf) == 7
@@ -105,6 +113,70 @@ def test_a_prompt_is_made_once_for_all_that_share_it_while_one_of_them_is_in_fli
         shelf.give_back(key)
     assert len(shelf) == 0
     assert shelf.take(of_files[0])[1] == 8  # it was dropped, and is made anew
+
+
+class Reading:
+    """Reads prompts when it is let; says how many at once, and in which threads."""
+
+    def __init__(self) -> None:
+        self.may_go_on = threading.Event()
+        self.read: list[str] = []
+        self.most = self.now = 0
+        self.threads: set[str] = set()
+
+    def __call__(self, prompt: Prompt, _: Sequence[Image.Image]) -> str:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        self.may_go_on.wait(60)
+        text: str = prompt.messages[0]["content"][-1]["text"]
+        self.read.append(text)
+        self.threads.add(threading.current_thread().name)
+        self.now -= 1
+        if text == "bad":
+            raise ValueError("bad prompt")
+        return text.upper()
+
+
+def test_prompts_that_are_expected_are_read_beside_one_at_a_time_and_only_once() -> None:
+    read = Reading()
+    shelf = InFlight(read)
+    asked = [Prompt.of(text) for text in ("a", "b", "bad", "c")]
+    assert shelf.expect(asked) == 0 and read.read == []
+    read.may_go_on.set()
+    wait_for(lambda: shelf.expect(asked) == 4, "all four are read")
+    assert sorted(read.read) == sorted(["a", "b", "bad", "c"]) and read.most == 1
+    assert threading.current_thread().name not in read.threads
+    assert [shelf.take(prompt)[1] for prompt in (asked[0], asked[1], asked[3])] == ["A", "B", "C"]
+    with pytest.raises(ValueError, match="bad prompt"):
+        shelf.take(asked[2])
+    assert len(read.read) == 4 and len(shelf) == 3
+    shelf.close()
+
+
+def test_a_prompt_that_is_still_being_read_is_waited_for_and_one_that_is_not_expected_any_more_is_forgotten() -> None:
+    read = Reading()
+    shelf = InFlight(read)
+    shelf.expect([Prompt.of("a"), Prompt.of("never")])
+    shelf.expect([Prompt.of("a")])
+    threading.Timer(0.2, read.may_go_on.set).start()
+    assert shelf.take(Prompt.of("a"))[1] == "A"
+    assert shelf.expect([]) == 0
+    assert shelf.take(Prompt.of("never"))[1] == "NEVER"
+    assert read.read.count("a") == 1
+    shelf.close()
+
+
+def test_what_is_drawn_does_not_depend_on_what_was_expected(engine: TransformersEngine, tmp_path: Path) -> None:
+    asked = by_path(requests(samples=2), tmp_path)
+    alone = generate(engine, asked, SAMPLING)
+    assert engine.expect([request.prompt for request in reversed(asked)]) == len(asked)
+    assert generate(engine, asked, SAMPLING) == alone
+    broken = Prompt.of(TEXT, tmp_path / "missing.png")
+    engine.expect([broken, asked[0].prompt])
+    with pytest.raises(ValueError, match=r"missing\.png"):
+        engine.submit("a", Request(broken, 1), SAMPLING)
+    assert generate(engine, asked, SAMPLING) == alone
+    assert len(engine._prompts) == 0
 
 
 def test_an_engine_that_is_done_keeps_no_prompts(engine: TransformersEngine) -> None:

@@ -155,6 +155,13 @@ def test_the_batch_is_full_across_shards_and_what_is_held_is_bounded(make_job: M
     assert max(len(shards) for _, shards in engine.filled) >= 2
 
 
+def test_the_first_step_waits_for_a_full_batch(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpc_rl.sampling.stream.FILL_S", 60.0)
+    engine = Watched(3 * FIRST)
+    run(make_job(), engine)
+    assert engine.filled[0][0] >= engine.capacity
+
+
 @pytest.mark.parametrize("others", [0, 1, 2])
 def test_a_task_holds_no_more_than_its_share_of_what_is_left(make_job: MakeJob, others: int) -> None:
     job, engine = make_job(), Watched(SHARDS * FIRST)
