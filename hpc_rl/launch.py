@@ -188,10 +188,10 @@ def drive(run: Run, name: str, policy: Policy, lease: Lease) -> int:
     from hpc_rl.orchestrate.follow import follow
 
     executor = make_executor(run.config, name)
-    say(f"run {run.config.run.name} in {run.ws.root}, executor {name}. {lease.holder} drives it; Ctrl-C pauses it.")
-    print(plan.commands(run.ws.root))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout`, or the end of an allocation: as Ctrl-C
     try:
+        say(f"run {run.config.run.name} in {run.ws.root}, executor {name}. {lease.holder} drives it; Ctrl-C pauses it.")
+        print(plan.commands(run.ws.root))
         decision = follow(run, executor, _snapshot(run), policy, say, poll_s=10.0)
     except KeyboardInterrupt:
         say("interrupted: telling the jobs to leave" if name != "slurm" else "interrupted: jobs that are queued go on")

@@ -13,12 +13,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from hpc_rl.cluster.base import ExecutorError, JobRequest, Queued
 from hpc_rl.cluster.entry import die_with_parent
 from hpc_rl.cluster.queries import clean_environment
 from hpc_rl.orchestrate.graph import Kind
+
+KILLED_S = 5.0
+"""How long to wait for the end of a process that was killed."""
 
 
 @dataclass
@@ -142,7 +146,7 @@ class LocalExecutor:
                 running += not service
 
     def shutdown(self, patience_s: float = 30.0) -> None:
-        """Ask everything to leave, wait, then kill what stayed."""
+        """Ask everything to leave, wait, then kill what stayed, and see it gone."""
         self.cancel({job.request.spec.name for job in self._jobs.values()})
         deadline = time.monotonic() + patience_s
         tasks = [task for job in self._jobs.values() for task in job.tasks]
@@ -150,6 +154,9 @@ class LocalExecutor:
             time.sleep(0.1)
         for task in tasks:
             _signal(task, signal.SIGKILL)
+        for process in (process for task in tasks for process in task.processes):
+            with suppress(subprocess.TimeoutExpired):  # a file server that is away keeps even the killed
+                process.wait(KILLED_S)
 
     def _counted(self) -> list[_Job]:
         return [job for job in self._jobs.values() if job.request.kind is not Kind.SERVICE]

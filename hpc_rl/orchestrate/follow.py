@@ -63,10 +63,10 @@ def follow(
         with suppress(ExecutorError):  # what the scheduler did not answer, the next reconcile asks again
             before = _alive(run, executor)
             while before and _alive(run, executor) == before:
+                watch.look(executor)  # before anything starts: what is over by the next look has begun and ended
                 if local:
                     local.poll()
                     write_local_queue(run, local)
-                watch.look(executor)
                 if Ledger(run.ws).history().paused:
                     break
                 time.sleep(LOCAL_POLL_S if local else poll_s)
