@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from hpc_rl.run.ledger import Ledger
 from hpc_rl.run.presence import Presence
 from hpc_rl.run.shard_leases import leases_of, shard_lease_path
 from hpc_rl.run.workspace import Workspace
+from tests.waiting import PATIENCE_S, wait_for
 
 NOOP = "benchmarks/noop.yaml"
 STAGES = {"sample": 4, "grade": 1, "score": 1, "train": 1, "evaluate": 1}
@@ -41,7 +41,9 @@ class Shell:
         return self.run(self.command(*words, executor=executor, rounds=rounds))
 
     def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=source_root(), capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(
+            command, cwd=source_root(), capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
 
     def start(self, *words: str, rounds: int = 1) -> subprocess.Popen[str]:
         """A launch that goes on in the background, with its output in one stream."""
@@ -76,14 +78,6 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
     for process in made.started:
         process.kill()
         process.communicate()
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        assert process is None or process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
 
 
 def hold_up(shell: Shell, stage: str = "grade") -> Callable[[], None]:
@@ -158,7 +152,9 @@ def test_a_run_may_be_started_in_one_executor_and_resumed_in_another(shell: Shel
 def test_a_second_launch_while_the_first_runs_says_who_runs_and_changes_nothing(shell: Shell) -> None:
     go_on = hold_up(shell)
     first = shell.start()
-    wait_for(lambda: running(shell) == ["grade"] and list(shell.ws.log_dir(1, "grade").glob("*.out")), first)
+    wait_for(
+        lambda: running(shell) == ["grade"] and list(shell.ws.log_dir(1, "grade").glob("*.out")), "grade", of=first
+    )
     before = shell.contents()
     second = shell.launch(rounds=5)
     assert second.returncode == 0
@@ -166,13 +162,13 @@ def test_a_second_launch_while_the_first_runs_says_who_runs_and_changes_nothing(
     assert "Nothing was changed" in second.stdout
     assert shell.contents() == before
     go_on()
-    assert first.wait(60) == 0
+    assert first.wait(PATIENCE_S) == 0
     assert shell.done() == STAGES
 
 
 def test_two_launches_at_one_moment_make_one_run(shell: Shell) -> None:
     launches = [shell.start() for _ in range(2)]
-    outputs = [launch.communicate(timeout=120)[0] for launch in launches]
+    outputs = [launch.communicate(timeout=PATIENCE_S)[0] for launch in launches]
     assert [launch.returncode for launch in launches] == [0, 0], outputs
     assert sum("is finished" in output for output in outputs) >= 1
     assert all("is finished" in output or "already running" in output for output in outputs), outputs
@@ -184,9 +180,9 @@ def test_two_launches_at_one_moment_make_one_run(shell: Shell) -> None:
 def test_ctrl_c_pauses_and_the_same_command_goes_on(shell: Shell, number: signal.Signals) -> None:
     go_on = hold_up(shell)
     first = shell.start()
-    wait_for(lambda: shell.done()["sample"] == 4, first)
+    wait_for(lambda: shell.done()["sample"] == 4, "the samples", of=first)
     first.send_signal(number)
-    output, _ = first.communicate(timeout=60)
+    output, _ = first.communicate(timeout=PATIENCE_S)
     assert first.returncode == 130
     assert "nothing is lost; go on with the same command" in output
     assert "Traceback" not in output
@@ -203,12 +199,10 @@ def test_ctrl_c_pauses_and_the_same_command_goes_on(shell: Shell, number: signal
 def test_a_launcher_that_is_killed_takes_its_jobs_along_and_the_same_command_goes_on(shell: Shell) -> None:
     go_on = hold_up(shell)
     first = shell.start()
-    wait_for(
-        lambda: (shell.ws.log_dir(1, "grade")).exists() and list(shell.ws.log_dir(1, "grade").glob("*.out")), first
-    )
+    wait_for(lambda: list(shell.ws.log_dir(1, "grade").glob("*.out")), "grade's log", of=first)
     first.kill()
     first.wait()
-    wait_for(lambda: not processes_of(shell))
+    wait_for(lambda: not processes_of(shell), lambda: f"the end of {processes_of(shell)}")
     go_on()
     again = shell.launch()
     assert again.returncode == 0, again.stdout + again.stderr
@@ -231,11 +225,11 @@ def processes_of(shell: Shell) -> list[str]:
 def test_cancel_stops_a_launcher_that_runs_and_launch_goes_on(shell: Shell) -> None:
     go_on = hold_up(shell)
     first = shell.start()
-    wait_for(lambda: shell.done()["sample"] == 4, first)
+    wait_for(lambda: shell.done()["sample"] == 4, "the samples", of=first)
     cancelled = shell.run([sys.executable, "-m", "hpc_rl.cancel", str(shell.ws.root)])
     assert cancelled.returncode == 0, cancelled.stderr
     assert "paused" in cancelled.stdout
-    output, _ = first.communicate(timeout=60)
+    output, _ = first.communicate(timeout=PATIENCE_S)
     assert first.returncode == 1
     assert "the run paused: cancelled by the user" in output
     assert not processes_of(shell)
@@ -281,7 +275,7 @@ def test_the_same_program_error_twice_stops_the_run_and_names_the_error_and_its_
 
     def launch() -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
         )
 
     launched = launch()
@@ -365,6 +359,7 @@ def test_executor_slurm_without_sbatch_is_refused_with_the_way_out(tmp_path: Pat
         capture_output=True,
         text=True,
         check=False,
+        timeout=PATIENCE_S,
     )
     assert launched.returncode == 2
     assert "there is no sbatch on the PATH" in launched.stderr

@@ -20,6 +20,7 @@ def wait_for(
     *,
     within_s: float = PATIENCE_S,
     of: subprocess.Popen[Any] | None = None,
+    pause_s: float = 0.01,
 ) -> Found:
     """What `condition` returns, as soon as that is true.
 
@@ -33,6 +34,8 @@ def wait_for(
         Long enough for any machine. Seconds.
     of
         The process from which it is expected: once that has ended it will not happen any more.
+    pause_s
+        Between two looks. Seconds.
     """
     deadline = time.monotonic() + within_s
     while True:
@@ -43,7 +46,7 @@ def wait_for(
         if ended or late:
             waited = f"the process ended with {of.returncode}" if of and ended else f"{within_s:g} s have passed"
             raise AssertionError(f"{waited}, and not: {what if isinstance(what, str) else what()}")
-        time.sleep(0.01)
+        time.sleep(pause_s)
 
 
 def is_alive(pid: int) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from hpc_rl.cluster.local import LocalExecutor
 from hpc_rl.orchestrate.graph import Kind, StageId
 from hpc_rl.orchestrate.reconcile import end_records
 from hpc_rl.run.code import source_root
+from tests.waiting import is_alive, wait_for
 
-SLEEP = "import time; time.sleep({})"
+FOR_LONG = "import time; print('x', flush=True); time.sleep(600)"
 
 
 class Machine:
@@ -57,18 +57,22 @@ class Machine:
         self.executor.poll()
         return sum(job.state == "RUNNING" for job in self.executor.queue(list(self.ids)))
 
-    def wait(self, *names: str, seconds: float = 60) -> None:
-        """Until these jobs have ended; all of them when none is named."""
-        deadline = time.monotonic() + seconds
-        while any(self.states(name) for name in names or self.ids):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    def until_told(self, before: str = "pass", after: str = "pass") -> str:
+        """A body that goes on when `tell` is called."""
+        wait = f"while not pathlib.Path({str(self.tmp_path / 'told')!r}).exists(): time.sleep(0.01)"
+        return f"import os, pathlib, time\n{before}\n{wait}\n{after}"
 
-    def wait_until_running(self, name: str) -> None:
-        deadline = time.monotonic() + 30
-        while self.states(name) != ["RUNNING"]:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    def tell(self) -> None:
+        """Let the bodies of `until_told` go on."""
+        (self.tmp_path / "told").touch()
+
+    def wait(self, *names: str) -> None:
+        """Until these jobs have ended; all of them when none is named."""
+        wait_for(lambda: not any(self.states(name) for name in names or self.ids), f"the end of {names or 'all'}")
+
+    def wait_for_body(self, name: str) -> None:
+        """Until a job's body has said something: its entry hears signals by then."""
+        wait_for(lambda: self.states(name) == ["RUNNING"] and self.log(name), f"the body of {name}")
 
     def outcomes(self, name: str) -> list[str]:
         ws = Spec(name, str(self.tmp_path / "run"), 1, name, 0, "local", (), {}).ws
@@ -95,9 +99,10 @@ def machine(tmp_path: Path) -> Iterator[Callable[..., Machine]]:
 
 def test_a_job_starts_when_those_it_follows_have_ended_however(machine: Callable[..., Machine]) -> None:
     here = machine()
-    here.submit("first", "import time; time.sleep(0.3); raise ValueError")
+    here.submit("first", here.until_told(after="raise ValueError"))
     here.submit("second", "pass", after_end=("first",))
     assert (here.states("first"), here.states("second")) == (["RUNNING"], ["PENDING"])
+    here.tell()
     here.wait("first")
     here.wait("second")
     assert (here.outcomes("first"), here.outcomes("second")) == (["error"], ["done"])
@@ -105,22 +110,24 @@ def test_a_job_starts_when_those_it_follows_have_ended_however(machine: Callable
 
 def test_no_more_tasks_run_at_once_than_allowed(machine: Callable[..., Machine]) -> None:
     here = machine(limit=2)
-    here.submit("array", SLEEP.format(0.2), Kind.ARRAY, tasks=5)
-    most = 0
+    here.submit("array", here.until_told("print('x', flush=True)"), Kind.ARRAY, tasks=5)
+    wait_for(lambda: here.running() and here.log("array") == "x\n" * 2, "two bodies")
+    most = here.running()
+    here.tell()
     while here.states("array"):
         most = max(most, here.running())
-        time.sleep(0.01)
     assert most == 2
     assert here.outcomes("array") == ["done"] * 5
 
 
 def test_services_do_not_count_and_their_users_wait_for_their_start(machine: Callable[..., Machine]) -> None:
     here = machine(limit=1)
-    here.submit("gate", SLEEP.format(0.3))
-    here.submit("service", SLEEP.format(60), Kind.SERVICE, after_end=("gate",))
-    here.submit("consumer", SLEEP.format(0.1), after_start=("service",))
-    here.submit("another", SLEEP.format(0.1), after_start=("service",))
+    here.submit("gate", here.until_told())
+    here.submit("service", FOR_LONG, Kind.SERVICE, after_end=("gate",))
+    here.submit("consumer", "pass", after_start=("service",))
+    here.submit("another", "pass", after_start=("service",))
     assert here.states("consumer") == ["PENDING"]
+    here.tell()
     here.wait("consumer", "another")
     assert here.states("service") == ["RUNNING"]
     assert here.outcomes("consumer") == ["done"]
@@ -128,7 +135,7 @@ def test_services_do_not_count_and_their_users_wait_for_their_start(machine: Cal
 
 def test_replicas_start_all_and_a_consumer_waits_for_the_first(machine: Callable[..., Machine]) -> None:
     here = machine(limit=1)
-    here.submit("service", SLEEP.format(60), Kind.SERVICE, tasks=3)
+    here.submit("service", FOR_LONG, Kind.SERVICE, tasks=3)
     here.ids["first replica"] = f"{here.ids['service']}_0"
     here.submit("consumer", "pass", after_start=("first replica",))
     here.wait("consumer")
@@ -140,12 +147,13 @@ def test_a_service_beside_a_job_waits_for_what_the_job_waits_for_and_is_cancelle
     machine: Callable[..., Machine],
 ) -> None:
     here = machine(limit=1)
-    here.submit("gate", SLEEP.format(0.5))
-    service = here.request("service", SLEEP.format(60), Kind.SERVICE)
+    here.submit("gate", here.until_told())
+    service = here.request("service", FOR_LONG, Kind.SERVICE)
     here.submit("consumer", "pass", after_end=("gate",), beside=(service,))
     assert here.states("service") == ["PENDING"]
+    here.tell()
     here.wait("gate")
-    here.wait_until_running("service")
+    here.wait_for_body("service")
     here.wait("consumer")
     here.executor.cancel(["service"])
     here.wait("service")
@@ -164,10 +172,11 @@ def test_the_ranks_of_a_job_start_together_and_know_each_other(machine: Callable
 
 def test_gpus_are_dealt_out_and_given_back(machine: Callable[..., Machine]) -> None:
     here = machine(limit=8, gpus=("3", "5"))
-    body = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(0.3)"
+    body = here.until_told("print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True)")
     here.submit("array", body, Kind.ARRAY, tasks=3, gpus_per_node=1)
     here.submit("both", body, gpus_per_node=2)
     assert here.running() == 2
+    here.tell()
     here.wait()
     assert sorted(here.log("array").split())[0] == "3"
     assert here.log("both") == "3,5\n"
@@ -180,11 +189,12 @@ def test_a_job_that_wants_more_gpus_than_there_are_is_refused_with_the_way_out(m
 
 def test_waiting_elements_are_cancelled_and_running_ones_left_alone(machine: Callable[..., Machine]) -> None:
     here = machine(limit=1)
-    here.submit("array", SLEEP.format(0.3), Kind.ARRAY, tasks=3)
+    here.submit("array", here.until_told(), Kind.ARRAY, tasks=3)
     here.submit("after", "pass", after_end=("array",))
     assert here.running() == 1
     here.executor.cancel(["array"], waiting_only=True)
     assert here.states("array") == ["RUNNING"]
+    here.tell()
     here.wait()
     assert here.outcomes("array") == ["done"]
     assert here.outcomes("after") == ["done"]
@@ -192,25 +202,19 @@ def test_waiting_elements_are_cancelled_and_running_ones_left_alone(machine: Cal
 
 def test_a_cancelled_job_is_told_to_leave(machine: Callable[..., Machine]) -> None:
     here = machine()
-    here.submit("job", "print('x'); import time; time.sleep(60)")
-    here.wait_until_running("job")
-    while not here.log("job"):
-        time.sleep(0.02)
+    here.submit("job", FOR_LONG)
+    here.wait_for_body("job")
     here.executor.cancel(["job"])
-    here.wait(seconds=20)
+    here.wait()
     assert here.outcomes("job") == ["left"]
 
 
 def test_shutting_down_asks_first_and_kills_those_that_stay(machine: Callable[..., Machine]) -> None:
     here = machine()
-    here.submit("stubborn", "import signal, time; signal.signal(15, signal.SIG_IGN); print('x'); time.sleep(60)")
-    here.wait_until_running("stubborn")
-    while not here.log("stubborn"):
-        time.sleep(0.02)
-    started = time.monotonic()
+    here.submit("stubborn", "import signal, time; signal.signal(15, signal.SIG_IGN); print('x'); time.sleep(600)")
+    here.wait_for_body("stubborn")
     here.executor.shutdown(patience_s=0.5)
-    assert time.monotonic() - started < 10
-    here.wait(seconds=5)
+    assert here.states("stubborn") == [], "nothing of it is left when this returns"
 
 
 LAUNCHER = """
@@ -218,7 +222,7 @@ import sys, time
 from pathlib import Path
 from tests.cluster.test_local import Machine
 here = Machine(Path(sys.argv[1]), 2)
-here.submit("job", "import os, time; print(os.getpid()); time.sleep(60)")
+here.submit("job", "import os, time; print(os.getpid()); time.sleep(600)")
 while True:
     here.executor.poll()
     time.sleep(0.02)
@@ -228,25 +232,12 @@ while True:
 def test_jobs_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path)], cwd=source_root())
     logs = tmp_path / "run" / "logs" / "round_01" / "job"
-    deadline = time.monotonic() + 30
-    while not (logs.exists() and any(path.read_text().strip() for path in logs.glob("*.out"))):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: any(path.read_text().strip() for path in logs.glob("*.out")), "the job's body", of=launcher)
     body = int(next(logs.glob("*.out")).read_text())
-    assert alive(body)
+    assert is_alive(body)
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
-    deadline = time.monotonic() + 10
-    while alive(body):
-        assert time.monotonic() < deadline, "the job outlived its launcher"
-        time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+    wait_for(lambda: not is_alive(body), "the end of the job, which outlived its launcher")
 
 
 def test_what_a_machine_would_run_can_be_shown(machine: Callable[..., Machine]) -> None:

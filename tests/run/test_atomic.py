@@ -7,7 +7,6 @@ import random
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 
 from hpc_rl.run import atomic
 from tests.full_disk import full_disk
+from tests.waiting import PATIENCE_S, wait_for
 
 WRITER = """
 import sys
@@ -55,26 +55,27 @@ def mode(path: Path) -> int:
 
 def test_a_reader_sees_whole_contents_only_while_writers_are_killed_in_the_middle(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    seen = set()
     chance = random.Random(0)
     for _ in range(8):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
         assert writer.stdout is not None
         writer.stdout.readline()
-        end = time.monotonic() + chance.uniform(0.01, 0.1)
-        while time.monotonic() < end:
+        seen, least = set[int](), chance.randint(2, 8)
+
+        def it_was_replaced_often(seen: set[int] = seen, least: int = least) -> bool:
             if path.exists():
                 data = path.read_bytes()
-                assert len(data) == 100_000
-                assert len(set(data)) == 1
+                assert (len(data), len(set(data))) == (100_000, 1)
                 seen.add(data[0])
+            return len(seen) >= least
+
+        wait_for(it_was_replaced_often, "several contents of the file", of=writer, pause_s=0)
         writer.kill()
         writer.wait()
         writer.stdout.close()
         if path.exists():
             data = path.read_bytes()
             assert (len(data), len(set(data))) == (100_000, 1)
-    assert len(seen) > 1, "the file was replaced while it was read"
     left = {entry.name for entry in tmp_path.iterdir()} - {"file"}
     assert all(name.startswith(".tmp-") for name in left), "what a killed writer leaves behind is hidden"
 
@@ -134,10 +135,10 @@ def test_of_eight_processes_that_create_one_name_exactly_one_wins_and_its_conten
         )
         for me in "abcdefgh"
     }
-    while len(list(tmp_path.glob("ready-*"))) < len(racers):
-        time.sleep(0.005)
+    wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == len(racers), "all racers at the start")
     (tmp_path / "go").touch()
-    won = {me: [int(line) for line in racer.communicate()[0].split()] for me, racer in racers.items()}
+    said = {me: racer.communicate(timeout=PATIENCE_S)[0] for me, racer in racers.items()}
+    won = {me: [int(line) for line in mine.split()] for me, mine in said.items()}
     assert sorted(name for mine in won.values() for name in mine) == list(range(names))
     for me, mine in won.items():
         assert all((tmp_path / f"name-{name}").read_text() == me * 1000 for name in mine)

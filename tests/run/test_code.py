@@ -11,6 +11,7 @@ import pytest
 
 from hpc_rl.run.code import PACKAGES, snapshot, source_root
 from hpc_rl.run.workspace import Workspace
+from tests.waiting import PATIENCE_S
 
 LAUNCH = """
 import sys
@@ -83,6 +84,6 @@ def test_launches_at_one_moment_agree_on_one_folder(ws: Workspace) -> None:
         )
         for _ in range(4)
     ]
-    answers = {launch.communicate()[0].strip() for launch in launches}
+    answers = {launch.communicate(timeout=PATIENCE_S)[0].strip() for launch in launches}
     assert len(answers) == 1
     assert [str(entry) for entry in ws.code_dir.iterdir()] == list(answers)
