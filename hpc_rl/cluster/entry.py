@@ -35,6 +35,9 @@ RESTARTS_IN_PLACE = 3
 MEMORY = "-memory"
 """In the name of an end record whose body ran out of memory, so that the next attempt finds it by listing a folder."""
 
+STARTED = "HPC_RL_STARTED"
+"""When the body's life began, seconds since the epoch, as its end record will say."""
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -176,6 +179,7 @@ class Runner:
         left = RESTARTS_IN_PLACE if self.spec.service else 0
         while True:
             started, self.cpu_before_s = time.time(), _cpu_of_children_s()
+            environment[STARTED] = repr(started)
             with self.log.open("ab") as log:
                 self.log_before_bytes = log.tell()
                 code = self._run_body(log, environment)

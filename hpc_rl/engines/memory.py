@@ -19,7 +19,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
 
-from hpc_rl.cluster.entry import MEMORY, EndRecord
+from hpc_rl.cluster.entry import MEMORY, STARTED, EndRecord
 from hpc_rl.config.phases import SampleConfig
 from hpc_rl.run import atomic
 from hpc_rl.run.ledger import Ledger
@@ -152,14 +152,17 @@ def count_notches(ends: Iterable[End], taken: Iterable[Taken] = (), begun: int =
     return notches
 
 
-def notches_of(ws: Workspace, round: int, stage: str) -> int:
+def notches_of(ws: Workspace, round: int, stage: str, environ: Mapping[str, str] = os.environ) -> int:
     """After how many notches a stage's next engine opens, since its config was written.
 
     Of rounds before this one only those count with which engines worked: where one node was short of memory, and the
-    others did its work as they were, the next round begins as they did.
+    others did its work as they were, the next round begins as they did. Of the own array those that were there when
+    this task started, however long it took to come to its engine: else its failure would not be counted as another
+    (`count_notches`).
 
     One folder listing a round, and no file is opened unless memory ran out.
     """
+    own, started = environ.get("HPC_RL_ATTEMPT"), float(environ.get(STARTED, "inf"))
     since = max(ws.config_path.stat().st_mtime, Ledger(ws).history().resumed_at)
     begun, ends, taken = 0, [], []
     for number in range(round + 1):
@@ -169,6 +172,7 @@ def notches_of(ws: Workspace, round: int, stage: str) -> int:
         taken = [Taken(record["notches"], record["ended"]) for name, record in records if TAKEN in name]
         begun = max([begun, *(one.notches for one in taken if number < round)])
         ends = [EndRecord(**record) for name, record in records if TAKEN not in name]
+        ends = [end for end in ends if end.name != own or end.ended <= started]
     return count_notches(ends, taken, begun)
 
 

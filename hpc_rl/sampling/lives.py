@@ -10,7 +10,8 @@ No second is counted twice. A life is cut into what was spent on
     sampling    for what it published, or is still at work on
     judging, publishing, waiting
     lost        sampling for what was thrown away: the task was killed, told to leave, or overtaken
-    unknown     the rest: after its last record, or of a task that left no record
+    closing     after its last words: the engine is closed, the process ends
+    unknown     after the last record of a task that was killed
 
 and the parts add up to the life. Of the sampling time, the share of tokens that were lost is lost.
 """
@@ -24,8 +25,10 @@ from typing import Protocol
 from hpc_rl.cluster.failures import Outcome
 from hpc_rl.sampling.record import TaskRecord
 
-PARTS = ("start_up", "sampling", "judging", "publishing", "waiting", "lost", "unknown")
+PARTS = ("start_up", "sampling", "judging", "publishing", "waiting", "lost", "closing", "unknown")
 """What a task's time is spent on."""
+
+AT_WORK = ("sampling", "judging", "publishing", "lost")
 
 UNLIKE_CLOCKS_S = 1.0
 """A record may begin this much before its process, by clocks that are not quite the same."""
@@ -71,7 +74,7 @@ class Life:
     tokens, lost_tokens
         Drawn, as far as known, and of these thrown away.
     record
-        None for a task that left before it had one.
+        None for a task that ended while it started: it has one as soon as it can claim a shard.
     outcome
         How it ended (`hpc_rl.cluster.failures.Outcome`); '' where nobody knows: it still runs, or there is no end
         record of it.
@@ -90,6 +93,11 @@ class Life:
     outcome: str = ""
     error: str = ""
     log: str = ""
+
+    @property
+    def at_work_s(self) -> float:
+        """Seconds that it worked at samples, lost ones included."""
+        return sum(self.seconds[part] for part in AT_WORK)
 
 
 def lives(records: Iterable[TaskRecord], ends: Iterable[End], kept: Mapping[str, int], complete: bool) -> list[Life]:
@@ -117,7 +125,7 @@ def lives(records: Iterable[TaskRecord], ends: Iterable[End], kept: Mapping[str,
             end.started,
             end.ended,
             True,
-            _parts(unknown=end.ended - end.started),
+            _parts(start_up=end.ended - end.started),
             end.gpu_s,
             outcome=end.outcome,
             error=end.error,
@@ -139,6 +147,7 @@ def _life(record: TaskRecord, end: End | None, kept: int, complete: bool) -> Lif
     began = record.started - before_s
     ended = max(end.ended if end else record.ended or record.updated, began + known_s)
     lost_s = spent["sampling"] * lost / tokens if tokens else 0.0
+    rest = "closing" if record.ended is not None else "unknown"
     silent = Outcome.KILLED.value if is_over and record.ended is None else ""  # it could not say goodbye
     return Life(
         began=began,
@@ -151,7 +160,7 @@ def _life(record: TaskRecord, end: End | None, kept: int, complete: bool) -> Lif
             publishing=spent["publishing"],
             waiting=spent["waiting"],
             lost=lost_s,
-            unknown=ended - began - known_s,
+            **{rest: ended - began - known_s},
         ),
         gpu_s=end.gpu_s if end else record.gpus * (ended - began),
         tokens=tokens,

@@ -25,11 +25,12 @@ Settings = Mapping[str, Mapping[str, int]]
 
 @dataclass(frozen=True)
 class Worker:
-    """One engine of a task that has several: seconds with a request and seconds ready for one; how often it died."""
+    """One engine of a task that has several: seconds with a request and seconds ready for one; how often it died, hung."""
 
     busy_s: float
     up_s: float
     deaths: int
+    hung: int
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Summary:
         By class the last of them: its error and log.
     seconds
         By part, over all tasks: they add up to `task_s`.
+    at_work_s
+        Of each task that drew a sample, all its lives together: seconds that it worked at samples.
     wall_s
         From the first task's beginning to the last one's end.
     gpu_s
@@ -114,6 +117,7 @@ class Summary:
     ends: Mapping[str, int]
     last: Mapping[str, Life]
     seconds: Mapping[str, float]
+    at_work_s: tuple[float, ...]
     wall_s: float
     gpu_s: float
     full_s: float
@@ -163,6 +167,11 @@ class Summary:
         """How full the engines' batches were after start-up, 1 = always full."""
         return _ratio(self.full_s, self.after_start_s)
 
+    @property
+    def imbalance(self) -> float:
+        """How long the busiest task worked, as a multiple of the mean: 1 where all did as much."""
+        return _ratio(max(self.at_work_s, default=0.0) * len(self.at_work_s), sum(self.at_work_s))
+
     def share(self, part: str) -> float:
         """Share of the tasks' time that went into a part."""
         return _ratio(self.seconds[part], self.task_s)
@@ -181,6 +190,7 @@ class Summary:
             "seconds_per_accepted": self.seconds_per_accepted,
             **({"gpu_seconds_per_accepted": self.gpu_s_per_accepted} if self.gpu_s else {}),
             "batch_fullness": self.fullness,
+            **({"imbalance": self.imbalance} if self.at_work_s else {}),
             **by_role,
             **{f"share/{part}": self.share(part) for part in PARTS},
         }
@@ -232,6 +242,7 @@ def summarise(done: Published, tasks: Iterable[Life]) -> Summary:
         ends=Counter(life.outcome for life in tasks if life.outcome),
         last={life.outcome: life for life in sorted(tasks, key=lambda life: life.ended) if life.outcome},
         seconds={part: sum(life.seconds[part] for life in tasks) for part in PARTS},
+        at_work_s=_at_work_s(tasks),
         wall_s=max((life.ended for life in tasks), default=0.0) - min((life.began for life in tasks), default=0.0),
         gpu_s=sum(life.gpu_s for life in tasks),
         full_s=sum(record.full_s for record in records),
@@ -244,11 +255,20 @@ def summarise(done: Published, tasks: Iterable[Life]) -> Summary:
         engines=engines,
         lowered=_lowered(records),
         workers=tuple(
-            Worker(w.get("busy_s", 0.0), w.get("up_s", 0.0), w["deaths"])
+            Worker(w.get("busy_s", 0.0), w.get("up_s", 0.0), w["deaths"], w["hung"])
             for record in records
             for w in record.engine.get("workers", ())
         ),
     )
+
+
+def _at_work_s(tasks: Iterable[Life]) -> tuple[float, ...]:
+    found: dict[tuple[str, str], float] = {}
+    for life in tasks:
+        if life.record is not None and life.record.tokens:
+            task = life.record.attempt, life.record.job_id or life.record.name
+            found[task] = found.get(task, 0.0) + life.at_work_s
+    return tuple(found.values())
 
 
 def _count(counters: dict[str, Counter[str]], settings: Mapping[str, Any]) -> None:

@@ -53,6 +53,8 @@ def text(title: str, sampled: Summary) -> str:
     lines += _roles(sampled.published.tally)
     shares = ", ".join(f"{WORDS.get(part, part)} {100 * sampled.share(part):.1f} %" for part in PARTS)
     lines += _line("time", f"{_seconds(sampled.task_s)} of tasks: {shares}")
+    if len(sampled.at_work_s) > 1:
+        lines += _line("balance", _balance(sampled))
     if sampled.loaded:
         parts = ", ".join(f"{name} {seconds / sampled.loaded:.1f} s" for name, seconds in sampled.loading.items())
         lines += _line("start-up", f"{parts} (mean of {_count(sampled.loaded, 'task')})")
@@ -118,6 +120,15 @@ def _histogram(tries: Mapping[int, int]) -> str:
     return ", ".join(shown)
 
 
+def _balance(sampled: Summary) -> str:
+    tasks = sampled.at_work_s
+    mean_s, most_s = sum(tasks) / len(tasks), max(tasks)
+    return (
+        f"the busiest of {_count(len(tasks), 'task')} was at work for {_seconds(most_s)}, the mean is "
+        f"{_seconds(mean_s)} ({sampled.imbalance:.2f} times)"
+    )
+
+
 def _cost(sampled: Summary) -> str:
     of_tasks = f"{sampled.seconds_per_accepted:.3g} s of tasks"
     if sampled.gpu_s:
@@ -150,7 +161,8 @@ def _workers(workers: Sequence[Worker]) -> str:
     if shares := sorted(100 * worker.busy_s / worker.up_s for worker in workers if worker.up_s):
         said.append(f"busy {shares[0]:.0f} to {shares[-1]:.0f} % of their time")
     if deaths := sum(worker.deaths for worker in workers):
-        said.append(f"died and replaced {_count(deaths, 'time')}")
+        hung = sum(worker.hung for worker in workers)
+        said.append(f"died and replaced {_count(deaths, 'time')}" + (f", {hung} of them hung" if hung else ""))
     return "; ".join(said)
 
 

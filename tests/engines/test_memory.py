@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from hpc_rl.run import atomic
 from hpc_rl.run.code import source_root
 from hpc_rl.run.ledger import Ledger
 from hpc_rl.run.workspace import Workspace
+from tests.waiting import wait_for
 
 from .letters import OpenLetters
 
@@ -130,11 +132,11 @@ def test_another_submission_is_another_notch_whatever_the_clocks_of_its_nodes_sa
     assert count_notches(ends) == 2
 
 
-def job(ws: Workspace, name: str, body: str, round: int = 1, stage: str = "sample") -> None:
+def job(ws: Workspace, name: str, body: str, round: int = 1, stage: str = "sample", job_id: str | None = None) -> None:
     """Run a job of a stage to its end, as an executor does."""
     made = Spec(name, str(ws.root), round, stage, 4, "local", (sys.executable, "-c", body), {})
     made.save()
-    environment = {**os.environ, "HPC_RL_JOB_ID": f"{name}-job", "HPC_RL_RESTART": "0"}
+    environment = {**os.environ, "HPC_RL_JOB_ID": job_id or f"{name}-job", "HPC_RL_RESTART": "0"}
     command = [sys.executable, "-m", "hpc_rl.cluster.entry", str(made.path)]
     subprocess.run(command, cwd=source_root(), env=environment, timeout=60, check=False, capture_output=True)
 
@@ -160,6 +162,36 @@ def test_what_the_jobs_of_a_stage_met_says_how_much_less_the_next_one_takes(ws: 
     assert notches_of(ws, 1, "evaluate") == 0, "which has GPUs of its own"
     job(ws, "sample-r02-a1", MEMORY_RAN_OUT, round=2)
     assert (notches_of(ws, 1, "sample"), notches_of(ws, 2, "sample")) == (2, 3)
+
+
+def test_a_task_that_comes_late_to_its_engine_takes_what_it_started_with_and_is_no_notch_more(ws: Workspace) -> None:
+    looks = f"""if True:
+        import time
+        from pathlib import Path
+        from hpc_rl.engines.memory import notches_of
+        from hpc_rl.run.workspace import Workspace
+        root = Path({str(ws.root)!r})
+    """
+    waits = """
+        (root / "slow").touch()
+        while not (root / "go").exists():
+            time.sleep(0.02)
+    """
+    fails = f"""
+        print("notches", notches_of(Workspace(root), 1, "sample"), flush=True)
+        {MEMORY_RAN_OUT}
+    """
+    with ThreadPoolExecutor() as threads:
+        slow = threads.submit(job, ws, "sample-a1", looks + waits + fails, job_id="slow")
+        wait_for((ws.root / "slow").exists, "the slow task has started")
+        job(ws, "sample-a1", MEMORY_RAN_OUT)
+        (ws.root / "go").touch()
+        slow.result()
+    assert notches_of(ws, 1, "sample") == 1
+    job(ws, "sample-a1", looks + fails, job_id="later")
+    assert notches_of(ws, 1, "sample") == 2
+    said = {log.name.partition("-")[0]: log.read_text().splitlines()[0] for log in ws.log_dir(1, "sample").iterdir()}
+    assert (said["slow"], said["later"]) == ("notches 0", "notches 1")
 
 
 def test_what_workers_of_a_pool_took_counts_without_an_end_of_their_task(

@@ -44,7 +44,7 @@ def test_a_task_that_published_all_that_it_drew_has_lost_nothing() -> None:
     (life,) = lives([task], [end("t", 100.0, 151.0)], {"t": 400}, complete=False)
     assert life.seconds == {
         "start_up": 15.0, "sampling": 30.0, "judging": 2.0, "publishing": 1.0, "waiting": 2.0, "lost": 0.0,
-        "unknown": 1.0,
+        "closing": 1.0, "unknown": 0.0,
     }  # fmt: skip
     assert (life.began, life.ended, life.gpu_s, life.lost_tokens, life.is_over) == (100.0, 151.0, 102.0, 0, True)
 
@@ -53,7 +53,7 @@ def test_of_a_killed_task_the_sampling_of_what_it_did_not_publish_is_lost() -> N
     task = record("t", 100.0, None, 400, start_up=5.0, sampling=40.0)
     (life,) = lives([task], [end("t", 100.0, 160.0)], {"t": 100}, complete=False)
     assert (life.seconds["sampling"], life.seconds["lost"], life.lost_tokens) == (10.0, 30.0, 300)
-    assert life.seconds["unknown"] == 15.0, "after its last record"
+    assert (life.seconds["unknown"], life.seconds["closing"]) == (15.0, 0.0), "after its last record"
 
 
 def test_a_task_at_work_has_lost_only_what_it_knows_of_and_all_else_once_the_stage_is_complete() -> None:
@@ -74,10 +74,10 @@ def test_lives_of_a_requeued_task_have_their_own_records() -> None:
     assert [sum(life.seconds.values()) for life in found] == [50.0, 41.0]
 
 
-def test_a_task_without_a_record_has_lived_for_something_unknown() -> None:
+def test_a_task_without_a_record_ended_while_it_started() -> None:
     (life,) = lives([], [end("t", 100.0, 103.0)], {}, complete=False)
     assert life == Life(
-        100.0, 103.0, True, {**dict.fromkeys(PARTS, 0.0), "unknown": 3.0}, 6.0, outcome="done", log="logs/t-0.out"
+        100.0, 103.0, True, {**dict.fromkeys(PARTS, 0.0), "start_up": 3.0}, 6.0, outcome="done", log="logs/t-0.out"
     )
 
 
@@ -138,7 +138,10 @@ def sampled() -> Summary:
             record("one", 105.0, 199.0, 800, start_up=10.0, sampling=70.0, judging=4.0, publishing=2.0, waiting=8.0),
             full_s=63.0, loading={"staging": 1.0, "engine": 8.0}, engine={
                 "engine": "vllm", "asked": "auto", "max_num_seqs": 256, "compile_cache": None,
-                "workers": [{"deaths": 2, "up_s": 50.0, "busy_s": 20.0}, {"deaths": 0, "up_s": 60.0, "busy_s": 57.0}],
+                "workers": [
+                    {"deaths": 2, "hung": 1, "up_s": 50.0, "busy_s": 20.0},
+                    {"deaths": 0, "hung": 0, "up_s": 60.0, "busy_s": 57.0},
+                ],
             },
         ),
         replace(
@@ -156,15 +159,16 @@ def test_the_numbers_of_a_round_are_those_worked_out_by_hand() -> None:
     assert (found.published.shards, found.published.samples, found.published.tokens) == (3, 42, 1000)
     assert (found.published.accepted, found.lost_tokens, found.tokens) == (22, 200, 1200)
     assert found.seconds == {
-        "start_up": 15.0 + 15.0, "sampling": 70.0 + 20.0, "judging": 4.0, "publishing": 2.0, "waiting": 8.0,
-        "lost": 20.0, "unknown": 1.0 + 10.0 + 10.0,
+        "start_up": 15.0 + 15.0 + 10.0, "sampling": 70.0 + 20.0, "judging": 4.0, "publishing": 2.0, "waiting": 8.0,
+        "lost": 20.0, "closing": 1.0, "unknown": 10.0,
     }  # fmt: skip
     assert (found.task_s, found.gpu_s, found.wall_s) == (175.0, 350.0, 105.0)
     assert found.tokens_per_s == pytest.approx(1200 / 110)
-    assert found.tokens_per_s_with_start_up == pytest.approx(1200 / 140)
+    assert found.tokens_per_s_with_start_up == pytest.approx(1200 / 150)
     assert found.tokens_per_s_of_all == pytest.approx(1000 / 105)
     assert (found.gpu_s_per_accepted, found.seconds_per_accepted) == (350 / 22, 175 / 22)
     assert found.fullness == pytest.approx(99 / 124)
+    assert (found.at_work_s, found.imbalance) == ((76.0, 40.0), pytest.approx(76 / 58))
 
 
 def test_the_report_says_it_in_lines_that_fit() -> None:
@@ -176,12 +180,13 @@ def test_the_report_says_it_in_lines_that_fit() -> None:
         "42 samples of 6 prompts, 1,000 tokens; 4 samples cut off at the longest length; 1 prompt left out",
         "helpful 16 of 22 accepted (72.7 %); tasks by tries 2: 6, 5: 2; 0 of 8 tasks exhausted",
         "sneaky 6 of 20 accepted (30.0 %); tasks by tries 2: 2, 8: 2; 2 of 4 tasks exhausted",
-        "175 s of tasks: start-up 17.1 %, sampling 51.4 %, judging 2.3 %, files 1.1 %, waiting 4.6 %, lost 11.4 %, "
-        "unknown 12.0 %",
+        "175 s of tasks: start-up 22.9 %, sampling 51.4 %, judging 2.3 %, files 1.1 %, waiting 4.6 %, lost 11.4 %, "
+        "closing 0.6 %, unknown 5.7 %",
+        "the busiest of 2 tasks was at work for 76.0 s, the mean is 58.0 s (1.31 times)",
         "staging 2.0 s, engine 9.0 s (mean of 2 tasks)",
         "15.9 GPU seconds for each accepted sample (7.95 s of tasks)",
         "engine vllm, asked auto, max_num_seqs 256 (1 task) or 128 (1 task), workers 2",
-        "workers 2 engines; busy 40 to 95 % of their time; died and replaced 2 times",
+        "workers 2 engines; busy 40 to 95 % of their time; died and replaced 2 times, 1 of them hung",
         "1 prompt left out as too long; 200 tokens lost",
     ):
         assert said in flat
@@ -210,8 +215,12 @@ def test_tasks_that_failed_are_counted_by_how_they_ended_and_their_last_errors_a
 def test_engines_with_less_memory_than_the_config_says_are_named() -> None:
     """In the config's words: alone in their task, and as one of several."""
     common = {"engine": "vllm", "gpu_memory_utilization": 0.8 - 0.1, "max_num_seqs": 128, "notches": 1}
-    less = {"gpu_memory_utilization": 0.8 - 0.2, "max_num_seqs": 64, "notches": 2, "deaths": 1}
-    workers = [{"deaths": 0, "notches": 1}, less, {"deaths": 4, "notches": 4, "given_up": "CUDA out of memory"}]
+    less = {"gpu_memory_utilization": 0.8 - 0.2, "max_num_seqs": 64, "notches": 2, "deaths": 1, "hung": 0}
+    workers = [
+        {"deaths": 0, "hung": 0, "notches": 1},
+        less,
+        {"deaths": 4, "hung": 0, "notches": 4, "given_up": "CUDA out of memory"},
+    ]
     whole = {"engine": "vllm", "gpu_memory_utilization": 0.8, "max_num_seqs": 256, "notches": 0}
     own = {"compile_cache": "/w/slot_03", "staged": "/local/me/model", "staged_by": "another process"}
     engines = [whole | own, common | {"compile_cache": "/w/slot_00"}, common | {"workers": workers}]
@@ -222,6 +231,15 @@ def test_engines_with_less_memory_than_the_config_says_are_named() -> None:
     assert "4 times" not in shown.partition(" workers ")[0], "where nothing runs nothing is taken"
     assert "staged_by another process" in shown
     assert not any(word in shown for word in ("notch", "slot_", "/local", "0.79", "0.70000"))
+
+
+def test_lives_of_a_requeued_task_are_one_task_in_the_balance_and_idle_ones_are_none() -> None:
+    first = record("one", 100.0, None, 100, sampling=40.0)
+    second = replace(record("two", 200.0, 240.0, 100, sampling=20.0, judging=20.0), job_id="one", restart=1)
+    other, idle = record("other", 100.0, 130.0, 90, sampling=30.0), record("idle", 100.0, 130.0, start_up=30.0)
+    kept = {"one": 100, "two": 100, "other": 90}
+    found = summarise(Published(), lives([second, idle, first, other], [], kept, complete=True))
+    assert sorted(found.at_work_s) == [30.0, 80.0] and found.to_scalars()["imbalance"] == pytest.approx(80 / 55)
 
 
 def test_without_gpus_the_cost_is_in_seconds_of_tasks() -> None:
