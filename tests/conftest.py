@@ -1,8 +1,11 @@
-"""Settings of the whole test session: one thread per process, none that spins, nothing from a hub."""
+"""Settings of the whole test session: one thread per process, none that spins, nothing from a hub, one cache of vLLM's."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -11,6 +14,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# vLLM imports itself once more in a process of its own, 8 s, to learn what a model class can do, and notes that here by
+# the hash of its source (vllm/model_executor/models/registry.py). What is compiled stays apart: that is not shared.
+if "VLLM_CACHE_ROOT" not in os.environ:
+    os.environ["VLLM_CACHE_ROOT"] = tempfile.mkdtemp(prefix="hpc_rl-tests-vllm-")  # xdist's workers inherit it
+    atexit.register(shutil.rmtree, os.environ["VLLM_CACHE_ROOT"], ignore_errors=True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups

@@ -94,14 +94,15 @@ def test_two_tasks_cannot_share_a_name(tmp_path: Path) -> None:
 
 
 BODY = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from hpc_rl.sampling.record import Recorder
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it
 with Recorder(Path(sys.argv[1]), "killed", every_s=0.05) as task:
     task.enter("sampling")
     task.drew(tokens=7, prompt_tokens=1)
     print("drawn", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -112,7 +113,7 @@ def test_a_killed_task_leaves_its_last_record_and_one_that_left_an_ended_one(tmp
         [sys.executable, "-c", BODY, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     ) as body:
         assert body.stdout is not None and body.stdout.readline() == b"drawn\n"
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while only(tmp_path).tokens == 0 and time.monotonic() < deadline:
             time.sleep(0.02)
         body.send_signal(number)
