@@ -100,7 +100,8 @@ class Summary:
     tokens, prompt_tokens, lost_tokens
         Drawn by all tasks, published or not.
     loading
-        Seconds by part of opening the engine: sums over the tasks that did.
+        Seconds by part of start-up, of the tasks that opened an engine: those that the engine counts, and what is
+        `other`: starting the process, libraries, reading and checking prompts.
     loaded
         How many tasks these are.
     engines
@@ -225,10 +226,9 @@ def summarise(done: Published, tasks: Iterable[Life]) -> Summary:
     """Put both together."""
     tasks = list(tasks)
     records = [life.record for life in tasks if life.record is not None]
-    loading: Counter[str] = Counter()
+    loading = _loading(tasks)
     engines: dict[str, dict[str, Counter[str]]] = {}
     for record in records:
-        loading.update(record.loading)
         settings = dict(record.engine)
         if workers := settings.pop("workers", None):
             settings["workers"] = len(workers)
@@ -250,7 +250,7 @@ def summarise(done: Published, tasks: Iterable[Life]) -> Summary:
         tokens=sum(life.tokens for life in tasks),
         prompt_tokens=sum(record.prompt_tokens for record in records),
         lost_tokens=sum(life.lost_tokens for life in tasks),
-        loading=dict(loading),
+        loading=loading,
         loaded=sum(bool(record.loading) for record in records),
         engines=engines,
         lowered=_lowered(records),
@@ -260,6 +260,15 @@ def summarise(done: Published, tasks: Iterable[Life]) -> Summary:
             for w in record.engine.get("workers", ())
         ),
     )
+
+
+def _loading(tasks: Iterable[Life]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for life in tasks:
+        if life.record is not None and (own := life.record.loading):
+            for part, seconds in {**own, "other": max(0.0, life.seconds["start_up"] - sum(own.values()))}.items():
+                found[part] = found.get(part, 0.0) + seconds
+    return found
 
 
 def _at_work_s(tasks: Iterable[Life]) -> tuple[float, ...]:

@@ -183,7 +183,7 @@ def test_the_report_says_it_in_lines_that_fit() -> None:
         "175 s of tasks: start-up 22.9 %, sampling 51.4 %, judging 2.3 %, files 1.1 %, waiting 4.6 %, lost 11.4 %, "
         "closing 0.6 %, unknown 5.7 %",
         "the busiest of 2 tasks was at work for 76.0 s, the mean is 58.0 s (1.31 times)",
-        "staging 2.0 s, engine 9.0 s (mean of 2 tasks)",
+        "staging 2.0 s, engine 9.0 s, other 4.0 s (mean of 2 tasks)",
         "15.9 GPU seconds for each accepted sample (7.95 s of tasks)",
         "engine vllm, asked auto, max_num_seqs 256 (1 task) or 128 (1 task), workers 2",
         "workers 2 engines; busy 40 to 95 % of their time; died and replaced 2 times, 1 of them hung",
