@@ -26,6 +26,7 @@ CIRCUMSTANCES: tuple[str, ...] = (
     "sample.data_parallel_size",
     "sample.gpu_ids",
     "sample.tensor_parallel_size",
+    "sample.worker_patience_s",
     "sample.max_num_seqs",
     "sample.gpu_memory_utilization",
     "sample.min_gpu_memory_utilization",

@@ -66,6 +66,9 @@ class SampleConfig(Section):
     tensor_parallel_size: PositiveInt | None = None
     """GPUs of one engine, evaluation's too. null = the sampling task's GPUs / data_parallel_size; of evaluation, and of
     a speaker that is served, all GPUs."""
+    worker_patience_s: Annotated[float, Field(ge=30, allow_inf_nan=False)] = 600.0
+    """With several engines: one that has requests and does not move for so long hangs; it is killed and replaced. More
+    than the longest step may take: a token, a long prompt, with vLLM a kernel that is compiled on its first use."""
     max_num_seqs: PositiveInt | None = None
     """Completions that one engine samples at once. null = vLLM's own choice (1024 on GPUs of 70 GiB and more, else
     256), or 32 with transformers. Halved after running out of memory, down to 16; from 256 where vLLM chose."""

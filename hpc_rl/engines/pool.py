@@ -1,32 +1,29 @@
 """Several engines that work as one: worker processes of a node, each with GPUs of its own, fed from one queue.
 
-Workers live as long as the pool. One that dies is replaced, and its requests go to the others meanwhile. Nothing of
-them outlives the pool (`hpc_rl.engines.pool_guard`).
+Workers live as long as the pool. One that dies or hangs is replaced, and its requests go to the others meanwhile.
+Nothing of them outlives the pool (`hpc_rl.engines.pool_guard`).
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 
 from hpc_rl.config.gpu_shares import share_gpus
-from hpc_rl.engines.base import Completion, Engine, EngineFailed, Request, Sampling
+from hpc_rl.engines.base import Completion, Engine, EngineFailed, Prompt, Request, Sampling
 from hpc_rl.engines.gpus import task_gpus
-from hpc_rl.engines.pool_channel import wait
-from hpc_rl.engines.pool_process import Ended, WorkerProcess, free_ports, wait_for_end
+from hpc_rl.engines.pool_places import Finished, Lost, Places, Refused
 from hpc_rl.engines.pool_queue import RequestQueue
-from hpc_rl.engines.pool_slot import Slot, WorkerReport
+from hpc_rl.engines.pool_slot import WorkerReport
 
 STEP_S = 0.5
 """Longest wait of a step, so that whoever calls it sees to other things too."""
 PAUSES_S = (1.0, 10.0, 60.0)
+PATIENCE_S = 600.0
 CLOSE_S = 5.0
 """For an engine to end by itself; then it is killed."""
-KILLED_S = 15.0
-"""For a guard to see the end of a killed worker, longer than it takes (`hpc_rl.engines.pool_guard`)."""
 
 
 class RequestRefused(ValueError):
@@ -68,6 +65,8 @@ class EnginePool:
     pauses_s
         Before the next start at a place after one death, two, … in a row; after one more it stays empty. A death after
         as many samples as the engine draws at once is the first in a row again; one on trial (`pool_queue`) is none.
+    patience_s
+        A worker that has requests and does not move for so long hangs: it is killed, and counts as dead.
 
     Raises
     ------
@@ -88,42 +87,34 @@ class EnginePool:
         notches: int = 0,
         most_notches: int = 4,
         pauses_s: Sequence[float] = PAUSES_S,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         if gpus is None:
             gpus = share_gpus(task_gpus(), count)
         assert len(gpus) == count >= 1
-        self._opener = _pickled(open_worker)
+        self._places = Places(_pickled(open_worker), gpus, notches, most_notches, pauses_s, patience_s)
         self._queue = RequestQueue(count)
-        self._slots = [
-            Slot(number, count, tuple(own), notches, most_notches, pauses_s) for number, own in enumerate(gpus)
-        ]
-        self._threads = max(1, len(os.sched_getaffinity(0)) // count)
-        port = os.environ.get("VLLM_PORT", "")
-        self._port = int(port) if port.isdigit() else None
         self._made: list[tuple[str, Completion]] = []
         self._errors: list[RequestRefused | PoisonedRequest] = []
-        self._first: Slot | None = None
         self._closed = False
-        self._loading: dict[str, float] = {}
         started = time.monotonic()
         try:
-            for slot in self._slots:
-                self._start(slot)
-            while self._first is None:
+            while self._places.first is None:
                 self._turn(STEP_S)
                 self._check_alive()
         except BaseException:
             self.close()
             raise
-        self._loading = {**self._first.loading}
+        self._loading = {**self._places.first.loading}
         rest_s = time.monotonic() - started - sum(self._loading.values())
         self._loading["worker"] = max(0.0, rest_s)  # the process, and what it imports
 
     @property
     def capacity(self) -> int:
         """What all workers together sample at once; one that is not ready yet counts as much as another."""
-        assert self._first is not None
-        return sum(slot.capacity or self._first.capacity for slot in self._slots if not slot.given_up)
+        assert self._places.first is not None
+        usual = self._places.first.capacity
+        return sum(slot.capacity or usual for slot in self._places.slots if not slot.given_up)
 
     @property
     def unfinished(self) -> int:
@@ -133,8 +124,8 @@ class EnginePool:
     @property
     def description(self) -> Mapping[str, object]:
         """What is really used: that of the first worker that was ready, and what is different with others."""
-        common = {} if self._first is None else self._first.description
-        return {**common, "workers": [slot.difference(common) for slot in self._slots]}
+        common = {} if self._places.first is None else self._places.first.description
+        return {**common, "workers": [slot.difference(common) for slot in self._places.slots]}
 
     @property
     def loading(self) -> Mapping[str, float]:
@@ -144,13 +135,17 @@ class EnginePool:
     @property
     def workers(self) -> tuple[WorkerReport, ...]:
         """What each worker has done so far, for the record."""
-        return tuple(slot.report() for slot in self._slots)
+        return tuple(slot.report() for slot in self._places.slots)
 
     def wait_until_all_are_ready(self) -> None:
         """Wait until each worker is ready or given up. Nobody has to: requests can be submitted before."""
-        while not all(slot.is_ready or slot.given_up for slot in self._slots):
+        while not all(slot.is_ready or slot.given_up for slot in self._places.slots):
             self._turn(STEP_S)
             self._check_alive()
+
+    def expect(self, prompts: Sequence[Prompt]) -> int:
+        """See `Engine.expect`: all, since it is the workers that read them."""
+        return len(prompts)
 
     def submit(self, key: str, request: Request, sampling: Sampling) -> None:
         """Take one more request; see `Engine.submit`. What its engine refuses, `step` raises (`RequestRefused`)."""
@@ -185,7 +180,7 @@ class EnginePool:
         self._made = [(key, made) for key, made in self._made if key not in dropped]
         self._errors = [error for error in self._errors if error.key not in dropped]
         for worker, ids in self._queue.abort(dropped).items():
-            process = self._slots[worker].process
+            process = self._places.slots[worker].process
             assert process is not None
             process.channel.send("abort", ids)
 
@@ -193,19 +188,8 @@ class EnginePool:
         """End all workers: at their next step, and those that are not there after `patience_s` by force."""
         self._closed = True
         self._made, self._errors = [], []
-        alive = []
-        for slot in self._slots:
-            if slot.process is not None:
-                alive.append(slot.process)
-                slot.process.channel.send("close") if slot.is_ready else slot.process.kill()
-                slot.stopped()
-            slot.process, slot.given_up = None, True
-        self._queue = RequestQueue(len(self._slots))
-        alive = wait_for_end(alive, patience_s)
-        for process in alive:
-            process.kill()
-        for process in wait_for_end(alive, KILLED_S):
-            process.kill_with_guard()
+        self._queue = RequestQueue(len(self._places.slots))
+        self._places.close(patience_s)
 
     def __enter__(self) -> EnginePool:
         return self
@@ -213,85 +197,43 @@ class EnginePool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _start(self, slot: Slot) -> None:
-        taken = [other.process.first_port for other in self._slots if other.process is not None]
-        process = WorkerProcess(
-            slot.number,
-            self._opener,
-            slot.notches,
-            gpus=slot.gpus,
-            first_port=free_ports(taken, self._port, slot.number),
-            threads=self._threads,
-        )
-        slot.started(process)
-
     def _turn(self, timeout_s: float) -> None:
-        """Start what is due, hand out what waits, hear what workers have to say; wait for that until the time is up."""
-        now = time.monotonic()
-        for slot in self._slots:
-            if slot.process is None and not slot.given_up:
-                if slot.start_at <= now:
-                    self._start(slot)
-                else:
-                    timeout_s = min(timeout_s, slot.start_at - now)
+        """Hand out what waits, and hear what workers have to say; waits for that until the time is up."""
         self._feed()
-        running = [(slot, slot.process) for slot in self._slots if slot.process is not None]
-        sources = {source: slot for slot, process in running for source in process.sources()}
-        unsent = [process.channel.fileno() for _, process in running if process.channel.unsent_bytes]
-        ready = wait(sources, unsent, timeout_s)
-        for slot in dict.fromkeys(sources[source] for source in ready):
-            self._hear(slot)
+        for event in self._places.turn(timeout_s, self._queue.owing()):
+            slot = event.slot
+            if isinstance(event, Finished):
+                for number, completion in event.made:
+                    if (item := self._queue.finished(slot.number, number)) is not None:
+                        self._made.append((item.key, completion))
+            elif isinstance(event, Refused):
+                if (item := self._queue.finished(slot.number, event.number)) is not None:
+                    self._errors.append(RequestRefused(item.key, event.why))
+            else:
+                self._lost(event)
         self._feed()
 
     def _feed(self) -> None:
         """Send each ready worker a little more than it can do at once; the rest waits here."""
         gone = self._queue.gone_prompts()
-        ready = [slot for slot in self._slots if slot.is_ready]
+        ready = [slot for slot in self._places.slots if slot.is_ready]
         for slot in ready:
             assert slot.process is not None
             slot.process.forget(gone)
             slot.process.channel.flush()
         rooms = {slot.number: (slot.capacity, slot.capacity + slot.ahead) for slot in ready}
         for worker, items in self._queue.take(rooms):
-            process = self._slots[worker].process
+            process = self._places.slots[worker].process
             assert process is not None
             process.submit(items)
 
-    def _hear(self, slot: Slot) -> None:
-        process = slot.process
-        assert process is not None
-        for kind, *content in process.channel.receive():
-            if kind == "ready":
-                slot.ready(*content)
-                self._first = self._first or slot
-            elif kind == "finished":
-                self._finished(slot, *content)
-            elif kind == "refused":
-                number, why = content
-                if (item := self._queue.finished(slot.number, number)) is not None:
-                    self._errors.append(RequestRefused(item.key, why))
-            else:
-                assert kind == "failed"
-                slot.failed(*content)
-        if process.channel.ended:
-            slot.stopped()
-        if (ended := process.ended()) is not None:
-            slot.stopped()
-            self._died(slot, ended)
-
-    def _finished(self, slot: Slot, made: list[tuple[int, Completion]], busy_s: float) -> None:
-        slot.busy(busy_s)
-        for number, completion in made:
-            slot.sampled(completion)
-            if (item := self._queue.finished(slot.number, number)) is not None:
-                self._made.append((item.key, completion))
-
-    def _died(self, slot: Slot, ended: Ended) -> None:
+    def _lost(self, event: Lost) -> None:
         """Nothing is left of a worker: others get its requests, and its place another worker."""
+        slot = event.slot
         lowered = slot.died(
-            ended,
+            event.ended,
             self._queue.in_flight(slot.number),
-            never_worked=self._first is None,
+            never_worked=self._places.first is None,
             on_trial=self._queue.is_trial(slot.number),
         )
         poison = self._queue.died(slot.number, suspicious=not lowered)
@@ -299,11 +241,11 @@ class EnginePool:
             self._errors.append(PoisonedRequest(poison.key, poison.deaths + 1, slot.last_error))
 
     def _check_alive(self) -> None:
-        if not all(slot.given_up for slot in self._slots):
+        if not all(slot.given_up for slot in self._places.slots):
             return
-        if all(slot.users_fault for slot in self._slots):
-            raise ValueError(self._slots[0].last_error)
-        raise PoolFailed("all workers are lost: " + "; ".join(f"{s.name}: {s.last_error}" for s in self._slots))
+        if all(slot.users_fault for slot in self._places.slots):
+            raise ValueError(self._places.slots[0].last_error)
+        raise PoolFailed("all workers are lost: " + "; ".join(f"{s.name}: {s.last_error}" for s in self._places.slots))
 
 
 def _pickled(open_worker: Callable[[int], Engine]) -> bytes:

@@ -83,19 +83,22 @@ def end(worker: subprocess.Popen[bytes], output: Output, since: float) -> int:
         When it was started, in seconds since the epoch.
     """
     shared = _shared_memory(_descendants(), since)
+    started = time.monotonic()
     if worker.poll() is None:
         worker.kill()
-    code = worker.wait()
-    started = time.monotonic()
+    try:
+        code = worker.wait(KILLED_S)
+    except subprocess.TimeoutExpired:
+        code = -signal.SIGKILL  # it will be, if it ever comes back
     while _reap():
         waited_s = time.monotonic() - started
-        if waited_s > KILLED_S:
-            break
         if waited_s > LEFTOVERS_S:
             for pid in _descendants():
                 if waited_s > 2 * LEFTOVERS_S or not _is_tracker(pid):
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
+        if waited_s > KILLED_S:
+            break
         output.pump()
         time.sleep(0.02)
     while output.pump():

@@ -55,4 +55,5 @@ def open_pool(spec: EngineSpec) -> EnginePool:
         gpus=gpus,
         notches=spec.notches,
         most_notches=most_notches(sample, spec.kind, has_gpus=bool(gpus[0])),
+        patience_s=sample.worker_patience_s,
     )

@@ -62,10 +62,20 @@ class WorkerProcess:
         Of the `PORTS` that are its own.
     threads
         Threads that torch may use in it, unless the task says otherwise (OMP_NUM_THREADS).
+    patience_s
+        How long it may be silent while it has requests.
     """
 
     def __init__(
-        self, number: int, opener: bytes, notches: int, *, gpus: Sequence[str], first_port: int, threads: int
+        self,
+        number: int,
+        opener: bytes,
+        notches: int,
+        *,
+        gpus: Sequence[str],
+        first_port: int,
+        threads: int,
+        patience_s: float,
     ) -> None:
         self.first_port = first_port
         self.started = time.monotonic()
@@ -87,7 +97,7 @@ class WorkerProcess:
         self._reported = b""
         self.channel = Channel(ours)
         self._prompts: set[int] = set()
-        self.channel.send("open", sys.path, opener, notches)
+        self.channel.send("open", sys.path, opener, notches, patience_s)
 
     @property
     def pid(self) -> int:
@@ -143,11 +153,11 @@ class WorkerProcess:
             return Ended(code, "")
         return Ended(**report)
 
-    def kill_with_guard(self) -> None:
+    def kill_with_guard(self) -> Ended:
         """For a guard that does not end: kill its session and bury it."""
         with suppress(ProcessLookupError):
             os.killpg(self._guard.pid, signal.SIGKILL)
-        self._bury()
+        return self._bury()
 
 
 def wait_for_end(processes: Iterable[WorkerProcess], timeout_s: float) -> list[WorkerProcess]:
@@ -182,6 +192,14 @@ def worker_environment(
     if len(str(folder)) > LONGEST_FOLDER:
         made["VLLM_RPC_BASE_PATH"] = "/tmp"
     return made
+
+
+def state_of(pid: int) -> str:
+    """What the kernel says of a process, `T (stopped)` for one; see proc_pid_status(5)."""
+    with suppress(OSError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("State:"))
+    return "gone"
 
 
 def _temporary_folder(number: int) -> Path:

@@ -63,6 +63,10 @@ class RequestQueue:
         """Requests that this worker has."""
         return len(self._flight[worker])
 
+    def owing(self) -> set[int]:
+        """Workers that have requests."""
+        return {worker for worker, flight in enumerate(self._flight) if flight}
+
     def is_trial(self, worker: int) -> bool:
         """Whether what this worker has is suspected to kill it."""
         return self._trying[worker] and bool(self._flight[worker])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from hpc_rl.cluster.failures import is_out_of_memory
 from hpc_rl.engines.base import Completion
-from hpc_rl.engines.pool_process import Ended, WorkerProcess
+from hpc_rl.engines.pool_process import Ended, WorkerProcess, state_of
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ class WorkerReport:
         Seconds with a ready engine, and those with requests in it.
     completions, tokens, prompt_tokens
         What it has sampled.
-    deaths, returned
-        Processes that died, and requests that went back into the queue.
+    deaths, hung, returned
+        Processes that died; those of them that were killed because they hung; requests that went back into the queue.
     notches
         How often less memory was taken, earlier attempts of the task included.
     given_up
@@ -48,6 +48,7 @@ class WorkerReport:
     tokens: int
     prompt_tokens: int
     deaths: int
+    hung: int
     returned: int
     notches: int
     given_up: bool
@@ -56,7 +57,10 @@ class WorkerReport:
 
 @dataclass(eq=False)
 class Slot:
-    """One place; `number` counts from 0, names from 1. `pauses_s`, `most_notches`: see `EnginePool`."""
+    """One place; `number` counts from 0, names from 1. `pauses_s`, `most_notches`: see `EnginePool`.
+
+    `hung_at`: when (time.monotonic) its process was found to hang; None = it was not.
+    """
 
     number: int
     of: int
@@ -79,7 +83,11 @@ class Slot:
     tokens: int = 0
     prompt_tokens: int = 0
     deaths: int = 0
+    hung: int = 0
+    hung_at: float | None = None
     returned: int = 0
+    _pid: int = 0
+    _silent_s: float = 0.0
     _in_a_row: int = 0
     _life_completions: int = 0
     _ready_at: float = 0.0
@@ -97,28 +105,50 @@ class Slot:
 
     def started(self, process: WorkerProcess) -> None:
         """A new process is on its way."""
-        self.process = process
+        self.process, self.hung_at, self._silent_s = process, None, 0.0
         self._life_completions, self._life_busy_s, self._said, self._said_value_error = 0, 0.0, "", False
 
-    def ready(self, capacity: int, ahead: int, description: Mapping[str, object], loading: Mapping[str, float]) -> None:
+    def ready(
+        self, pid: int, capacity: int, ahead: int, description: Mapping[str, object], loading: Mapping[str, float]
+    ) -> None:
         """Its engine is open."""
         assert self.process is not None
+        self._pid = pid
         self.is_ready, self.capacity, self.ahead = True, capacity, ahead
         self.description, self.loading = description, loading
         self._ready_at = time.monotonic()
         self.ready_s = self._ready_at - self.process.started
         log.info("%s is ready after %.0f s, %d samples at once", self.name, self.ready_s, capacity)
 
-    def sampled(self, completion: Completion) -> None:
-        """It has done a request."""
-        self._life_completions += 1
-        self.completions += 1
-        self.tokens += len(completion.token_ids)
-        self.prompt_tokens += len(completion.prompt_token_ids)
+    def sampled(self, made: Sequence[Completion], busy_s: float) -> None:
+        """It has done these requests, and has worked for so long since it is ready."""
+        if self.is_ready:  # else its time is counted already: it was found to hang, and finished nevertheless
+            self._life_busy_s = busy_s
+        self._life_completions += len(made)
+        self.completions += len(made)
+        self.tokens += sum(len(completion.token_ids) for completion in made)
+        self.prompt_tokens += sum(len(completion.prompt_token_ids) for completion in made)
 
-    def busy(self, seconds: float) -> None:
-        """How long the process has worked since it is ready."""
-        self._life_busy_s = seconds
+    def heard(self) -> None:
+        """It has said something, or need not say anything."""
+        self._silent_s = 0.0
+
+    def silent(self, passed_s: float) -> float:
+        """It has said nothing for so much longer; for how long now, in seconds."""
+        self._silent_s += passed_s
+        return self._silent_s
+
+    def hangs(self) -> None:
+        """It has been silent for too long, and is about to be killed."""
+        self.hung += 1
+        self.hung_at = time.monotonic()
+        self._said = f"has not moved for {self._silent_s:.0f} s, its process is {state_of(self._pid)}"
+        log.error(
+            "%s %s: it is killed. If a step of the engine may take that long, raise worker_patience_s",
+            self.name,
+            self._said,
+        )
+        self.stopped()
 
     def failed(self, said: str, is_value_error: bool) -> None:
         """The process is about to end with this exception."""
@@ -177,7 +207,13 @@ class Slot:
     def difference(self, common: Mapping[str, object]) -> dict[str, object]:
         """What is its own, and in what its engine differs from `common`."""
         own = {name: value for name, value in self.description.items() if common.get(name) != value}
-        made: dict[str, object] = {"gpus": list(self.gpus), "notches": self.notches, "deaths": self.deaths, **own}
+        made: dict[str, object] = {
+            "gpus": list(self.gpus),
+            "notches": self.notches,
+            "deaths": self.deaths,
+            "hung": self.hung,
+            **own,
+        }
         report = self.report()
         if report.completions:
             made |= {"up_s": report.up_s, "busy_s": report.busy_s, "tokens": report.tokens}
@@ -191,5 +227,6 @@ class Slot:
         busy_s = self._busy_s + self._life_busy_s
         return WorkerReport(
             self.number + 1, self.gpus, round(self.ready_s, 2), round(up_s, 2), round(busy_s, 2), self.completions,
-            self.tokens, self.prompt_tokens, self.deaths, self.returned, self.notches, self.given_up, self.last_error,
+            self.tokens, self.prompt_tokens, self.deaths, self.hung, self.returned, self.notches, self.given_up,
+            self.last_error,
         )  # fmt: skip

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import pickle
@@ -21,30 +22,44 @@ from hpc_rl.engines.base import Engine, Prompt, Request
 from hpc_rl.engines.pool_channel import Channel
 
 LAST_WORDS_S = 5.0
+BEAT_S = 1.0
+"""A worker that has requests says so often that its loop gets on: ten times as often as it must, and no oftener."""
 
 
 class Worker:
     """Does what the pool says until the pool closes.
 
     Messages that it gets: `prompt` (its number, the Prompt), `submit` (requests of one prompt), `forget` (prompts that
-    will not be asked any more), `abort`, `close`. Messages that it sends: `ready`, `finished`, `refused`, `failed`.
+    will not be asked any more), `abort`, `close`. Messages that it sends: `ready`, `finished`, `refused`, `failed`, and
+    `alive` when its loop gets on.
+
+    Parameters
+    ----------
+    channel, engine
+        To the pool; what samples.
+    patience_s
+        How long the pool waits for a word while there are requests. Shortly before, it prints where its threads are.
     """
 
-    def __init__(self, channel: Channel, engine: Engine) -> None:
-        self._channel, self._engine = channel, engine
+    def __init__(self, channel: Channel, engine: Engine, patience_s: float) -> None:
+        self._channel, self._engine, self._patience_s = channel, engine, patience_s
         self._prompts: dict[int, Prompt] = {}
         self._busy_s = 0.0
+        self._beat_at = 0.0
 
     def run(self) -> None:
         """Work until the pool closes, or is gone."""
         engine = self._engine
         while True:
             if not engine.unfinished:
+                faulthandler.cancel_dump_traceback_later()
                 self._channel.wait()
+                self._beat_at = 0.0
             for kind, *content in self._channel.receive():
                 if kind == "close":
                     return
                 getattr(self, f"_on_{kind}")(*content)
+                self._gets_on()
             if self._channel.ended:
                 return
             if engine.unfinished:
@@ -53,7 +68,16 @@ class Worker:
                 self._busy_s += time.monotonic() - started
                 if finished:
                     self._channel.send("finished", [(int(key), made) for key, made in finished], self._busy_s)
+                self._gets_on()
             self._channel.flush()
+
+    def _gets_on(self) -> None:
+        """Say so, now and then. Only ever called by the loop's own thread: a step that hangs is silent."""
+        now = time.monotonic()
+        if now >= self._beat_at:
+            self._beat_at = now + min(BEAT_S, self._patience_s / 10)
+            self._channel.send("alive")
+            faulthandler.dump_traceback_later(0.9 * self._patience_s)
 
     def _on_prompt(self, number: int, prompt: Prompt) -> None:
         self._prompts[number] = prompt
@@ -65,6 +89,7 @@ class Worker:
                 self._engine.submit(str(number), Request(prompt, seed), sampling)
             except ValueError as error:
                 self._channel.send("refused", number, str(error))
+            self._gets_on()
 
     def _on_forget(self, numbers: list[int]) -> None:
         for number in numbers:
@@ -82,7 +107,7 @@ def open_and_work(channel: Channel) -> None:
         messages = channel.receive()
         if channel.ended:
             return
-    (_, path, opener, lowered), *later = messages
+    (_, path, opener, lowered, patience_s), *later = messages
     assert not later  # the pool sends no work before it has heard from us
     sys.path[:] = path
     open_engine: Callable[[int], Any] = pickle.loads(opener)
@@ -92,8 +117,8 @@ def open_and_work(channel: Channel) -> None:
         loading = dict(getattr(engine, "loading", {}))
         # transformers draws a batch from its beginning to its end: the next one must be here by then
         ahead = engine.capacity if getattr(engine, "kind", "") == "transformers" else max(2, engine.capacity // 4)
-        channel.send("ready", engine.capacity, ahead, description, loading)
-        Worker(channel, engine).run()
+        channel.send("ready", os.getpid(), engine.capacity, ahead, description, loading)
+        Worker(channel, engine, patience_s).run()
     finally:
         engine.close()
 

@@ -25,7 +25,7 @@ Settings = Mapping[str, Mapping[str, int]]
 
 @dataclass(frozen=True)
 class Worker:
-    """One engine of a task that has several: seconds with a request and seconds ready for one; how often it died, hung."""
+    """One engine of a task that has several: seconds with a request, seconds ready for one, deaths, hung of these."""
 
     busy_s: float
     up_s: float

@@ -21,6 +21,7 @@ CIRCUMSTANTIAL = (
     "logging.debug=true",
     "services.listener.port=9000",
     "sample.gpu_memory_utilization=0.5",
+    "sample.worker_patience_s=60",
     "train.deepspeed=zero3.json",
     "train.save_steps=3",
 )

@@ -1,9 +1,9 @@
-"""A tiny speaker with random weights, a LoRA adapter for it, and requests with pictures of several sizes."""
+"""A tiny speaker with random weights, an adapter for it, requests with pictures of several sizes; pools of letters."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,11 @@ import torch
 from PIL import Image
 
 from hpc_rl.engines.base import Completion, Prompt, Request
+from hpc_rl.engines.pool import EnginePool
 from tools.tiny_model import build, save
+
+from .letters import OpenLetters
+from .pools import Open
 
 PIXELS = {"min_pixels": 784, "max_pixels": 12544}
 TEXT = "Describe the main subject."
@@ -40,6 +44,31 @@ def adapter_folder(speaker_folder: Path, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("adapter")
     adapted.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this test's pools keep temporary files, and by which their processes are known."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])  # workers import what the test does
+    return folder
+
+
+@pytest.fixture
+def open_pool(temporary: Path) -> Iterator[Open]:
+    """Opens pools of the engine without a model (`letters.py`), which are closed after the test."""
+    pools = []
+
+    def open_one(open_worker: OpenLetters | None = None, count: int = 2, **more: object) -> EnginePool:
+        more = {"gpus": [(str(number),) for number in range(count)], "pauses_s": (0.0, 0.1, 0.1), **more}
+        pools.append(EnginePool(open_worker or OpenLetters(), count, **more))  # type: ignore[arg-type]
+        return pools[-1]
+
+    yield open_one
+    for pool in pools:
+        pool.close()
 
 
 def pictures() -> list[Image.Image]:

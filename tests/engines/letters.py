@@ -60,7 +60,7 @@ class LettersEngine:
         if "refuse" in text:
             raise ValueError(f"the prompt {text!r} is too long")
         if "heavy" in text:
-            time.sleep(0.5)
+            time.sleep(0.3)
         if "helper" in text:
             self._start_helper()
         if self._notes is not None:

@@ -8,8 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,86 +17,11 @@ from PIL import Image
 
 from hpc_rl.cluster.failures import is_out_of_memory
 from hpc_rl.engines.base import Completion, Prompt, Request, Sampling, generate
-from hpc_rl.engines.pool import EnginePool, PoisonedRequest, PoolFailed, RequestRefused
+from hpc_rl.engines.pool import PoisonedRequest, PoolFailed, RequestRefused
 from hpc_rl.engines.pool_process import PORTS, free_ports, worker_environment
 
 from .letters import LettersEngine, OpenLetters
-
-SAMPLING = Sampling(1.0, 20)
-LETTERS = OpenLetters()
-Open = Callable[..., EnginePool]
-
-
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where this test's pools keep temporary files, and by which their processes are known."""
-    folder = tmp_path / "tmp"
-    folder.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])  # workers import what the test does
-    return folder
-
-
-@pytest.fixture
-def open_pool(temporary: Path) -> Iterator[Open]:
-    pools = []
-
-    def open_one(open_worker: OpenLetters = LETTERS, count: int = 2, **more: object) -> EnginePool:
-        more = {"gpus": [(str(number),) for number in range(count)], "pauses_s": (0.0, 0.1, 0.1), **more}
-        pools.append(EnginePool(open_worker, count, **more))  # type: ignore[arg-type]
-        return pools[-1]
-
-    yield open_one
-    for pool in pools:
-        pool.close()
-
-
-def requests(groups: int = 10, size: int = 4, text: str = "prompt") -> list[Request]:
-    prompts = [Prompt.of(f"{text} {group}") for group in range(groups)]
-    return [Request(prompt, 100 * group + number) for group, prompt in enumerate(prompts) for number in range(size)]
-
-
-def submit(pool: EnginePool, asked: list[Request], sampling: Sampling = SAMPLING) -> None:
-    for place, request in enumerate(asked):
-        pool.submit(str(place), request, sampling)
-
-
-def finish(pool: EnginePool) -> dict[str, Completion]:
-    """All that is unfinished; none comes twice."""
-    found: dict[str, Completion] = {}
-    while pool.unfinished:
-        made = pool.step()
-        assert not found.keys() & {key for key, _ in made}
-        found |= dict(made)
-    return found
-
-
-def alone(asked: list[Request], sampling: Sampling = SAMPLING) -> dict[str, Completion]:
-    """What one engine makes of the same."""
-    made = generate(LettersEngine(4, 0.0, None), asked, sampling)
-    return {str(place): completion for place, completion in enumerate(made)}
-
-
-def processes(folder: Path, program: str = "") -> list[int]:
-    """Running processes that have their temporary files beneath `folder`."""
-    found = []
-    for process in Path("/proc").iterdir():
-        try:
-            environment = (process / "environ").read_bytes()
-            command = (process / "cmdline").read_bytes().decode()
-            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if f"TMPDIR={folder}".encode() in environment and state != "Z" and program in command:
-            found.append(int(process.name))
-    return found
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+from .pools import SAMPLING, Open, alone, finish, guards_of, processes, requests, submit, wait_until, workers_of
 
 
 def test_a_pool_samples_what_one_engine_does(open_pool: Open) -> None:
@@ -156,14 +80,6 @@ def test_a_killed_worker_is_replaced_and_every_request_is_answered_once(
     pool.wait_until_all_are_ready()
     assert generate(pool, asked, SAMPLING) == list(alone(asked).values())
     assert len(workers_of(temporary)) == 2
-
-
-def workers_of(temporary: Path) -> list[int]:
-    return processes(temporary, "hpc_rl.engines.pool_worker")
-
-
-def guards_of(temporary: Path) -> list[int]:
-    return processes(temporary, "hpc_rl.engines.pool_guard")
 
 
 def test_killing_a_guard_kills_its_worker_and_both_are_replaced(open_pool: Open, temporary: Path) -> None:
