@@ -1,4 +1,4 @@
-"""Settings of the whole test session: one thread per process, none that spins, nothing from a hub, one cache of vLLM's."""
+"""Settings of the whole test session: one thread per process, none that spins, nothing from a hub, one cache."""
 
 from __future__ import annotations
 
