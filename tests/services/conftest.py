@@ -19,6 +19,7 @@ from hpc_rl.services.address import Address
 from hpc_rl.services.hosting import Hosted, host
 from hpc_rl.services.images import ImageRoots
 from hpc_rl.services.pair_scorer import PairScorer
+from tests.waiting import PATIENCE_S
 from tools.tiny_model import build, save
 
 PIXELS = {"min_pixels": 784, "max_pixels": 12544}
@@ -66,8 +67,8 @@ class Lab:
     hosted: list[Hosted]
 
     def config(self, client: dict[str, Any] | None = None, **options: Any) -> LewisConfig:
-        """A config with these service options, and impatient clients."""
-        fast = {"timeout_s": 20, "deadline_s": 20, "backoff_factor": 0.02, **(client or {})}
+        """A config with these service options, and clients that are quick to repeat."""
+        fast = {"timeout_s": PATIENCE_S, "deadline_s": PATIENCE_S, "backoff_factor": 0.02, **(client or {})}
         return LewisConfig.model_validate(
             {
                 "run": {"name": "t", "workspace": self.ws.root},

@@ -26,6 +26,7 @@ from hpc_rl.services.hosting import Hosted, host
 from hpc_rl.services.images import ImageRoots
 from hpc_rl.services.pair_scorer import PairScorer
 from tests.engines.answering import Answering
+from tests.waiting import PATIENCE_S
 
 
 class Letters:
@@ -160,7 +161,7 @@ def serve(name: str, model: YesNoModel, folder: Path, **limits: Any) -> Iterator
         environ={},
     )
     try:
-        with httpx.Client(base_url=hosted.publication.endpoint.url, trust_env=False, timeout=30) as http:
+        with httpx.Client(base_url=hosted.publication.endpoint.url, trust_env=False, timeout=PATIENCE_S) as http:
             yield Served(name, hosted, handoff.read_token(folder / "services" / name), root, http)
     finally:
         hosted.leave(0.0)

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterable
 
-PATIENCE_S = 20.0
+from tests.waiting import PATIENCE_S
 
 
 def talk(port: int, parts: bytes | Iterable[bytes], *, pause_s: float = 0.0) -> bytes:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hpc_rl.services.batching import Batcher, ClientOverloaded, ModelFailed, Overloaded
 from hpc_rl.services.queue import TURN_ITEMS, FairQueue, Pace, Waiting
+from tests.waiting import PATIENCE_S
 
 REQUESTS = st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 40)), min_size=1, max_size=30)
 
@@ -119,7 +120,7 @@ class Model:
 
     def __call__(self, items: Sequence[int]) -> list[int]:
         self.batches.append(list(items))
-        assert self.gate.acquire(timeout=20)
+        assert self.gate.acquire(timeout=PATIENCE_S)
         if min(items) < 0:
             raise ValueError("negative")
         return [2 * item for item in items]
@@ -130,7 +131,7 @@ def batcher(model: Model, **options: Any) -> Batcher[int, int]:
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0.001)
 
@@ -150,7 +151,7 @@ def test_every_request_gets_its_own_results_in_order_or_frees_its_place(
         tasks = []
         for number, (client, count, hangs_up) in enumerate(requests):
             items = range(1000 * number, 1000 * number + count)
-            tasks.append((asyncio.create_task(work.submit(items, 20, client)), items, hangs_up))
+            tasks.append((asyncio.create_task(work.submit(items, PATIENCE_S, client)), items, hangs_up))
         await asyncio.sleep(0)
         for task, _, hangs_up in tasks[::2]:
             if hangs_up:
@@ -164,7 +165,7 @@ def test_every_request_gets_its_own_results_in_order_or_frees_its_place(
 
     work = batcher(Model(), batch_size=batch_size, workers=workers, max_waiting=1000)
     asyncio.run(run())
-    assert work.close(20) and work.waiting == 0 and work.counters.largest_batch <= batch_size
+    assert work.close(PATIENCE_S) and work.waiting == 0 and work.counters.largest_batch <= batch_size
 
 
 def test_the_queue_is_bounded_in_all_and_for_each_client_and_says_when_to_come_again() -> None:
@@ -172,21 +173,21 @@ def test_the_queue_is_bounded_in_all_and_for_each_client_and_says_when_to_come_a
     work = batcher(model, max_waiting=10, max_client_waiting=6)
 
     async def run() -> None:
-        first = [asyncio.create_task(work.submit(range(4), 20, "a"))]
+        first = [asyncio.create_task(work.submit(range(4), PATIENCE_S, "a"))]
         await until(lambda: model.batches)
-        first.append(asyncio.create_task(work.submit(range(5), 20, "a")))
+        first.append(asyncio.create_task(work.submit(range(5), PATIENCE_S, "a")))
         await until(lambda: work.waiting == 5)
         with pytest.raises(ClientOverloaded, match="5 items of this client wait already") as refused:
-            await work.submit(range(2), 20, "a")
+            await work.submit(range(2), PATIENCE_S, "a")
         assert 1 <= refused.value.retry_after_s <= 60
-        first.append(asyncio.create_task(work.submit(range(5), 20, "b")))
+        first.append(asyncio.create_task(work.submit(range(5), PATIENCE_S, "b")))
         await until(lambda: work.waiting == 10 and work.full)
         with pytest.raises(Overloaded, match="10 items wait already") as refused:
-            await work.submit([1], 20, "c")
+            await work.submit([1], PATIENCE_S, "c")
         assert not isinstance(refused.value, ClientOverloaded) and 1 <= refused.value.retry_after_s <= 60
         model.gate.release(100)
         assert [len(results) for results in await asyncio.gather(*first)] == [4, 5, 5]
-        assert await work.submit([3], 20, "c") == [6]
+        assert await work.submit([3], PATIENCE_S, "c") == [6]
 
     asyncio.run(run())
     assert work.counters.refused == 2
@@ -209,7 +210,7 @@ def test_who_hangs_up_or_gives_up_frees_the_items_that_were_not_begun() -> None:
     work = batcher(model)
 
     async def run() -> None:
-        partly = asyncio.create_task(work.submit(range(10), 20, "a"))
+        partly = asyncio.create_task(work.submit(range(10), PATIENCE_S, "a"))
         await until(lambda: model.batches == [[0, 1, 2, 3]])
         late = asyncio.create_task(work.submit(range(100, 105), 0.05, "b"))
         with pytest.raises(Overloaded, match=r"no turn within 0\.05 s"):
@@ -220,7 +221,7 @@ def test_who_hangs_up_or_gives_up_frees_the_items_that_were_not_begun() -> None:
             await partly
         assert work.waiting == 0 and work.counters.abandoned == 1
         model.gate.release(100)
-        assert await work.submit([7], 20, "c") == [14]
+        assert await work.submit([7], PATIENCE_S, "c") == [14]
 
     asyncio.run(run())
     assert model.batches == [[0, 1, 2, 3], [7]]
@@ -232,9 +233,9 @@ def test_a_batch_that_fails_fails_its_requests_only_and_is_told_of() -> None:
     work = batcher(model, on_batch=lambda items, seconds, failed: told.append((items, seconds >= 0, failed)))
 
     async def run() -> None:
-        bad = asyncio.create_task(work.submit([-1] * 9, 20, "a"))
+        bad = asyncio.create_task(work.submit([-1] * 9, PATIENCE_S, "a"))
         await until(lambda: model.batches)
-        good = asyncio.create_task(work.submit([1, 2], 20, "b"))
+        good = asyncio.create_task(work.submit([1, 2], PATIENCE_S, "b"))
         await until(lambda: work.waiting == 7)
         model.gate.release(100)
         with pytest.raises(ModelFailed, match="ValueError: negative"):
@@ -269,10 +270,10 @@ def test_a_request_that_the_model_fails_at_fails_and_the_model_is_not_asked_for_
 
     async def run() -> list[Any]:
         asked = [[-1 if bad and item == 0 else item for item in range(count)] for count, bad in requests]
-        return await asyncio.gather(*(work.submit(items, 20) for items in asked), return_exceptions=True)
+        return await asyncio.gather(*(work.submit(items, PATIENCE_S) for items in asked), return_exceptions=True)
 
     answers = asyncio.run(run())
-    assert work.close(20) and work.waiting == 0
+    assert work.close(PATIENCE_S) and work.waiting == 0
     for (count, bad), answer in zip(requests, answers, strict=True):
         assert isinstance(answer, ModelFailed) if bad else isinstance(answer, ModelFailed | list)
         if isinstance(answer, list):
@@ -289,10 +290,10 @@ def test_one_bad_request_fails_alone_and_the_model_is_well() -> None:
     work = batcher(model, batch_size=64)
 
     async def run() -> None:
-        first = asyncio.create_task(work.submit([1], 20))
+        first = asyncio.create_task(work.submit([1], PATIENCE_S))
         await until(lambda: model.batches)
         tasks = [
-            asyncio.create_task(work.submit([number, -1 if number == 5 else number], 20, str(number)))
+            asyncio.create_task(work.submit([number, -1 if number == 5 else number], PATIENCE_S, str(number)))
             for number in range(16)
         ]
         await until(lambda: work.waiting == 32)
@@ -315,7 +316,7 @@ def test_a_model_that_always_fails_is_not_asked_about_each_request() -> None:
     work = batcher(model, batch_size=64)
 
     async def run() -> None:
-        tasks = [asyncio.create_task(work.submit([-1], 20, str(number))) for number in range(65)]
+        tasks = [asyncio.create_task(work.submit([-1], PATIENCE_S, str(number))) for number in range(65)]
         await until(lambda: work.waiting)
         model.gate.release(1000)
         assert all(isinstance(answer, ModelFailed) for answer in await asyncio.gather(*tasks, return_exceptions=True))
@@ -331,13 +332,13 @@ def test_closing_finishes_what_waits_and_refuses_what_is_new() -> None:
     work = batcher(model)
 
     async def run() -> None:
-        waiting = asyncio.create_task(work.submit(range(9), 20))
+        waiting = asyncio.create_task(work.submit(range(9), PATIENCE_S))
         await until(lambda: work.waiting == 5)
         assert not work.close(0.0)
         with pytest.raises(Overloaded, match="leaving"):
-            await work.submit([1], 20)
+            await work.submit([1], PATIENCE_S)
         model.gate.release(100)
         assert await waiting == [2 * item for item in range(9)]
 
     asyncio.run(run())
-    assert work.close(20)
+    assert work.close(PATIENCE_S)

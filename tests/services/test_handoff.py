@@ -9,7 +9,6 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from hpc_rl.run import atomic
 from hpc_rl.services import handoff, hosting
 from hpc_rl.services.records import MISSED_BEATS, Watch
 from hpc_rl.services.trust import Untrusted
+from tests.waiting import PATIENCE_S, wait_for
 
 from .conftest import Lab
 
@@ -50,10 +50,8 @@ def test_the_heartbeat_renews_the_record_and_brings_it_back_when_it_is_lost(tmp_
     publication = publish(tmp_path, heartbeat_s=0.02)
     first = publication.endpoint.heartbeat
     publication.path.unlink()
-    deadline = time.monotonic() + 5
-    while not handoff.discover(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert handoff.discover(tmp_path)[0].heartbeat > first
+    (found,) = wait_for(lambda: handoff.discover(tmp_path), "the next beat")
+    assert found.heartbeat > first
     publication.unpublish()
     time.sleep(0.1)
     assert handoff.discover(tmp_path) == []
@@ -67,22 +65,19 @@ def test_a_server_leaves_though_the_file_system_hangs(
 
     def write_late(*given: object, **more: object) -> None:
         hangs.set()
-        goes_on.wait(60)
+        goes_on.wait(2 * PATIENCE_S)
         write(*given, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(hosting, "FILE_PATIENCE_S", 0.1)
     monkeypatch.setattr(atomic, "write_json", write_late)
-    assert hangs.wait(20)
+    assert hangs.wait(PATIENCE_S)
     leaving = threading.Thread(target=hosted.leave, args=[0.0], daemon=True)
     leaving.start()
-    leaving.join(30)
+    leaving.join(PATIENCE_S)
     assert not leaving.is_alive() and not hosted.server.alive
     assert "cannot take its record away: the file system does not answer" in caplog.text
     goes_on.set()  # what was begun is finished, in the right order
-    deadline = time.monotonic() + 20
-    while hosted.publication.path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: not hosted.publication.path.exists(), "the end of its record")
 
 
 def test_a_requeued_job_takes_the_record_of_its_former_start_away(tmp_path: Path) -> None:
@@ -118,50 +113,36 @@ def test_corrupt_records_are_named_and_cost_the_others_nothing(tmp_path: Path) -
     good.unpublish()
 
 
-def beat(folder: Path, content: str, name: str, stop: threading.Event, every_s: float = 0.02) -> None:
-    """A server on a host with a clock of its own, seen from here: its record changes now and then."""
-    record = json.loads(content)
-    while not stop.wait(every_s):
-        record["heartbeat"] += every_s
-        atomic.write_json(folder / name, record)
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
+def replicas(folder: Path) -> list[str]:
+    return [endpoint.replica for endpoint in handoff.discover(folder)]
 
 
 def test_records_that_are_not_renewed_are_swept_whatever_the_clocks_say(tmp_path: Path) -> None:
     """Clocks are an hour apart in both directions: neither saves a dead server nor removes a living one."""
-    dead, living = publish(tmp_path, "job-1", port=1), publish(tmp_path, "job-2", port=2)
+    dead, frozen = publish(tmp_path, "dead"), publish(tmp_path, "frozen")
+    for publication in (dead, frozen):
+        publication._stop.set()
+        record = json.loads(publication.path.read_text()) | {"heartbeat_s": 0.0}  # so that the test need not wait
+        publication.path.write_text(json.dumps(record))
+    (tmp_path / "ahead-0.json").write_text(json.dumps(record | {"replica": "ahead", "heartbeat": time.time() + 3600}))
+    (tmp_path / "garbage.json").write_text("{")
+    clocks = {"fast": time.time() + 3600, "slow": time.time() - 3600}
+    watch = Watch(tmp_path, "own.json", heartbeat_s=0.0, lag_s=0.0)
+    for beat in range(3 * MISSED_BEATS):
+        for replica, clock in clocks.items():
+            renewed = record | {"replica": replica, "heartbeat": clock + beat}
+            atomic.write_json(tmp_path / f"{replica}-0.json", renewed)
+        watch.look()
+    assert replicas(tmp_path) == ["fast", "slow"] and not (tmp_path / "garbage.json").exists()
+    frozen._write(frozen.endpoint)  # it wakes up
+    assert "frozen" in replicas(tmp_path)
+
+
+def test_a_server_that_is_published_sweeps_the_records_of_others(tmp_path: Path) -> None:
+    dead = publish(tmp_path, "dead", heartbeat_s=0.01)
     dead._stop.set()
-    living._stop.set()
-    stop, record = threading.Event(), json.loads(dead.path.read_text())
-    beats = [
-        threading.Thread(target=beat, args=(tmp_path, json.dumps(record | skewed), f"{name}-0.json", stop))
-        for name, skewed in (
-            ("fast", {"replica": "fast", "heartbeat": time.time() + 3600, "heartbeat_s": 0.05}),
-            ("slow", {"replica": "slow", "heartbeat": time.time() - 3600, "heartbeat_s": 0.05}),
-        )
-    ]
-    ahead, garbage = tmp_path / "ahead-0.json", tmp_path / "garbage.json"
-    ahead.write_text(json.dumps(record | {"replica": "ahead", "heartbeat": time.time() + 3600, "heartbeat_s": 0.05}))
-    garbage.write_text("{")
-    for path in (dead.path, living.path):  # servers that renew more often, so that the test need not wait
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"heartbeat_s": 0.05}))
-    for thread in beats:
-        thread.start()
-    watching = publish(tmp_path, "watching", heartbeat_s=0.05, lag_s=0.3)
-    eventually(lambda: [e.replica for e in handoff.discover(tmp_path)] == ["fast", "slow", "watching"])
-    eventually(lambda: not garbage.exists())
-    for _ in range(20):
-        assert [e.replica for e in handoff.discover(tmp_path)] == ["fast", "slow", "watching"]
-        time.sleep(0.05)
-    living._write(living.endpoint)  # a frozen server that wakes up
-    assert "job-2" in [e.replica for e in handoff.discover(tmp_path)]
-    stop.set()
+    watching = publish(tmp_path, "watching", heartbeat_s=0.01, lag_s=0.0)
+    wait_for(lambda: replicas(tmp_path) == ["watching"], "the end of the dead one's record")
     watching.unpublish()
 
 
@@ -202,7 +183,7 @@ def test_of_many_servers_that_start_at_once_all_get_the_same_private_token(tmp_p
     processes = [context.Process(target=_draw, args=(str(tmp_path), queue)) for _ in range(8)]
     for process in processes:
         process.start()
-    tokens = {queue.get(timeout=30) for _ in processes}
+    tokens = {queue.get(timeout=PATIENCE_S) for _ in processes}
     for process in processes:
         process.join()
     assert len(tokens) == 1 and tokens == {handoff.read_token(tmp_path)}

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 from hpc_rl.engines.yes_no import YesNoModel
+from tests.waiting import PATIENCE_S, wait_for
 
 from .every_service import SERVICES, Served, serve
 from .raw import head, statuses, talk
 
 MIB = 1 << 20
-LIMITS: dict[str, Any] = {"max_body_bytes": MIB, "body_timeout_s": 0.5, "max_request_items": 100, "batch_wait_ms": 0}
+LIMITS: dict[str, Any] = {"max_body_bytes": MIB, "body_timeout_s": 60, "max_request_items": 100, "batch_wait_ms": 0}
 MANY = {"listener": "/batch_score", "speaker": "/batch_describe", "reward_model": "/batch_score"}
 """Routes that take many items; the teacher has none."""
 SMALL: dict[str, Any] = {
@@ -38,10 +39,21 @@ def served(request: Any, tmp_path_factory: pytest.TempPathFactory, model: YesNoM
         yield made
 
 
+@pytest.fixture(scope="module", params=SERVICES)
+def hasty(request: Any, tmp_path_factory: pytest.TempPathFactory, model: YesNoModel) -> Iterator[Served]:
+    """One that waits a second for what it is sent, for those who never send it."""
+    with serve(
+        request.param, model, tmp_path_factory.mktemp(request.param), **{**LIMITS, "body_timeout_s": 1.0}
+    ) as made:
+        yield made
+
+
 @pytest.fixture(autouse=True)
-def as_well_as_before(served: Served) -> Iterator[None]:
+def as_well_as_before(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    assert served.is_well()
+    for name in ("served", "hasty"):
+        if name in request.fixturenames:
+            assert request.getfixturevalue(name).is_well()
 
 
 def post(served: Served, *lines: str, known: bool = True, path: str | None = None) -> bytes:
@@ -93,35 +105,35 @@ def drops(top: bytes, body: bytes) -> Iterator[bytes]:
         yield bytes([byte])
 
 
-def test_a_body_that_comes_byte_by_byte_is_cut_off(served: Served) -> None:
-    body = json.dumps(served.good[1]).encode() + b" " * 1000
+def test_a_body_that_comes_byte_by_byte_is_cut_off(hasty: Served) -> None:
+    body = json.dumps(hasty.good[1]).encode() + b" " * 1000
     for lines in (["Transfer-Encoding: chunked"], [f"Content-Length: {len(body)}"]):
         parts = body if "Content" in lines[0] else b"1\r\n \r\n" * 1000
-        assert statuses(talk(served.port, drops(post(served, *lines), parts), pause_s=0.05)) in ([408], [])
+        assert statuses(talk(hasty.port, drops(post(hasty, *lines), parts), pause_s=0.05)) in ([408], [])
 
 
-def test_a_body_that_never_comes_is_not_waited_for(served: Served) -> None:
-    assert statuses(talk(served.port, post(served, "Content-Length: 10"))) == [408]
-    assert statuses(talk(served.port, post(served, "Content-Length: 10", "Expect: 100-continue")))[-1] == 408
-    assert statuses(talk(served.port, post(served, "Transfer-Encoding: chunked") + b"5\r\n")) == [408]
+def test_a_body_that_never_comes_is_not_waited_for(hasty: Served) -> None:
+    assert statuses(talk(hasty.port, post(hasty, "Content-Length: 10"))) == [408]
+    assert statuses(talk(hasty.port, post(hasty, "Content-Length: 10", "Expect: 100-continue")))[-1] == 408
+    assert statuses(talk(hasty.port, post(hasty, "Transfer-Encoding: chunked") + b"5\r\n")) == [408]
 
 
-def test_a_head_that_comes_byte_by_byte_or_not_at_all_is_cut_off(served: Served) -> None:
-    slow = post(served, *(f"X-{number}: {number}" for number in range(200)))
-    assert talk(served.port, drops(b"", slow), pause_s=0.05) == b""
-    assert talk(served.port, b"") == b""
-    assert talk(served.port, b"POST") == b""
-    assert talk(served.port, post(served)[:-2]) == b""
+def test_a_head_that_comes_byte_by_byte_or_not_at_all_is_cut_off(hasty: Served) -> None:
+    slow = post(hasty, *(f"X-{number}: {number}" for number in range(200)))
+    assert talk(hasty.port, drops(b"", slow), pause_s=0.05) == b""
+    assert talk(hasty.port, b"") == b""
+    assert talk(hasty.port, b"POST") == b""
+    assert talk(hasty.port, post(hasty)[:-2]) == b""
 
 
-def test_an_answer_that_nobody_takes_is_not_waited_for(served: Served) -> None:
-    ask = head("GET", "/openapi.json", served.port, f"Authorization: Bearer {served.token}").replace(
+def test_an_answer_that_nobody_takes_is_not_waited_for(hasty: Served) -> None:
+    ask = head("GET", "/openapi.json", hasty.port, f"Authorization: Bearer {hasty.token}").replace(
         b"Connection: close\r\n", b""
     )
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        sock.settimeout(20)
-        sock.connect(("127.0.0.1", served.port))
+        sock.settimeout(PATIENCE_S)
+        sock.connect(("127.0.0.1", hasty.port))
         with pytest.raises(ConnectionError):
             while True:
                 sock.sendall(ask)
@@ -130,7 +142,7 @@ def test_an_answer_that_nobody_takes_is_not_waited_for(served: Served) -> None:
 def test_health_is_answered_while_many_are_slow(served: Served) -> None:
     with ExitStack() as stack:
         for number in range(100):
-            sock = stack.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=20))
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=PATIENCE_S))
             sock.sendall(post(served, "Content-Length: 1000", known=bool(number % 2))[: 10 + number * 3])
         big = json.dumps({"x": "y" * (MIB - 100)}).encode()
         whole = post(served, f"Content-Length: {len(big)}") + big
@@ -310,9 +322,15 @@ def test_a_second_request_behind_a_refused_one_is_not_answered(served: Served) -
     assert statuses(talk(served.port, known + stranger)) == [200, 401]
 
 
-def test_a_server_is_left_by_all_who_were_cut_off(served: Served) -> None:
+def is_left(served: Served) -> None:
     """Nobody of the tests above is still connected, but for the one connection that good requests share."""
-    server, deadline = served.hosted.server, time.monotonic() + 10
-    while len(server.connections) > 1 or server.guard.in_flight:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    server = served.hosted.server
+    wait_for(lambda: len(server.connections) <= 1 and not server.guard.in_flight, "the end of all connections")
+
+
+def test_a_server_is_left_by_all_who_were_refused(served: Served) -> None:
+    is_left(served)
+
+
+def test_a_server_is_left_by_all_who_were_cut_off(hasty: Served) -> None:
+    is_left(hasty)

@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from PIL import Image
 from hpc_rl.engines.yes_no import YesNoModel
 from hpc_rl.services.images import Identity
 from hpc_rl.services.pair_scorer import AnswerCache
+from tests.waiting import PATIENCE_S, wait_for
 
 from .conftest import PIXELS, Lab
 
@@ -29,7 +29,7 @@ PATHS = [f"a/{number}.png" for number in range(6)]
 def ask(lab: Lab, route: str, body: Any, **more: Any) -> httpx.Response:
     url = lab.hosted[-1].publication.endpoint.url
     headers = {"Authorization": f"Bearer {lab.token}"}
-    return httpx.post(f"{url}{route}", json=body, headers=headers, trust_env=False, timeout=30, **more)
+    return httpx.post(f"{url}{route}", json=body, headers=headers, trust_env=False, timeout=PATIENCE_S, **more)
 
 
 def reference(model: YesNoModel, picture: Path, question: str) -> float:
@@ -148,7 +148,8 @@ def test_an_image_is_encoded_once_for_all_questions_and_again_when_it_changes(la
 
 
 def health(lab: Lab, url: str) -> Any:
-    return httpx.get(f"{url}/health", headers={"Authorization": f"Bearer {lab.token}"}, trust_env=False).json()
+    headers = {"Authorization": f"Bearer {lab.token}"}
+    return httpx.get(f"{url}/health", headers=headers, trust_env=False, timeout=PATIENCE_S).json()
 
 
 class Counting(YesNoModel):
@@ -211,7 +212,7 @@ class Slow(YesNoModel):
     release = threading.Event()
 
     def yes_probabilities(self, pairs: Any) -> Any:
-        self.release.wait(20)
+        self.release.wait(PATIENCE_S)
         return super().yes_probabilities(pairs)
 
 
@@ -223,21 +224,15 @@ def slow(listener_folder: Path) -> Any:
     model.release.set()
 
 
-def until(condition: Any, timeout_s: float = 10) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
-
-
 def test_requests_of_different_clients_are_merged_into_one_model_batch(lab: Lab, slow: Slow) -> None:
     hosted = lab.serve(model=slow, batch_size=64)
     games = [{"candidate_paths": PATHS[:3], "question": f"red {i}?"} for i in range(9)]
     with ThreadPoolExecutor(9) as clients:
         answers = [clients.submit(ask, lab, "/score", games[0])]
-        until(lambda: hosted.service.batcher.counters.requests == 1 and hosted.service.batcher.waiting == 0)
+        batcher = hosted.service.batcher
+        wait_for(lambda: batcher.counters.requests == 1 and batcher.waiting == 0, "the first in the model")
         answers += [clients.submit(ask, lab, "/score", game) for game in games[1:]]
-        until(lambda: hosted.service.batcher.waiting == 24)
+        wait_for(lambda: batcher.waiting == 24, "the others")
         slow.release.set()
         said = [answer.result().json() for answer in answers]
     assert hosted.service.batcher.counters.batches == 2 and hosted.service.batcher.counters.largest_batch == 24
@@ -263,4 +258,4 @@ def test_no_descriptor_is_left_open(lab: Lab) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         ask(lab, "/batch_score", {"batch": [game]})
-    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before + 2, "the end of connections")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -24,8 +25,10 @@ from hpc_rl.services.address import Address
 from hpc_rl.services.frame import Desk, Service, TokenCounts
 from hpc_rl.services.hosting import Hosted, host
 from hpc_rl.services.openapi import REFUSALS, new_app
+from tests.waiting import PATIENCE_S, wait_for
 
 from .conftest import Lab
+from .raw import head
 
 
 class Lengths:
@@ -36,7 +39,7 @@ class Lengths:
         self.go.set()
 
     def __call__(self, words: Sequence[str]) -> list[int]:
-        self.go.wait(20)
+        self.go.wait(PATIENCE_S)
         if "" in words:
             raise ValueError("no word")
         self.tokens.prompt += sum(len(word) for word in words)
@@ -80,6 +83,10 @@ class Bench:
             tensorboard=self.folder / "tb",
         )
 
+    @property
+    def token(self) -> str:
+        return handoff.read_token(self.folder / "services" / "lengths")
+
     def get(self, path: str, **more: Any) -> httpx.Response:
         return self.request("GET", path, **more)
 
@@ -87,9 +94,11 @@ class Bench:
         return self.request("POST", "/lengths", json=words)
 
     def request(self, method: str, path: str, **more: Any) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {handoff.read_token(self.folder / 'services' / 'lengths')}"}
+        headers = {"Authorization": f"Bearer {self.token}"}
         url = self.hosted.publication.endpoint.url
-        return httpx.request(method, f"{url}{path}", **{"headers": headers, "trust_env": False, "timeout": 20, **more})
+        return httpx.request(
+            method, f"{url}{path}", **{"headers": headers, "trust_env": False, "timeout": PATIENCE_S, **more}
+        )
 
     def numbers(self) -> dict[str, float]:
         """What `/metrics` says, by name and labels."""
@@ -113,13 +122,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     yield made
     made.model.go.set()
     made.hosted.leave(1.0)
-
-
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def test_metrics_counts_what_was_asked_answered_and_refused(bench: Bench) -> None:
@@ -164,9 +166,10 @@ def test_metrics_shows_what_waits_and_what_is_refused_while_the_model_is_busy(be
     bench.model.go.clear()
     with ThreadPoolExecutor(2) as clients:
         first = clients.submit(bench.ask, "a", "b")
-        until(lambda: bench.hosted.service.batcher.counters.requests == 1 and not bench.hosted.service.batcher.waiting)
+        batcher = bench.hosted.service.batcher
+        wait_for(lambda: batcher.counters.requests == 1 and not batcher.waiting, "the first in the model")
         second = clients.submit(bench.ask, "c", "d")
-        until(lambda: bench.hosted.service.batcher.waiting == 2)
+        wait_for(lambda: batcher.waiting == 2, "the second in the queue")
         refusals = [bench.ask(*"efghi").status_code for _ in range(3)]
         busy = bench.numbers()
         bench.model.go.set()
@@ -175,14 +178,17 @@ def test_metrics_shows_what_waits_and_what_is_refused_while_the_model_is_busy(be
     assert busy["hpc_rl_service_requests_in_flight"] == 2
     assert busy["hpc_rl_service_refused_requests_total"] == 3
     assert sum(busy.get(f"hpc_rl_service_answers_total//lengths/{status}", 0) for status in set(refusals)) == 3
-    until(lambda: bench.numbers()["hpc_rl_service_requests_in_flight"] == 0)
+    wait_for(lambda: bench.numbers()["hpc_rl_service_requests_in_flight"] == 0, "the end of both")
 
 
 def test_metrics_counts_who_hangs_up(bench: Bench) -> None:
     bench.model.go.clear()
-    with pytest.raises(httpx.ReadTimeout):
-        bench.request("POST", "/lengths", json=["a"], timeout=0.3)
-    until(lambda: bench.numbers().get("hpc_rl_service_answers_total//lengths/499") == 1)
+    port, batcher = bench.hosted.server.port, bench.hosted.service.batcher
+    lines = ["Content-Type: application/json", f"Authorization: Bearer {bench.token}", "Content-Length: 5"]
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.sendall(head("POST", "/lengths", port, *lines) + b'["a"]')
+        wait_for(lambda: batcher.counters.requests == 1, "the request")
+    wait_for(lambda: bench.numbers().get("hpc_rl_service_answers_total//lengths/499") == 1, "its end")
     assert bench.numbers()["hpc_rl_service_abandoned_requests_total"] == 1
 
 
@@ -216,7 +222,8 @@ def test_two_servers_of_one_process_count_for_themselves(bench: Bench, tmp_path:
 
 def test_the_listener_shows_its_caches(lab: Lab) -> None:
     url = lab.serve().publication.endpoint.url
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {lab.token}"}, trust_env=False) as http:
+    headers = {"Authorization": f"Bearer {lab.token}"}
+    with httpx.Client(base_url=url, headers=headers, trust_env=False, timeout=PATIENCE_S) as http:
         for _ in range(2):
             game = {"candidate_paths": ["a/0.png", "a/1.png"], "question": "red?"}
             assert http.post("/score", json=game).status_code == 200
@@ -227,11 +234,12 @@ def test_the_listener_shows_its_caches(lab: Lab) -> None:
 
 def test_tensorboard_shows_what_was_done_between_two_points_and_what_was_done_last(bench: Bench) -> None:
     bench.ask("a", "bb", "ccc")
-    until(lambda: sum(point.value > 0 for point in bench.points().get("per_second/items", [])))
+    wait_for(lambda: any(point.value for point in bench.points().get("per_second/items", [])), "a point")
     bench.ask("")
     bench.hosted.leave(1.0)
     shown = bench.points()
-    assert [point.value for point in shown["model/mean_batch_items"]] in ([1.5, 1.0], [2.0, 1.0, 1.0])
+    # two and one item, then a bad one: where a point lies between two batches is a matter of time
+    assert [point.value for point in shown["model/mean_batch_items"]] in ([1.5, 1.0], [2.0, 1.0, 1.0], [2.0, 1.0])
     for name in ("items", "batches", "prompt_tokens", "completion_tokens", "errors"):
         assert sum(point.value > 0 for point in shown[f"per_second/{name}"]) in (1, 2, 3), name
     assert not any(point.value for point in shown["per_second/refusals"])
@@ -264,7 +272,7 @@ def test_a_folder_that_cannot_be_written_costs_a_line_in_the_log_and_nothing_els
     (tmp_path / "tb").write_text("a file")
     with caplog.at_level(logging.WARNING):
         bench = Bench(tmp_path, metrics_s=0.01)
-        until(lambda: caplog.messages)
+        wait_for(lambda: caplog.messages, "the line")
         assert bench.ask("a").json() == [1]
         bench.hosted.leave(1.0)
     (line,) = caplog.messages
@@ -285,13 +293,15 @@ board = Board(Metrics(service), folder, 0.05)
 while not list(folder.glob("*")):
     time.sleep(0.01)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))  # as if the disk were full: no file can grow
-board._thread.join(20)
-print(asyncio.run(service.batcher.submit(["a"], 5)))
+board._thread.join(100)
+print(asyncio.run(service.batcher.submit(["a"], 100)))
 board.close()
 """
 
 
 def test_a_disk_that_is_full_ends_the_figures_and_not_the_service(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert (done.returncode, done.stdout) == (0, "['a']\n"), done.stderr
     assert done.stderr.count("no more figures for TensorBoard") == 1

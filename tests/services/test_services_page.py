@@ -28,6 +28,7 @@ from hpc_rl.services.guard import OWN_ROUTES
 from hpc_rl.services.hosting import Hosted, host
 from hpc_rl.services.metrics import Metrics
 from hpc_rl.services.openapi import REFUSALS
+from tests.waiting import PATIENCE_S
 
 from .conftest import Lab
 from .every_service import SERVICES
@@ -104,7 +105,9 @@ def test_the_curl_commands_work_to_the_letter_and_say_what_is_shown(servers: dic
         endpoint = servers[name].publication.endpoint
         filled = command.replace("<host>", endpoint.host).replace("<port>", str(endpoint.port))
         filled = filled.replace("/path/to", str(root / "images"))
-        done = subprocess.run(["bash", "-c", filled], cwd=root, env=environ, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["bash", "-c", filled], cwd=root, env=environ, capture_output=True, text=True, timeout=PATIENCE_S
+        )
         assert done.returncode == 0, (command, done.stderr)
         if shown:
             assert agrees(json.loads(done.stdout), json.loads(shown)), (command, done.stdout)
@@ -137,7 +140,7 @@ def test_the_service_that_the_page_writes_serves(lengths: ModuleType, lab: Lab) 
     try:
         (asking,) = (block for block in BLOCKS if "ServiceClient" in block)
         question, shown = re.findall(r'client\.post\("/lengths", (\{.*\})\)  # (\{.*\})', asking)[0]
-        with ServiceClient(lab.ws.service_dir("lengths"), ClientConfig(deadline_s=20)) as client:
+        with ServiceClient(lab.ws.service_dir("lengths"), ClientConfig(deadline_s=PATIENCE_S)) as client:
             assert client.post("/lengths", json.loads(question)) == json.loads(shown)
     finally:
         hosted.leave(1.0)

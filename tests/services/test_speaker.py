@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,10 @@ from hpc_rl.run import atomic
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services import handoff
 from hpc_rl.services.records import Endpoint
+from tests.waiting import PATIENCE_S, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-START_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,9 @@ class Service:
     def post(self, route: str, body: Any, token: str | None = None) -> httpx.Response:
         token = handoff.read_token(self.ws.service_dir("speaker")) if token is None else token
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        return httpx.post(f"{self.endpoint.url}{route}", json=body, headers=headers, trust_env=False, timeout=60)
+        return httpx.post(
+            f"{self.endpoint.url}{route}", json=body, headers=headers, trust_env=False, timeout=PATIENCE_S
+        )
 
 
 def picture(path: Path, height: int, width: int) -> None:
@@ -70,13 +71,10 @@ def service(workspace: Workspace) -> Iterator[Service]:
     folder = workspace.service_dir("speaker")
     with (workspace.root / "serve.log").open("wb") as log:
         process = subprocess.Popen(serve(workspace, 0), cwd=REPOSITORY, env=QUIET, stdout=log, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + START_S
-    while not (found := handoff.discover(folder)):
-        assert process.poll() is None and time.monotonic() < deadline, (workspace.root / "serve.log").read_text()
-        time.sleep(0.2)
+    found = wait_for(lambda: handoff.discover(folder), (workspace.root / "serve.log").read_text, of=process)
     yield Service(workspace, process, found[0])
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
+    assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM
     assert handoff.discover(folder) == []  # it took its record away
 
 
@@ -134,6 +132,8 @@ def test_every_route_wants_the_token(service: Service, route: str) -> None:
 
 
 def test_a_round_that_is_not_trained_has_no_speaker(workspace: Workspace) -> None:
-    done = subprocess.run(serve(workspace, 2), cwd=REPOSITORY, env=QUIET, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        serve(workspace, 2), cwd=REPOSITORY, env=QUIET, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert done.returncode == 1
     assert "is not done: there are no weights yet" in done.stderr

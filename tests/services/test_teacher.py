@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +27,13 @@ from hpc_rl.services.calling import ServiceRefused
 from hpc_rl.services.teacher import Chat, Said, Unsaid, Writer
 from hpc_rl.teachers.client import TeacherClient
 from hpc_rl.teachers.questions import Question, Reply, TeacherError
+from tests.waiting import PATIENCE_S, wait_for
 from tools.tiny_chat_model import POSITIONS, write
 
 pytest.importorskip("vllm", reason="vLLM is not installed here")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-START_S = 180.0
 ASK = "Is 2 + 3 = 5? Answer yes or no."
 GRADE = {
     "type": "object",
@@ -69,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     ws = Workspace(tmp_path_factory.mktemp("teacher") / "run")
-    settings = f"services.teacher={{model: {folder}, dtype: float32, max_tokens: 24, client: {{deadline_s: 60}}}}"
+    settings = f"services.teacher={{model: {folder}, dtype: float32, max_tokens: 24, client: {{deadline_s: 180}}}}"
     launch = [sys.executable, "-m", "hpc_rl.launch", "configs/tiny/lewis.yaml", "--init", "--workspace", str(ws.root)]
     subprocess.run([*launch, "--set", settings], cwd=REPOSITORY, env=QUIET, check=True, capture_output=True)
     command = f"-m jobs.serve --workspace {ws.root} --round 0 --service teacher".split()
@@ -79,14 +78,12 @@ def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
             [sys.executable, *command], cwd=REPOSITORY, env=QUIET, stdout=file, stderr=subprocess.STDOUT
         )
     try:
-        deadline = time.monotonic() + START_S
-        while not (found := handoff.discover(ws.service_dir("teacher"))):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.2)
+        folder_of_records = ws.service_dir("teacher")
+        found = wait_for(lambda: handoff.discover(folder_of_records), log.read_text, within_s=600, of=process)  # vLLM
         yield Served(ws, found[0].url, handoff.read_token(ws.service_dir("teacher")))
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 128 + signal.SIGTERM
+        assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM
 
 
 @pytest.fixture(scope="module")
