@@ -114,7 +114,7 @@ class ImageServiceConfig(ServiceConfig):
     """Most pixels of an image before it is scaled; looked at before it is decoded. Decoding takes up to 20 bytes of
     memory a pixel. Pillow decodes nothing above 178956970."""
     image_timeout_s: PositiveFloat = 10
-    """Longest time that decoding an image may take. Seconds."""
+    """Most time that a processor may decode an image for. Seconds."""
 
 
 class ListenerServiceConfig(ImageServiceConfig):
