@@ -18,6 +18,7 @@ from hpc_rl.run.code import source_root
 from hpc_rl.run.manifest import Manifest
 from hpc_rl.sampling.record import Recorder
 from hpc_rl.sampling.tally import Tally
+from tests.waiting import PATIENCE_S
 
 NOOP = source_root() / "benchmarks" / "noop.yaml"
 
@@ -30,7 +31,7 @@ def run(tmp_path: Path) -> Run:
 
 def report(run: Run) -> str:
     command = [sys.executable, "-m", "hpc_rl.report", str(run.ws.root)]
-    done = subprocess.run(command, cwd=source_root(), capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, cwd=source_root(), capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert done.stderr == ""
     return " ".join(done.stdout.split())
 
@@ -88,5 +89,5 @@ def test_a_round_is_shown_while_it_is_sampled_and_afterwards(run: Run, monkeypat
 def test_a_damaged_record_is_named(run: Run) -> None:
     atomic.write_text(run.ws.stage_dir(1, "sample") / "tasks" / "x.json", "{")
     command = [sys.executable, "-m", "hpc_rl.report", str(run.ws.root)]
-    done = subprocess.run(command, cwd=source_root(), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=source_root(), capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 2 and "tasks/x.json is not valid JSON" in done.stderr and "Traceback" not in done.stderr

@@ -25,6 +25,7 @@ from hpc_rl.run.code import source_root
 from hpc_rl.run.lease import acquire
 from hpc_rl.run.ledger import Ledger
 from hpc_rl.run.manifest import Manifest
+from tests.waiting import PATIENCE_S
 
 NOOP = source_root() / "benchmarks" / "noop.yaml"
 
@@ -76,7 +77,7 @@ def command(tmp_path: Path) -> Type:
             env={**os.environ, "PATH": f"{folder}:/bin" if squeue is not None else str(folder)},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
             check=False,
         )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,10 +34,21 @@ def record_end(ws: Workspace, stage: Stage, outcome: Outcome, ended: float) -> N
     atomic.write_json(path, {"name": f"attempt-{ended:.0f}", "outcome": outcome.value, "ended": ended})
 
 
-def took(ws: Workspace, patience_s: float) -> tuple[list[StageId], float]:
-    started = time.monotonic()
-    absent = gate.wait_for_inputs(ws, [SAMPLE, GRADE], patience_s)
-    return absent, time.monotonic() - started
+class Pauses:
+    """Stands for `time.sleep`; something happens in the n-th pause."""
+
+    def __init__(self, at: int = 0, then: Callable[[], None] = lambda: None) -> None:
+        self.taken, self._at, self._then = 0, at, then
+
+    def __call__(self, seconds: float) -> None:
+        self.taken += 1
+        if self.taken == self._at:
+            self._then()
+        time.sleep(0.01)
+
+
+def absent(ws: Workspace, patience_s: float, pauses: Pauses) -> list[StageId]:
+    return gate.wait_for_inputs(ws, [SAMPLE, GRADE], patience_s, pauses)
 
 
 def test_a_stage_is_complete_with_its_last_shard(ws: Workspace) -> None:
@@ -50,42 +61,38 @@ def test_a_stage_is_complete_with_its_last_shard(ws: Workspace) -> None:
 def test_nothing_is_waited_for_when_all_is_there(ws: Workspace) -> None:
     finish(ws, SAMPLE)
     finish(ws, GRADE)
-    absent, seconds = took(ws, 60)
-    assert absent == []
-    assert seconds < 0.3
+    pauses = Pauses()
+    assert absent(ws, 3600, pauses) == [] and pauses.taken == 0
 
 
 def test_inputs_that_come_late_open_the_gate(ws: Workspace) -> None:
     finish(ws, SAMPLE, 2)
     finish(ws, GRADE)
-    threading.Timer(0.7, finish, [ws, SAMPLE]).start()
-    absent, seconds = took(ws, 60)
-    assert absent == []
-    assert 0.5 < seconds < 5
+    pauses = Pauses(3, lambda: finish(ws, SAMPLE))
+    assert absent(ws, 3600, pauses) == [] and pauses.taken == 3
 
 
 def test_patience_has_an_end_and_what_is_missing_is_named(ws: Workspace) -> None:
     finish(ws, GRADE)
-    absent, seconds = took(ws, 0.8)
-    assert absent == [SAMPLE.id]
-    assert 0.8 <= seconds < 5
+    pauses = Pauses()
+    assert absent(ws, 0.2, pauses) == [SAMPLE.id] and pauses.taken > 0
 
 
-def test_a_stage_that_is_known_to_have_failed_is_given_only_a_moment(ws: Workspace) -> None:
+def test_a_stage_that_is_known_to_have_failed_is_given_only_a_moment(
+    ws: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "BRIEFLY_S", 0.2)
     finish(ws, GRADE)
     record_end(ws, SAMPLE, Outcome.DONE, 1.0)
     record_end(ws, SAMPLE, Outcome.ERROR, 2.0)
-    absent, seconds = took(ws, 60)
-    assert absent == [SAMPLE.id]
-    assert seconds < 10
+    pauses = Pauses()
+    assert absent(ws, 3600, pauses) == [SAMPLE.id] and pauses.taken > 0, "and not an hour"
 
 
-def test_a_stage_whose_last_job_ended_well_is_waited_for(ws: Workspace) -> None:
+def test_a_stage_whose_last_job_ended_well_is_waited_for(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     # its manifest is there, and this node is not shown it yet
     finish(ws, GRADE)
     record_end(ws, SAMPLE, Outcome.ERROR, 1.0)
     record_end(ws, SAMPLE, Outcome.DONE, 2.0)
-    threading.Timer(2.5, finish, [ws, SAMPLE]).start()
-    absent, seconds = took(ws, 60)
-    assert absent == []
-    assert seconds > gate.BRIEFLY_S
+    monkeypatch.setattr(gate, "BRIEFLY_S", 0.0)
+    assert absent(ws, 3600, Pauses(3, lambda: finish(ws, SAMPLE))) == []

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +20,10 @@ from hpc_rl.orchestrate.start import open_run
 from hpc_rl.run import manifest
 from hpc_rl.run.code import source_root
 from hpc_rl.run.manifest import Manifest
+from hpc_rl.run.shard_leases import leases_of, read_listing
 from tests.orchestrate.shards_body import LINES
 from tests.orchestrate.shards_recipe import SHARDS
+from tests.waiting import PATIENCE_S, wait_for
 
 CONFIG = """\
 recipe: tests.orchestrate.shards_recipe
@@ -78,7 +79,7 @@ def wait_for_line(process: subprocess.Popen[str], word: str) -> list[str]:
 
 def commits(process: subprocess.Popen[str]) -> list[tuple[int, bool]]:
     """The shards that a process committed, once it has ended; and whether it was the first to."""
-    words = [line.split() for line in process.communicate(timeout=60)[0].splitlines()]
+    words = [line.split() for line in process.communicate(timeout=PATIENCE_S)[0].splitlines()]
     return [(int(line[1]), line[2] == "True") for line in words if line[0] == "committed"]
 
 
@@ -99,13 +100,19 @@ def outputs(run: Run) -> list[str]:
 
 def test_two_processes_share_the_shards_without_loss_or_double(make_run: Callable[..., Run], start: Start) -> None:
     run = make_run()
-    two = [start(run), start(run)]
+    two = [start(run, MODE="hold"), start(run, MODE="hold")]
+    first = [int(wait_for_line(process, "middle")[1]) for process in two]
+    claimed = read_listing(leases_of(run.ws.stage_dir(1, "cut"))).shards
+    assert set(claimed) == set(first) and len(claimed) == 2, "the work is claimed one by one, not handed out"
+    for process in two:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.stdin = None
     done = [commits(process) for process in two]
     assert [process.returncode for process in two] == [0, 0]
     assert_whole(run)
     assert Counter(shard for one in done for shard, _ in one) == Counter(range(SHARDS))
     assert all(won for one in done for _, won in one)
-    assert min(map(len, done)) >= 3, "the work was claimed one by one, not handed out to the first"
     assert len(outputs(run)) == SHARDS
 
 
@@ -127,12 +134,11 @@ def test_a_worker_waits_for_one_that_dies_later(make_run: Callable[..., Run], st
     victim = start(run, MODE="hang")
     wait_for_line(victim, "middle")
     other = start(run, SECONDS="0.01")
-    while len(manifest.done_shards(run.ws, 1, "cut")) < SHARDS - 1:
-        time.sleep(0.05)
+    wait_for(lambda: len(manifest.done_shards(run.ws, 1, "cut")) == SHARDS - 1, "the others' shards", of=other)
     assert other.poll() is None
     victim.kill()
     victim.wait()
-    other.communicate(timeout=30)
+    other.communicate(timeout=PATIENCE_S)
     assert other.returncode == 0
     assert_whole(run)
 
@@ -148,7 +154,7 @@ def test_a_frozen_worker_loses_its_shard_and_its_copy_is_thrown_away(
     assert (shard, True) in commits(other)
     before = manifest.manifest_path(run.ws, 1, "cut", shard).read_bytes()
     frozen.send_signal(signal.SIGCONT)
-    output, _ = frozen.communicate("go on\n", timeout=30)
+    output, _ = frozen.communicate("go on\n", timeout=PATIENCE_S)
     assert f"committed {shard} False" in output
     assert frozen.returncode == 0
     assert manifest.manifest_path(run.ws, 1, "cut", shard).read_bytes() == before
@@ -169,7 +175,7 @@ def test_a_worker_does_not_stay_for_ever_when_all_is_in_other_hands(
         shard = claims.next()
         assert shard is not None and shard.index == left
         process = start(run, stage)
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == code
     assert "1 shards are in other hands" in output
 
@@ -182,7 +188,7 @@ def test_a_worker_that_is_told_to_leave_gives_its_shard_back(make_run: Callable[
     worker = start(run, MODE="hang")
     shard = int(wait_for_line(worker, "middle")[1])
     worker.terminate()
-    worker.communicate(timeout=30)
+    worker.communicate(timeout=PATIENCE_S)
     assert worker.returncode == 128 + signal.SIGTERM
     with jobs.load(run.ws.root, 1, "cut").claims() as claims:
         assert shard in {free.index for free in iter(claims.next, None)}
@@ -192,7 +198,7 @@ def test_a_worker_that_fails_gives_its_shard_back(make_run: Callable[..., Run], 
     run = make_run()
     worker = start(run, MODE="raise")
     shard = int(wait_for_line(worker, "middle")[1])
-    worker.communicate(timeout=30)
+    worker.communicate(timeout=PATIENCE_S)
     assert worker.returncode == 1
     with jobs.load(run.ws.root, 1, "cut").claims() as claims:
         assert shard in {free.index for free in iter(claims.next, None)}
@@ -206,7 +212,7 @@ def test_progress_is_shown_while_a_task_is_at_work_and_gone_when_it_leaves(
     wait_for_line(worker, "middle")
     (progress,) = (run.ws.stage_dir(1, "cut") / "tasks").glob("*.progress")
     assert f'"total": {LINES}' in progress.read_text()
-    worker.communicate("go on\n", timeout=30)
+    worker.communicate("go on\n", timeout=PATIENCE_S)
     assert not progress.exists()
 
 
@@ -218,7 +224,7 @@ def test_a_body_whose_stage_is_done_has_nothing_to_do(make_run: Callable[..., Ru
     for shard in range(SHARDS):
         manifest.write(run.ws, Manifest(1, "cut", shard, ()))
     process = start(run)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
     assert "round 1 cut is done already" in output
 
@@ -226,7 +232,7 @@ def test_a_body_whose_stage_is_done_has_nothing_to_do(make_run: Callable[..., Ru
 def test_a_body_whose_inputs_are_missing_is_blocked_and_names_them(make_run: Callable[..., Run], start: Start) -> None:
     run = make_run()
     process = start(run, "join")
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 75
     assert "round 1 join is blocked: round 1 cut is not there" in output
 
