@@ -10,6 +10,7 @@ from pathlib import Path
 from hpc_rl.cluster.base import ExecutorError
 from hpc_rl.cluster.choose import make_executor
 from hpc_rl.orchestrate.reconcile import RECONCILE_LEASE, NoRun, Run, look
+from hpc_rl.run.closed import keep_closed
 from hpc_rl.run.lease import acquire_patiently
 from hpc_rl.run.ledger import Ledger
 
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("workspace", type=Path)
     arguments = parser.parse_args(argv)
+    keep_closed()
     try:
         run = Run.load(arguments.workspace)
     except NoRun as error:

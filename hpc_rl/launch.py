@@ -24,6 +24,7 @@ from hpc_rl.orchestrate.decide import Policy
 from hpc_rl.orchestrate.reconcile import DRIVER_LEASE, Run, RunBusy, look, reconcile
 from hpc_rl.orchestrate.start import OtherConfig, open_run, store_config
 from hpc_rl.run.atomic import CorruptFile
+from hpc_rl.run.closed import NotClosed, keep_closed
 from hpc_rl.run.code import snapshot
 from hpc_rl.run.lease import Lease, acquire
 from hpc_rl.run.lease import look as look_at_lease
@@ -72,6 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 when the run is submitted or finished, 1 when it stopped, 2 when it cannot start, 130 after Ctrl-C."""
     arguments = parse(argv)
+    keep_closed()
     overrides = [*arguments.set, *([f"cluster.executor={arguments.executor}"] if arguments.executor else [])]
     try:
         loaded = configs.load_with_places(arguments.config, overrides, workspace=arguments.workspace)
@@ -89,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if problems:
             raise ConfigError(problems)
         return start(recipes.resolve(loaded.config), name, arguments)
-    except (ConfigError, OtherConfig, RunBusy, ExecutorError, CorruptFile) as error:
+    except (ConfigError, OtherConfig, RunBusy, ExecutorError, CorruptFile, NotClosed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

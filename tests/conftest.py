@@ -9,6 +9,8 @@ import tempfile
 
 import pytest
 
+os.umask(os.umask(0o022) | 0o022)  # as the launcher does: jobs run nothing that others may write to
+
 # before anything imports torch; processes that tests start inherit it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -28,6 +28,7 @@ from hpc_rl.cluster import walltime
 from hpc_rl.cluster.failures import EXIT_NEVER_FITS, EXIT_OUT_OF_TIME, Outcome, classify, last_error
 from hpc_rl.cluster.rendezvous import rank_environment
 from hpc_rl.run import atomic, manifest
+from hpc_rl.run.closed import NotClosed, check_closed, keep_closed
 from hpc_rl.run.workspace import Workspace
 
 TAIL_BYTES = 20_000
@@ -115,9 +116,18 @@ class EndRecord:
 
 
 def load_spec(path: Path) -> Spec:
-    """The spec in `path`."""
+    """The spec in `path`.
+
+    Raises
+    ------
+    ValueError
+        When it is not that of a job of this workspace.
+    """
     data: dict[str, Any] = atomic.read_json(path)
-    return Spec(**{**data, "body": tuple(data["body"])})
+    spec = Spec(**{**data, "body": tuple(data["body"])})
+    if spec.path != path.absolute():
+        raise ValueError(f"{path} is a spec for {spec.path}, and is not run: launch the run in its workspace again")
+    return spec
 
 
 def die_with_parent() -> Callable[[], None]:
@@ -191,8 +201,13 @@ class Runner:
             print(f"the service ended ({outcome.value}); starting it again, {left} restarts left", flush=True)
 
     def _run_body(self, log: BinaryIO, environment: dict[str, str]) -> int:
-        """One life of the body; its exit code, or 127 as in a shell when there is no such program."""
+        """One life of the body; its exit code, 126 or 127 as in a shell when it may not be run, or is not there."""
         self.process = None  # the process group of an earlier life is none of ours any more
+        try:
+            check_closed(self.spec.ws.root, _executed(self.spec))
+        except NotClosed as error:
+            log.write(f"NotClosed: {error}\n".encode())
+            return 126
         try:
             self.process = subprocess.Popen(
                 self.spec.body,
@@ -231,6 +246,12 @@ class Runner:
         return outcome
 
 
+def _executed(spec: Spec) -> list[Path]:
+    """What of the workspace says what is run here, and the code that runs."""
+    code, root = Path(__file__).resolve().parents[2], spec.ws.root.resolve()
+    return [spec.path, *([spec.ws.root / code.relative_to(root)] if code.is_relative_to(root) else [])]
+
+
 def _cpu_of_children_s() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
@@ -266,6 +287,7 @@ def _tell_slurm(*command: str) -> None:
 
 def run_spec(path: Path) -> int:
     """Run the submission described in `path` as the process that we are; returns the body's exit code."""
+    keep_closed()
     spec = load_spec(path)
     runner = Runner(spec)
     code = runner.run()

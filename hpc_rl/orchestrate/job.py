@@ -32,6 +32,7 @@ from hpc_rl.orchestrate.claims import Claims
 from hpc_rl.orchestrate.graph import Graph, Stage, StageId
 from hpc_rl.orchestrate.shard import Shard
 from hpc_rl.run import atomic, manifest
+from hpc_rl.run.closed import keep_closed
 from hpc_rl.run.digest import digest_of_outputs
 from hpc_rl.run.manifest import Manifests, StoredManifest
 from hpc_rl.run.workspace import Workspace
@@ -185,6 +186,7 @@ def open_job(default_stage: str, argv: Sequence[str] | None = None) -> Job:
     Leaves the process with code 0 when the stage is done already, and with `EXIT_BLOCKED` when its inputs do not come.
     """
     arguments = parse_arguments(default_stage, argv)
+    keep_closed()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _leave)  # so that leases are given back on the way out

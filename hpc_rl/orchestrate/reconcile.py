@@ -25,6 +25,7 @@ from hpc_rl.orchestrate.decide import Cancel, Decision, Policy, Submit, View, Wr
 from hpc_rl.orchestrate.graph import Graph, StageId
 from hpc_rl.orchestrate.requests import build_request, submission_name, task_count
 from hpc_rl.run import atomic, manifest
+from hpc_rl.run.closed import check_closed
 from hpc_rl.run.lease import Lease, acquire_patiently
 from hpc_rl.run.ledger import History, Ledger
 from hpc_rl.run.workspace import SCHEMA, Workspace
@@ -135,6 +136,8 @@ def reconcile(
         When the other one does not end in time.
     ExecutorError
         When the scheduler refuses; what was submitted before is in the ledger.
+    NotClosed
+        When others may write to what would be run.
     """
     # a reconcile takes seconds; one without a heartbeat for 30 s is dead, and its place is taken
     ttl_s = min(30.0, run.config.run.lease_ttl_s)
@@ -253,7 +256,7 @@ class _Submitter:
         self.ids[name] = []
         if request.resources.tasks > 1:
             self.arrays.add(name)
-        request.spec.save()
+        check_closed(run.ws.root, [request.spec.save(), run.ws.config_path])
         run.ws.log_dir(stage.round, stage.name).mkdir(parents=True, exist_ok=True)
         self.ledger.append(
             "intent",

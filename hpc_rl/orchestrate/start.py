@@ -9,6 +9,7 @@ from hpc_rl import recipes
 from hpc_rl.config.schema import Config
 from hpc_rl.orchestrate.reconcile import Run
 from hpc_rl.run import atomic
+from hpc_rl.run.closed import make_closed
 from hpc_rl.run.workspace import Workspace
 
 
@@ -23,8 +24,12 @@ def open_run(config: Config, config_file: Path) -> Run:
     ------
     OtherConfig
         When the workspace holds another experiment.
+    NotClosed
+        When its folder belongs to somebody else.
     """
     ws = Workspace(config.run.workspace)
+    if not ws.config_path.exists():
+        make_closed(ws.root)
     if not atomic.create_exclusive(ws.config_path, atomic.to_json(configs.to_json(config))):
         stored = configs.from_json(atomic.read_json(ws.config_path))
         if differing := configs.differing_keys(stored, config):

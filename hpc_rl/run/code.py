@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpc_rl.run.atomic import CorruptFile
+from hpc_rl.run.closed import check_closed
 from hpc_rl.run.workspace import Workspace
 
 PACKAGES = ("hpc_rl", "jobs")
@@ -31,10 +33,19 @@ def _files(packages: Sequence[Path]) -> list[tuple[str, Path]]:
 def snapshot(ws: Workspace, extra: Sequence[Path] = ()) -> Path:
     """Copy the packages' sources to `code/<hash>/` unless they are there; returns that folder.
 
+    Others may read it as the umask says, and not write to it whatever the umask says.
+
     Parameters
     ----------
     extra
         Further package folders, such as that of a recipe of the user's own.
+
+    Raises
+    ------
+    NotClosed
+        When others may write to a snapshot that is there.
+    CorruptFile
+        When what is there is not what its name says.
     """
     files = _files([*(source_root() / name for name in PACKAGES), *extra])
     digest = hashlib.sha256()
@@ -43,16 +54,28 @@ def snapshot(ws: Workspace, extra: Sequence[Path] = ()) -> Path:
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
     target = ws.code_dir / digest.hexdigest()[:12]
     if target.is_dir():
+        _check(ws, target, contents)
         return target
+    ws.root.mkdir(mode=0o755, parents=True, exist_ok=True)
+    ws.code_dir.mkdir(mode=0o755, exist_ok=True)
     temporary = ws.code_dir / f".tmp-{target.name}-{os.getpid()}-{secrets.token_hex(4)}"
+    for folder in sorted({temporary / around for name, _ in contents for around in Path(name).parents}):
+        folder.mkdir(mode=0o755)
     for name, content in contents:
-        path = temporary / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        (temporary / name).touch(mode=0o644, exist_ok=False)
+        (temporary / name).write_bytes(content)
     try:
         temporary.rename(target)
     except OSError:
         if not target.is_dir():
             raise
         shutil.rmtree(temporary)  # another launch was faster with the same code
+    _check(ws, target, contents)
     return target
+
+
+def _check(ws: Workspace, snapshot: Path, contents: Sequence[tuple[str, bytes]]) -> None:
+    check_closed(ws.root, [snapshot, *snapshot.rglob("*")])
+    for name, content in contents:
+        if not (snapshot / name).is_file() or (snapshot / name).read_bytes() != content:
+            raise CorruptFile(f"{snapshot / name} is not the code that its folder's name stands for: remove {snapshot}")

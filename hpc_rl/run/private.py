@@ -48,7 +48,7 @@ def exchangeable(folder: Path) -> str | None:
 
     Who owns a folder, or may write to it, can rename what lies in it; in a sticky one only its owner can, and root.
     """
-    trusted = {0, os.getuid(), *_unnamed()}
+    trusted = trusted_users()
     inner = folder.parent.resolve()
     for around in (inner, *inner.parents):
         found = around.stat()
@@ -57,6 +57,11 @@ def exchangeable(folder: Path) -> str | None:
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
             return f"they may write to {around} (mode {stat.S_IMODE(found.st_mode):04o}), and it has no sticky bit"
     return None
+
+
+def trusted_users() -> set[int]:
+    """Whose files and folders are as good as our own: ours, and root's."""
+    return {0, os.getuid(), *_unnamed()}
 
 
 def _unnamed() -> set[int]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from hpc_rl.run.atomic import CorruptFile
+from hpc_rl.run.closed import NotClosed
 from hpc_rl.run.code import PACKAGES, snapshot, source_root
 from hpc_rl.run.workspace import Workspace
 from tests.waiting import PATIENCE_S
@@ -87,3 +90,24 @@ def test_launches_at_one_moment_agree_on_one_folder(ws: Workspace) -> None:
     answers = {launch.communicate(timeout=PATIENCE_S)[0].strip() for launch in launches}
     assert len(answers) == 1
     assert [str(entry) for entry in ws.code_dir.iterdir()] == list(answers)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077], ids=lambda umask: f"umask-{umask:03o}")
+def test_others_may_read_it_as_the_umask_says_and_never_write_to_it(ws: Workspace, mine: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        folder = snapshot(ws, [mine])
+    finally:
+        os.umask(before)
+    found = {(path.is_dir(), stat.S_IMODE(path.stat().st_mode)) for path in (ws.code_dir, folder, *folder.rglob("*"))}
+    assert found == {(True, 0o755 & ~umask), (False, 0o644 & ~umask)}
+
+
+def test_a_snapshot_that_is_not_what_its_name_says_is_not_used(ws: Workspace, mine: Path) -> None:
+    module = snapshot(ws, [mine]) / "mine" / "deep" / "module.py"
+    module.write_text("something else\n")
+    with pytest.raises(CorruptFile, match=f"{module} is not the code that its folder's name stands for: remove"):
+        snapshot(ws, [mine])
+    module.chmod(0o664)
+    with pytest.raises(NotClosed, match=f"others may write to {module}"):
+        snapshot(ws, [mine])
