@@ -14,10 +14,10 @@ logit: now and then another token is drawn for it. vLLM promises none in its bat
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -188,6 +188,14 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Drop everything, and give back what can be given back; memory of a GPU often only when the process ends."""
+
+
+@runtime_checkable
+class LongSteps(Protocol):
+    """An engine whose step may take as long as a whole batch, and that can say meanwhile that it gets on."""
+
+    def tell_progress(self, call: Callable[[], None]) -> None:
+        """Have `call` called now and then while a step gets on, by the thread that steps."""
 
 
 def generate(engine: Engine, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:

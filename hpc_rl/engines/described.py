@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
-from hpc_rl.engines.base import Completion, Engine, Prompt, Request, Sampling
+from hpc_rl.engines.base import Completion, Engine, LongSteps, Prompt, Request, Sampling
 
 
 class DescribedEngine(Engine, Protocol):
@@ -70,6 +70,11 @@ class OpenedEngine:
     def abort(self, keys: Collection[str]) -> None:
         """See `Engine.abort`."""
         self._engine.abort(keys)
+
+    def tell_progress(self, call: Callable[[], None]) -> None:
+        """See `LongSteps.tell_progress`; where the engine's steps are short ones, there is nothing to tell."""
+        if isinstance(self._engine, LongSteps):
+            self._engine.tell_progress(call)
 
     def close(self) -> None:
         """See `Engine.close`."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -48,13 +48,17 @@ Inputs = Mapping[str, torch.Tensor]
 class _SeededSampler(LogitsProcessor):  # type: ignore[misc]
     """Chooses each row's next token and leaves `generate` no other: all other logits become -inf."""
 
-    def __init__(self, seeds: Sequence[int], sampling: Sampling, bias: torch.Tensor) -> None:
+    def __init__(
+        self, seeds: Sequence[int], sampling: Sampling, bias: torch.Tensor, on_token: Callable[[], None]
+    ) -> None:
         self._generators = [torch.Generator(bias.device).manual_seed(seed) for seed in seeds]
         self._temperature, self._top_p, self._bias = sampling.temperature, sampling.top_p, bias
+        self._on_token = on_token
         self.tokens: list[torch.Tensor] = []
         self.logprobs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._on_token()
         logits = scores.float() + self._bias
         if self._temperature > 0:
             logits = _nucleus(logits / self._temperature, self._top_p)
@@ -147,6 +151,7 @@ class TransformersEngine:
         self._prompts: InFlight[Inputs] = InFlight(self._read)
         self._queue: dict[str, _Waiting] = {}
         self._capacity = max_num_seqs or CAPACITY
+        self._on_token: Callable[[], None] = lambda: None
 
     @property
     def capacity(self) -> int:
@@ -194,6 +199,10 @@ class TransformersEngine:
             if key in self._queue:
                 self._prompts.give_back(self._queue.pop(key).prompt)
 
+    def tell_progress(self, call: Callable[[], None]) -> None:
+        """See `LongSteps.tell_progress`: after each token of a batch."""
+        self._on_token = call
+
     def close(self) -> None:
         """See `Engine.close`."""
         self.abort(list(self._queue))
@@ -220,7 +229,7 @@ class TransformersEngine:
         sampling, limit = batch[0].sampling, batch[0].limit
         prompts = [waiting.inputs["input_ids"][0].tolist() for waiting in batch]
         inputs = {name: value.to(self._device) for name, value in self._collate(batch).items()}
-        sampler = _SeededSampler([waiting.seed for waiting in batch], sampling, self._bias)
+        sampler = _SeededSampler([waiting.seed for waiting in batch], sampling, self._bias, self._on_token)
         stops = Stops(self._tokenizer, prompts, sampling.stop, self._ends) if sampling.stop else None
         self._model.generate(
             **inputs,

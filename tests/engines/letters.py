@@ -11,7 +11,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -44,6 +44,7 @@ class LettersEngine:
     def __init__(self, capacity: int, pause_s: float, notes: Path | None) -> None:
         self.capacity, self._pause_s, self._notes = capacity, pause_s, notes
         self._rows: dict[str, _Row] = {}
+        self._tell: Callable[[], None] = lambda: None
         sees = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "VLLM_PORT", "OMP_NUM_THREADS")}
         self.description = {"engine": self.kind, "capacity": capacity, **sees}
         self.loading = {"engine": 0.25}
@@ -68,6 +69,9 @@ class LettersEngine:
                 file.write(f"{id(request.prompt)} {text}\n")
         self._rows[key] = _Row(request, sampling, random.Random(request.seed))
 
+    def tell_progress(self, call: Callable[[], None]) -> None:
+        self._tell = call
+
     def step(self) -> list[tuple[str, Completion]]:
         time.sleep(self._pause_s)
         finished = []
@@ -77,6 +81,8 @@ class LettersEngine:
                 os.kill(os.getpid(), signal.SIGKILL)
             while "hang" in text:
                 signal.pause()
+            if "long" in text:
+                self._take_long()
             if "raise" in text:
                 raise RuntimeError(f"CUDA error: an illegal memory access was encountered, at {text}")
             weights = [1 + (len(text) * 7 + sum(row.tokens) + place) % 5 for place in range(len(LETTERS))]
@@ -87,6 +93,11 @@ class LettersEngine:
                 finished.append((key, self._completion(row)))
         self.abort([key for key, _ in finished])
         return finished
+
+    def _take_long(self) -> None:
+        for _ in range(10):
+            time.sleep(0.3)
+            self._tell()
 
     def _start_helper(self) -> None:
         """As an engine on several GPUs: another process, in a session of its own, and memory that both share."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rl.engines.base import Completion, Prompt, Request, generate
+from hpc_rl.engines.base import Completion, Prompt, Request, Sampling, generate
 from hpc_rl.engines.pool import PoisonedRequest, PoolFailed
 
 from .letters import OpenLetters
@@ -80,6 +80,13 @@ def test_starting_reading_prompts_and_having_nothing_to_do_are_not_hanging(open_
     time.sleep(2.5)
     assert generate(pool, asked[:2], SAMPLING) == list(alone(asked[:2]).values())
     assert [worker.deaths for worker in pool.workers] == [0, 0]
+
+
+def test_a_long_step_that_gets_on_is_not_hanging(open_pool: Open) -> None:
+    pool = open_pool(count=1, patience_s=2.0)
+    asked = [Request(Prompt.of("long"), 0)]
+    assert generate(pool, asked, Sampling(1.0, 1)) == list(alone(asked, Sampling(1.0, 1)).values())  # three seconds
+    assert pool.workers[0].deaths == 0
 
 
 def test_a_pool_that_did_not_listen_itself_takes_nobody_for_hung(open_pool: Open, temporary: Path) -> None:
