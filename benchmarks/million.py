@@ -6,6 +6,8 @@ Makes the workspace of a Lewis run, and goes through one round of it, each side 
 
     sample   one sampling task: prompts that are checked, claims, the real stream, published shards. Its engine has no
              model: it draws tokens at random (a million completions of the tiny model would take hours on two cores).
+             vLLM's libraries are in the process where they are installed; no vLLM engine runs, so its weights, caches
+             and queues are not in these numbers. They do not depend on how many samples a round has.
     grade    the real grading job, but for the listener, which is another process: its answers are random too.
     train    all that the training job reads: samples, the plan, every batch of one rank of 8. No model.
     report, status    the commands, over what is there by then.

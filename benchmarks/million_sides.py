@@ -41,6 +41,9 @@ class Drawing:
     def unfinished(self) -> int:
         return len(self._waiting)
 
+    def expect(self, prompts: Sequence[Any]) -> int:
+        return len(prompts)
+
     def submit(self, key: str, request: Any, sampling: Any) -> None:
         self._waiting[key] = request
 
@@ -83,7 +86,10 @@ class Picking:
 
 
 def sample(root: Path, ready: Callable[[], None]) -> dict[str, Any]:
-    """The sampling task: prompts, claims, the stream, publishing; with an engine that draws at random."""
+    """The sampling task: prompts, claims, the stream, publishing; with an engine that draws at random.
+
+    vLLM's libraries are loaded where they are installed, so that they are part of the process, as in a real task.
+    """
     from hpc_rl.cluster.walltime import Deadline
     from hpc_rl.orchestrate.job import load
     from hpc_rl.sampling.at_work import Origin
@@ -94,6 +100,7 @@ def sample(root: Path, ready: Callable[[], None]) -> dict[str, Any]:
     job = load(root, ROUND, "sample")
     job.folder.mkdir(parents=True, exist_ok=True)
     config: Any = job.config
+    libraries = _load_engine_libraries()
     ready()
     source = lewis_source(job, config, config.speaker.path)
     with job.claims() as claims, Recorder(job.folder, claims.token) as task:
@@ -103,7 +110,19 @@ def sample(root: Path, ready: Callable[[], None]) -> dict[str, Any]:
             deadline=Deadline(), linger_s=1.0, speculate=False,
         )  # fmt: skip
         ending = stream.run()
-        return {"ending": ending.value, "samples": task.record().samples}
+        return {"ending": ending.value, "samples": task.record().samples, "libraries": libraries}
+
+
+def _load_engine_libraries() -> str:
+    from hpc_rl.engines.vllm_start import VllmMissing, import_vllm
+
+    try:
+        import_vllm()
+    except VllmMissing:
+        return "without those of vLLM, which is not installed"
+    from vllm import LLM  # noqa: F401  (the package loads what it needs when it is asked for)
+
+    return "those of vLLM among them"
 
 
 def grade(root: Path, ready: Callable[[], None]) -> dict[str, Any]:
