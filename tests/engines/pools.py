@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,10 +61,3 @@ def workers_of(temporary: Path) -> list[int]:
 
 def guards_of(temporary: Path) -> list[int]:
     return processes(temporary, "hpc_rl.engines.pool_guard")
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

@@ -19,9 +19,10 @@ from hpc_rl.cluster.failures import is_out_of_memory
 from hpc_rl.engines.base import Completion, Prompt, Request, Sampling, generate
 from hpc_rl.engines.pool import PoisonedRequest, PoolFailed, RequestRefused
 from hpc_rl.engines.pool_process import PORTS, free_ports, worker_environment
+from tests.waiting import wait_for
 
 from .letters import LettersEngine, OpenLetters
-from .pools import SAMPLING, Open, alone, finish, guards_of, processes, requests, submit, wait_until, workers_of
+from .pools import SAMPLING, Open, alone, finish, guards_of, processes, requests, submit, workers_of
 
 
 def test_a_pool_samples_what_one_engine_does(open_pool: Open) -> None:
@@ -90,7 +91,7 @@ def test_killing_a_guard_kills_its_worker_and_both_are_replaced(open_pool: Open,
     submit(pool, asked)
     os.kill(guards_of(temporary)[0], signal.SIGKILL)
     assert finish(pool) == alone(asked)
-    wait_until(lambda: len(set(before) & set(workers_of(temporary))) == 1)
+    wait_for(lambda: len(set(before) & set(workers_of(temporary))) == 1, "its worker is gone")
 
 
 def test_workers_may_die_all_the_time(open_pool: Open, temporary: Path) -> None:
@@ -271,7 +272,7 @@ def test_nothing_is_left_of_what_an_engine_has_started(open_pool: Open, temporar
     pool.submit("a", Request(Prompt.of("helper"), 0), SAMPLING)
     finish(pool)
     (helper,) = processes(temporary, "multiprocessing.spawn")
-    wait_until(lambda: len(shared_memory(helper)) == 2)  # memory and a semaphore
+    wait_for(lambda: len(shared_memory(helper)) == 2, "it has memory and a semaphore")
     shared = shared_memory(helper)
     assert all(path.exists() for path in shared)
     if by == "a signal":
@@ -327,7 +328,7 @@ def test_nothing_outlives_a_pool_that_is_killed(parent: subprocess.Popen[str], t
     assert len(workers_of(tmp_path)) == 2 and len(list(tmp_path.iterdir())) == 2
     parent.kill()
     parent.wait()
-    wait_until(lambda: not processes(tmp_path))
+    wait_for(lambda: not processes(tmp_path), "all processes are gone")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -12,10 +13,12 @@ import pytest
 
 from hpc_rl.engines.base import Completion, Prompt, Request, Sampling, generate
 from hpc_rl.engines.pool import PoisonedRequest, PoolFailed
+from tests.waiting import wait_for
 
 from .letters import OpenLetters
-from .pools import SAMPLING, Open, alone, finish, guards_of, requests, submit, wait_until, workers_of
+from .pools import SAMPLING, Open, alone, finish, guards_of, requests, submit, workers_of
 
+PTRACE_SEIZE, WALL = 0x4206, 0x40000000
 HANG = Request(Prompt.of("hang"), 0)
 
 
@@ -31,7 +34,7 @@ def test_a_stopped_worker_is_killed_and_every_request_is_answered_once(
     os.kill(stopped, signal.SIGSTOP)
     found |= finish(pool)
     assert found == alone(asked)
-    wait_until(lambda: stopped not in workers_of(temporary))
+    wait_for(lambda: stopped not in workers_of(temporary), "the stopped worker is gone")
     (hung,) = [worker for worker in pool.workers if worker.deaths]
     assert (hung.deaths, hung.hung) == (1, 1) and hung.returned > 0
     assert re.search(r"worker [12] of 2 on GPU [01] has not moved for \d s, its process is T \(stopped\)", caplog.text)
@@ -120,4 +123,22 @@ def test_a_guard_that_is_stopped_too_does_not_keep_its_worker(
     for pid in (guard, worker):
         os.kill(pid, signal.SIGSTOP)
     assert finish(pool) == alone(asked)
-    wait_until(lambda: not {guard, worker} & {*guards_of(temporary), *workers_of(temporary)})
+    wait_for(lambda: not {guard, worker} & {*guards_of(temporary), *workers_of(temporary)}, "both are gone")
+
+
+def test_a_worker_that_not_even_sigkill_ends_is_let_go_of(
+    open_pool: Open, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with one that waits in a driver. Who traces a process (ptrace(2)) sees its end first, and may keep it."""
+    monkeypatch.setattr("hpc_rl.engines.pool_places.KILLED_S", 1.0)
+    pool = open_pool(OpenLetters(pause_s=0.005), patience_s=2.0)
+    pool.wait_until_all_are_ready()
+    asked = requests(60)
+    submit(pool, asked)
+    worker = workers_of(temporary)[0]
+    if ctypes.CDLL(None).ptrace(PTRACE_SEIZE, worker, None, None):
+        pytest.skip("this machine lets nobody trace processes")
+    os.kill(worker, signal.SIGSTOP)
+    assert finish(pool) == alone(asked)
+    assert sum(worker.hung for worker in pool.workers) == 1
+    assert os.waitpid(worker, WALL) == (worker, signal.SIGKILL)  # until here it was there
