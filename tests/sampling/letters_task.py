@@ -18,6 +18,8 @@ from hpc_rl.engines.base import Completion, Engine, Prompt, Request, Sampling, g
 from hpc_rl.grading.samples import Sample, read_samples
 from hpc_rl.orchestrate.job import Job, open_job
 from hpc_rl.run import manifest
+from hpc_rl.run.presence import PREFIX
+from hpc_rl.run.shard_leases import leases_of
 from hpc_rl.sampling.at_work import Origin
 from hpc_rl.sampling.record import Recorder
 from hpc_rl.sampling.rules import KAccepted, Outcome, Rule
@@ -25,6 +27,7 @@ from hpc_rl.sampling.stream import Ending, Stream
 from hpc_rl.sampling.tasks import Task
 from tests.engines.letters import LettersEngine
 from tests.orchestrate.shards_recipe import SHARDS
+from tests.waiting import wait_for
 
 ROWS, ROLES, K, MOST_TRIES = 3, ("plain", "vowel"), 2, 5
 ROUND, RUN_SEED, WEIGHTS = 1, 3, "w"
@@ -118,9 +121,12 @@ def main() -> int:
     given = json.loads(os.environ.get("LETTERS", "{}"))
     engine = LettersEngine(given.get("capacity", 4), given.get("pause_s", 0.002), None)
     with ExitStack() as stack:
+        claims = stack.enter_context(job.claims())
+        together = given.get("together", 1)
+        wait_for(lambda: len(list(leases_of(job.folder).glob(f"{PREFIX}*"))) >= together, f"{together} tasks are there")
         ending = stream(
-            job, stack, engine, deadline=Deadline.of(os.environ), linger_s=given.get("linger_s", 5.0),
-            speculate=given.get("speculate", False),
+            job, stack, engine, claims=claims, token=claims.token, deadline=Deadline.of(os.environ),
+            linger_s=given.get("linger_s", 5.0), speculate=given.get("speculate", False),
         ).run()  # fmt: skip
         print(f"ending: {ending.name}", flush=True)
     return 124 if ending is Ending.OUT_OF_TIME else 0

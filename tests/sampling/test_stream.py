@@ -37,6 +37,7 @@ from hpc_rl.sampling.stream import UNPUBLISHED, Ending
 from tests.engines.letters import LettersEngine
 from tests.orchestrate.shards_recipe import SHARDS
 from tests.sampling.letters_task import ROLES, ROWS, K, LettersSource, one_by_one, plain, published, stream
+from tests.waiting import PATIENCE_S, wait_for
 
 CONFIG = """\
 recipe: tests.orchestrate.shards_recipe
@@ -226,13 +227,6 @@ def start() -> Iterator[Start]:
         process.communicate()
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def assert_whole(job: Job) -> None:
     """Every attempt is there exactly once, and is what it is when drawn alone."""
     assert plain(published(job)) == plain(sorted_(one_by_one(LettersSource())))
@@ -240,8 +234,8 @@ def assert_whole(job: Job) -> None:
 
 def test_several_tasks_share_the_shards(make_job: MakeJob, start: Start) -> None:
     job = make_job()
-    tasks = [start(job, pause_s=0.005) for _ in range(3)]
-    assert [task.wait(60) for task in tasks] == [0, 0, 0]
+    tasks = [start(job, pause_s=0.02, together=3) for _ in range(3)]
+    assert [task.wait(PATIENCE_S) for task in tasks] == [0, 0, 0]
     assert_whole(job)
     assert len({manifest.read(job.ws, 1, "cut", shard).metrics["task"] for shard in range(SHARDS)}) == 3
 
@@ -249,11 +243,11 @@ def test_several_tasks_share_the_shards(make_job: MakeJob, start: Start) -> None
 def test_a_task_that_is_killed_leaves_its_shards_to_another(make_job: MakeJob, start: Start) -> None:
     job = make_job()
     victim = start(job, pause_s=0.02)
-    wait_until(lambda: done(job))
+    wait_for(lambda: done(job), "a shard is done")
     victim.kill()
     before = done(job)
     assert len(before) < SHARDS
-    assert start(job).wait(60) == 0
+    assert start(job).wait(PATIENCE_S) == 0
     assert_whole(job)
 
 
@@ -263,9 +257,9 @@ def test_a_task_that_is_told_to_leave_publishes_what_is_complete_and_gives_the_r
 ) -> None:
     job = make_job("run.lease_ttl_s=1000")
     first = start(job, pause_s=0.02)
-    wait_until(lambda: done(job))
+    wait_for(lambda: done(job), "a shard is done")
     first.send_signal(number)
-    assert first.wait(30) == 128 + signal.SIGTERM
+    assert first.wait(PATIENCE_S) == 128 + signal.SIGTERM
     (left,) = read_records(job.folder)
     assert left.ended is not None and left.lost_tokens > 0
     kept = [s for shard in done(job) for s in published(job, [shard])]
@@ -326,7 +320,7 @@ def test_the_engine_does_not_wait_for_the_file_system_and_no_more_is_claimed_tha
     job, engine = make_job(), Watched(4)
     held = threading.Event()
     with ExitStack() as stack:
-        claims = Slow(stack.enter_context(job.claims()), lambda: held.wait(30) and None)
+        claims = Slow(stack.enter_context(job.claims()), lambda: held.wait(PATIENCE_S) and None)
         loop = stream(job, stack, engine, claims=claims)
         threading.Timer(1.0, held.set).start()
         assert loop.run() is Ending.DONE
@@ -339,12 +333,12 @@ def test_a_frozen_task_is_done_without_it_and_throws_its_copy_away(make_job: Mak
     """Speculation: its lease is good for hours, but whoever is idle draws its shards a second time."""
     job = make_job("run.lease_ttl_s=3600")
     frozen = start(job, pause_s=0.02)
-    wait_until(lambda: len(done(job)) >= 2)
+    wait_for(lambda: len(done(job)) >= 2, "two shards are done")
     frozen.send_signal(signal.SIGSTOP)
     assert run(job, LettersEngine(8, 0.0, None), speculate=True, linger_s=20.0) is Ending.DONE
     before = {shard: manifest.manifest_path(job.ws, 1, "cut", shard).read_bytes() for shard in range(SHARDS)}
     frozen.send_signal(signal.SIGCONT)
-    assert frozen.wait(30) == 0
+    assert frozen.wait(PATIENCE_S) == 0
     assert {shard: manifest.manifest_path(job.ws, 1, "cut", shard).read_bytes() for shard in range(SHARDS)} == before
     assert_whole(job)
     names = {manifest.read(job.ws, 1, "cut", shard).path("samples.parquet").name for shard in range(SHARDS)}
@@ -355,7 +349,7 @@ def test_a_task_that_has_finished_nothing_helps_before_it_would_leave(make_job: 
     """How long a shard takes is not known to it; half of the time that it would wait has to do."""
     job = make_job("run.lease_ttl_s=3600")
     frozen = start(job, capacity=1000, pause_s=0.1)
-    wait_until(lambda: len(list(job.folder.rglob("shard_*.lease.*"))) == SHARDS)
+    wait_for(lambda: len(list(job.folder.rglob("shard_*.lease.*"))) == SHARDS, "it has all shards")
     frozen.send_signal(signal.SIGSTOP)
     assert run(job, LettersEngine(8, 0.0, None), speculate=True, linger_s=2.0) is Ending.DONE
     assert_whole(job)
@@ -364,13 +358,15 @@ def test_a_task_that_has_finished_nothing_helps_before_it_would_leave(make_job: 
 def test_a_task_without_work_waits_a_while_and_starts_no_engine(make_job: MakeJob, start: Start) -> None:
     job = make_job("run.lease_ttl_s=3600")
     busy = start(job, capacity=1000, pause_s=0.1)
-    wait_until(lambda: len(list(job.folder.rglob("shard_*.lease.*"))) == SHARDS)
+    wait_for(lambda: len(list(job.folder.rglob("shard_*.lease.*"))) == SHARDS, "it has all shards")
 
     def open_engine() -> Any:
         raise AssertionError("there is nothing for it to do")
 
+    busy.send_signal(signal.SIGSTOP)
     assert run(job, LettersEngine(1, 0.0, None), open_engine=open_engine, linger_s=0.2) is Ending.OTHERS
-    assert busy.wait(60) == 0
+    busy.send_signal(signal.SIGCONT)
+    assert busy.wait(PATIENCE_S) == 0
     assert run(job, LettersEngine(1, 0.0, None), open_engine=open_engine) is Ending.DONE
 
 
@@ -399,18 +395,24 @@ def test_a_first_shard_is_always_tried(make_job: MakeJob) -> None:
 def test_a_task_that_is_out_of_time_says_so_with_its_exit_code(make_job: MakeJob, start: Start) -> None:
     job = make_job()
     task = start(job, {"HPC_RL_LEAVE_AT": f"{time.time() + 3.0:.0f}"}, pause_s=0.05)
-    assert task.wait(60) == 124
+    assert task.wait(PATIENCE_S) == 124
     assert 1 <= len(done(job)) < SHARDS
 
 
-@pytest.mark.parametrize("left_s", [0.3, 60.0])
+@pytest.mark.parametrize("left_s", [0.3, 3600.0])
 def test_a_job_whose_whole_time_was_too_short_for_a_shard_is_an_error_and_not_tried_for_ever(
     make_job: MakeJob, left_s: float
 ) -> None:
     job = make_job()
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    engine = Watched(1, 0.1)
+
+    def tell_to_leave() -> None:
+        if len(engine.filled) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    engine.before_step = tell_to_leave
     with pytest.raises((NeverFits, SystemExit)) as raised:
-        run(job, LettersEngine(1, 0.1, None), deadline=Deadline(time.time() + left_s))
+        run(job, engine, deadline=Deadline(time.time() + left_s))
     assert not done(job)
     if left_s > 1:
         assert isinstance(raised.value, SystemExit), "told to leave before its time, as by a preemption"
@@ -511,7 +513,7 @@ def test_every_attempt_is_published_exactly_once_whatever_happens_to_the_tasks(
     settings = {"pause_s": 0.01, "speculate": bool(seed % 2), "linger_s": 3.0}
     tasks = [start(job, **settings) for _ in range(3)]
     frozen: list[tuple[float, subprocess.Popen[str]]] = []
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     disturbances = 0
     while len(done(job)) < SHARDS:
         assert time.monotonic() < deadline, f"{len(done(job))} of {SHARDS} shards are done"
@@ -531,5 +533,5 @@ def test_every_attempt_is_published_exactly_once_whatever_happens_to_the_tasks(
     for _, task in frozen:
         task.send_signal(signal.SIGCONT)
     for task in tasks:
-        assert task.wait(30) in (0, 143, -signal.SIGKILL, -signal.SIGTERM)
+        assert task.wait(PATIENCE_S) in (0, 143, -signal.SIGKILL, -signal.SIGTERM)
     assert_whole(job)
