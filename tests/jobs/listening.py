@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services import handoff
 from jobs import serve
+from tests.waiting import PATIENCE_S, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -31,11 +31,9 @@ def listener(ws: Workspace, job_id: str) -> Iterator[Any]:
     command = [sys.executable, "-m", "jobs.serve", *arguments(ws), "--stage", "grade.listener"]
     with (ws.root / f"serve-{job_id}.out").open("wb") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, cwd=REPOSITORY)
-    deadline = time.monotonic() + 90
+    folder, said = ws.service_dir("listener"), (ws.root / f"serve-{job_id}.out").read_text
     try:
-        while f"job-{job_id}" not in [record.replica for record in handoff.discover(ws.service_dir("listener"))]:
-            assert process.poll() is None and time.monotonic() < deadline, (ws.root / f"serve-{job_id}.out").read_text()
-            time.sleep(0.05)
+        wait_for(lambda: f"job-{job_id}" in [one.replica for one in handoff.discover(folder)], said, of=process)
         yield process
     finally:
         if process.poll() is None:
@@ -48,11 +46,9 @@ def listener_thread(ws: Workspace, stage: str = "grade.listener", round: int = 1
     """`jobs.serve` in a thread, as the debug executor runs it; it leaves when its consumers are done."""
     thread = threading.Thread(target=serve.main, args=([*arguments(ws, round), "--stage", stage],), daemon=True)
     thread.start()
-    deadline = time.monotonic() + 60
-    while not handoff.discover(ws.service_dir("listener")):
-        assert thread.is_alive() and time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: handoff.discover(ws.service_dir("listener")) or not thread.is_alive(), "the listener")
+    assert thread.is_alive()
     yield thread
-    thread.join(30)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive(), "it did not leave"
     assert not handoff.discover(ws.service_dir("listener"))

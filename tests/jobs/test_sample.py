@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,6 +20,7 @@ from hpc_rl.sampling.record import read_records
 from hpc_rl.sampling.tally import Tally
 from jobs import sample
 from tests.jobs.listening import arguments
+from tests.waiting import PATIENCE_S, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARDS, PROMPTS, GROUP = 3, 8, 4  # 8 prompts in shards of 3
@@ -61,13 +61,6 @@ def start() -> Iterator[Start]:
         process.wait()
 
 
-def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def slow() -> tuple[str, ...]:
     """Settings with which a shard takes a while: long completions, few at a time."""
@@ -83,11 +76,11 @@ def test_a_killed_task_and_one_that_is_told_to_leave_change_nothing(
     for end in (subprocess.Popen.kill, subprocess.Popen.terminate):
         before = len(manifest.done_shards(ws, 1, "sample"))
         task = start(ws)
-        wait_until(lambda before=before: len(manifest.done_shards(ws, 1, "sample")) > before, task)
+        wait_for(lambda before=before: len(manifest.done_shards(ws, 1, "sample")) > before, "a shard", of=task)
         end(task)
-        assert task.wait(60) in (-9, 143)
+        assert task.wait(PATIENCE_S) in (-9, 143)
     assert len(manifest.done_shards(ws, 1, "sample")) == 2
-    assert start(ws).wait(120) == 0
+    assert start(ws).wait(PATIENCE_S) == 0
     assert_the_same(ws, undisturbed)
     assert len({manifest.read(ws, 1, "sample", shard).metrics["task"] for shard in range(SHARDS)}) == 3
 

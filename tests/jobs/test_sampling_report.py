@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from hpc_rl.sampling.lives import PARTS
 from hpc_rl.sampling.record import read_records
 from jobs import evaluate
 from tests.jobs.conftest import REPOSITORY, NewRun
+from tests.waiting import PATIENCE_S, wait_for
 
 NAME = "tiny-r01-sample-a1-abc"
 
@@ -45,14 +45,11 @@ def body_of(entry: subprocess.Popen[bytes]) -> int:
 def killed_and_done(new_run: NewRun) -> Workspace:
     ws = new_run("sample.prompts_per_round=24", "sample.shard_size=1", "sample.max_tokens=48", "sample.max_num_seqs=4")
     with start(ws, "local1.1") as first:
-        deadline = time.monotonic() + 120
-        while not manifest.done_shards(ws, 1, "sample"):
-            assert time.monotonic() < deadline and first.poll() is None
-            time.sleep(0.01)
+        wait_for(lambda: manifest.done_shards(ws, 1, "sample"), "a shard", of=first)
         os.kill(body_of(first), signal.SIGKILL)
     assert 0 < len(manifest.done_shards(ws, 1, "sample")) < 24
     with start(ws, "local2.1") as second:
-        assert second.wait(120) == 0
+        assert second.wait(PATIENCE_S) == 0
     return ws
 
 

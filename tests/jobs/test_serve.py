@@ -17,6 +17,7 @@ from hpc_rl.orchestrate.job import Job, load
 from hpc_rl.orchestrate.start import open_run
 from hpc_rl.run.workspace import Workspace
 from jobs import serve
+from tests.waiting import PATIENCE_S
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NewRun = Callable[..., Workspace]
@@ -61,7 +62,7 @@ def test_a_service_that_is_told_to_leave_while_it_loads_its_model_leaves_at_once
             assert process.stdout is not None
             assert "loading\n" in process.stdout
             process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 143
+            assert process.wait(PATIENCE_S) == 143
         finally:
             process.kill()
     assert not list(ws.service_dir("listener").glob("*.json"))

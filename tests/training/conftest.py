@@ -19,6 +19,7 @@ from hpc_rl.orchestrate.job import load
 from hpc_rl.orchestrate.start import open_run
 from hpc_rl.recipes import lewis
 from hpc_rl.run.workspace import Workspace
+from tests.waiting import PATIENCE_S
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS = (
@@ -189,7 +190,7 @@ class Ranks:
     processes: list[subprocess.Popen[bytes]]
     logs: list[Path]
 
-    def wait(self, timeout_s: float = 120) -> list[int]:
+    def wait(self, timeout_s: float = 2 * PATIENCE_S) -> list[int]:
         """Exit codes of all ranks."""
         deadline = time.monotonic() + timeout_s
         try:

@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 from hpc_rl.orchestrate.job import parse_arguments
+from tests.waiting import PATIENCE_S
 
 
 def meet(folder: Path) -> int:
     """Find the others, talk, part."""
     from hpc_rl.training.distributed import all_gather_objects, broadcast_object, process_group
 
-    with process_group(folder, patience_s=40) as world:
+    with process_group(folder, patience_s=PATIENCE_S) as world:
         everyone = all_gather_objects({"rank": world.rank, "pid": os.getpid()})
         print("HEARD", [one["rank"] for one in everyone], broadcast_object(f"from {world.rank}"), flush=True)
     return 0
@@ -27,7 +28,7 @@ def hang(folder: Path) -> int:
     from hpc_rl.training.distributed import broadcast_object, process_group
     from hpc_rl.training.leaving import Leaving
 
-    with Leaving(grace_s=1.0), process_group(folder, patience_s=40) as world:
+    with Leaving(grace_s=1.0), process_group(folder, patience_s=PATIENCE_S) as world:
         print("TOGETHER", flush=True)
         if world.is_main:
             broadcast_object(None, source=1)
@@ -66,9 +67,12 @@ def reward_live(folder: Path) -> int:
             pass
 
     rows = [GameRow("g", "a.png", ("b.png", "c.png"), ("A", "B"), "Describe.", "A", 0, "dogs", "dog")]
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server, process_group(folder, patience_s=40) as world:
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server,
+        process_group(folder, patience_s=PATIENCE_S) as world,
+    ):
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        client = {"url": f"http://127.0.0.1:{server.server_port}", "deadline_s": 20}
+        client = {"url": f"http://127.0.0.1:{server.server_port}", "deadline_s": PATIENCE_S}
         sections = {"run": {"name": "t", "workspace": folder}, "speaker": {"path": "x"}, "listener": {"path": "x"}}
         services = {"listener": {"client": client}}
         config = LewisConfig.model_validate({**sections, "data": {"image_root": folder}, "services": services})

@@ -13,7 +13,8 @@ import pytest
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.training import distributed
 from hpc_rl.training.distributed import World
-from tests.training.conftest import Ranks, start_ranks
+from tests.training.conftest import start_ranks
+from tests.waiting import PATIENCE_S, wait_for
 
 PROGRAM = ("-m", "tests.training.ranks")
 
@@ -70,27 +71,21 @@ def test_ranks_meet_although_a_file_of_a_dead_job_lies_there(tmp_path: Path) -> 
         stale = {"host": "127.0.0.1", "port": listening.getsockname()[1], "nonce": "dead", "world_size": 2}
         (tmp_path / "rendezvous-5-0.json").write_text(json.dumps(stale))
         ranks = start_ranks(Workspace(tmp_path), 2, "5", (*PROGRAM, "meet"))
-        assert ranks.wait(90) == [0, 0], ranks.said()
+        assert ranks.wait() == [0, 0], ranks.said()
     assert all("HEARD [0, 1] from 0" in log.read_text() for log in ranks.logs)
     assert not list(tmp_path.glob("rendezvous-*"))
-
-
-def wait_for(text: str, ranks: Ranks) -> None:
-    deadline = time.monotonic() + 60
-    while not all(text in log.read_text() for log in ranks.logs):
-        assert time.monotonic() < deadline, ranks.said()
-        time.sleep(0.05)
 
 
 def test_a_rank_that_hangs_in_a_collective_leaves_on_sigterm(tmp_path: Path) -> None:
     ranks = start_ranks(Workspace(tmp_path), 2, "6", (*PROGRAM, "hang"))
     try:
-        wait_for("TOGETHER", ranks)
+        together = lambda: all("TOGETHER" in log.read_text() for log in ranks.logs)  # noqa: E731
+        wait_for(together, ranks.said, of=ranks.processes[0])
         time.sleep(0.5)
         ranks.processes[0].send_signal(signal.SIGTERM)
-        assert ranks.processes[0].wait(20) == 128 + signal.SIGTERM, ranks.said()
+        assert ranks.processes[0].wait(PATIENCE_S) == 128 + signal.SIGTERM, ranks.said()
         ranks.processes[1].send_signal(signal.SIGTERM)
-        assert ranks.processes[1].wait(20) == 128 + signal.SIGTERM, ranks.said()
+        assert ranks.processes[1].wait(PATIENCE_S) == 128 + signal.SIGTERM, ranks.said()
     finally:
         ranks.kill()
 

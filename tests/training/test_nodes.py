@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpc_rl.run.code import source_root
+from tests.waiting import PATIENCE_S
 
 RANK = """
 import json, socket, sys
@@ -47,7 +48,7 @@ def test_the_first_rank_of_each_node_works_for_its_node(tmp_path: Path, how: str
         )
         for rank in range(4)
     ]
-    said = [rank.communicate(timeout=240)[0] for rank in ranks]
+    said = [rank.communicate(timeout=2 * PATIENCE_S)[0] for rank in ranks]
     worked = [[0], [], [2], []]
     assert [json.loads(line.splitlines()[-1]) for line in said] == [
         list(pair) for pair in zip(worked, heard, strict=True)

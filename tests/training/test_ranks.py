@@ -20,6 +20,7 @@ from hpc_rl.run.workspace import Workspace
 from hpc_rl.training.checkpoints import COMPLETE
 from jobs import train as job
 from tests.training.conftest import NewRun, Ranks, start_ranks
+from tests.waiting import PATIENCE_S, wait_for
 
 ZERO2 = "train.deepspeed=configs/deepspeed/zero2.json"
 ZERO3 = "train.deepspeed=configs/deepspeed/zero3.json"
@@ -52,10 +53,7 @@ def checkpoints(ws: Workspace, round: int = 1) -> list[str]:
 
 
 def wait_for_checkpoint(ws: Workspace, ranks: Ranks, round: int = 1) -> None:
-    deadline = time.monotonic() + 90
-    while not checkpoints(ws, round):
-        assert time.monotonic() < deadline and ranks.processes[0].poll() is None, ranks.said()
-        time.sleep(0.01)
+    wait_for(lambda: checkpoints(ws, round), ranks.said, within_s=2 * PATIENCE_S, of=ranks.processes[0])
 
 
 def assert_right_rollouts_on_each_rank(metrics: Any, ranks: int = 2) -> None:
@@ -112,7 +110,7 @@ def test_a_rank_that_loses_another_is_blocked_not_at_fault(new_run: NewRun) -> N
     try:
         wait_for_checkpoint(ws, ranks)
         ranks.processes[1].kill()
-        assert ranks.processes[0].wait(60) == EXIT_BLOCKED, ranks.said()
+        assert ranks.processes[0].wait(PATIENCE_S) == EXIT_BLOCKED, ranks.said()
         assert "another rank is gone" in ranks.said()
     finally:
         ranks.kill()
