@@ -13,7 +13,6 @@ may have their size and not their content.
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import re
 import secrets
@@ -25,13 +24,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc_rl.engines import node_copies as copies
 from hpc_rl.engines.model_files import check_unchanged, copy_files, digest, identity, model_files, weights_bytes
 from hpc_rl.engines.node_disk import NETWORK, FileLock, file_system_of
 from hpc_rl.run.private import make_private
 
 log = logging.getLogger(__name__)
 
-MARKER = "hpc_rl-staged.json"
 BLOCK_BYTES = 4096
 SPARE_BYTES = 2**20
 UNUSED_FOR_S = 7 * 86_400
@@ -149,25 +148,25 @@ class Staging:
         if turn.take(alone=True):
             try:
                 if copy.path.is_dir():
-                    self._remove_unused(copy.path, "nobody uses it any more")
+                    copies.remove_unused(copy.path, "nobody uses it any more")
             finally:
                 turn.drop()
 
     def _obtain(
         self, name: str, what: str, needed_bytes: int, make: Callable[[Path], object], series: str | None = None
     ) -> Staged:
-        path, lock = self.folder / name, FileLock(self.folder / f"{name}.lock")
-        if lock.take(alone=False) and _is_whole(path):
+        path, lock = self.folder / name, copies.lock_of(self.folder / name)
+        if lock.take(alone=False) and copies.is_whole(path):
             lock.touch()
             return Staged(path, "found", lock)
         lock.drop()
         with self._turn(what):
             self._tidy(keep=name)
             how = "found"
-            if not _is_whole(path):
+            if not copies.is_whole(path):
                 if path.exists():  # damaged, or of an earlier boot; those who still read it keep their files
                     log.info("%s is not whole any more; it is made again", path)
-                    _remove(path)
+                    copies.remove(path)
                 self._make_room(what, needed_bytes, keep=name)
                 self._make(path, what, make)
                 how = "made"
@@ -175,9 +174,9 @@ class Staging:
             assert taken, "copies are removed only by who has the turn"
             lock.touch()
             if series is not None:
-                for other in self._copies():
+                for other in copies.all_in(self.folder):
                     if other.name.startswith(f"{series}-") and other.name != name:
-                        self._remove_unused(other, "a later round's replaces it")
+                        copies.remove_unused(other, "a later round's replaces it")
         return Staged(path, how, lock)
 
     @contextmanager
@@ -188,7 +187,7 @@ class Staging:
             waited = time.monotonic() - started
             if waited - said >= SAY_EVERY_S:
                 said = waited
-                written = sum(_bytes_below(path) for path in self.folder.glob(".tmp-*"))
+                written = sum(copies.bytes_below(path) for path in self.folder.glob(".tmp-*"))
                 log.info(
                     "%s: waiting for another process of this node that writes to %s (%.1f GiB so far, waited %.0f s)",
                     what, self.folder, written / 2**30, waited,
@@ -207,25 +206,20 @@ class Staging:
                 shutil.rmtree(remains)
             except OSError as error:
                 log.warning("%s cannot be removed, and takes room until somebody does: %s", remains, error)
-        for copy in self._copies():
-            if copy.name != keep and time.time() - _used(copy) > UNUSED_FOR_S:
-                self._remove_unused(copy, f"nobody used it for {UNUSED_FOR_S // 86_400} days")
-
-    def _copies(self) -> list[Path]:
-        """All copies, those first that were not used for longest."""
-        found = [path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        return sorted(found, key=_used)
+        for copy in copies.all_in(self.folder):
+            if copy.name != keep and time.time() - copies.last_used(copy) > UNUSED_FOR_S:
+                copies.remove_unused(copy, f"nobody used it for {UNUSED_FOR_S // 86_400} days")
 
     def _make_room(self, what: str, needed_bytes: int, keep: str) -> None:
         """Remove copies that nobody uses until there is room; none if all of them would not be enough."""
-        others = [copy for copy in self._copies() if copy.name != keep and not self._is_used(copy)]
+        others = [copy for copy in copies.all_in(self.folder) if copy.name != keep and not copies.is_used(copy)]
         free = self._free_bytes(self.folder)
-        could_be_free = free + sum(_bytes_below(copy) for copy in others)
+        could_be_free = free + sum(copies.bytes_below(copy) for copy in others)
         if could_be_free >= needed_bytes:
             for copy in others:
                 if free >= needed_bytes:
                     break
-                self._remove_unused(copy, f"room is needed for {what}")
+                copies.remove_unused(copy, f"room is needed for {what}")
                 free = self._free_bytes(self.folder)
         if free < needed_bytes:
             raise NoRoom(
@@ -234,38 +228,20 @@ class Staging:
                 "or to null to load it from where it lies"
             )
 
-    def _is_used(self, copy: Path) -> bool:
-        lock = FileLock(copy.with_name(f"{copy.name}.lock"))
-        free = lock.take(alone=True)
-        lock.drop()
-        return not free
-
-    def _remove_unused(self, copy: Path, why: str) -> None:
-        lock = FileLock(copy.with_name(f"{copy.name}.lock"))
-        if not lock.take(alone=True):
-            return
-        try:
-            log.info("removing %s: %s", copy, why)
-            _remove(copy)
-            lock.path.unlink(missing_ok=True)
-        finally:
-            lock.drop()
-
     def _make(self, path: Path, what: str, make: Callable[[Path], object]) -> None:
         started = time.monotonic()
         temporary = self.folder / f".tmp-{path.name}-{secrets.token_hex(4)}"
         temporary.mkdir(mode=0o700)
         try:
             make(temporary)
-            sizes = {str(p.relative_to(temporary)): p.stat().st_size for p in temporary.rglob("*") if p.is_file()}
-            (temporary / MARKER).write_text(json.dumps({"of": what, "boot": _boot(), "files_bytes": sizes}))
+            size = copies.mark_whole(temporary, what)
             temporary.rename(path)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoRoom(f"{what}: {self.folder} on {self._host} filled up meanwhile: {error}") from error
             raise
-        took_s, size = time.monotonic() - started, sum(sizes.values())
+        took_s = time.monotonic() - started
         log.info(
             "%s is on %s now: %s, %.2f GiB in %.1f s (%.2f GiB/s)",
             what, self._host, path, size / 2**30, took_s, size / 2**30 / max(took_s, 1e-3),
@@ -278,45 +254,6 @@ def _on_disk(sizes: Iterable[int]) -> int:
 
 def _plain(name: str) -> str:
     return re.sub(r"[^\w.-]", "_", name).lstrip(".")[:80] or "model"
-
-
-def _is_whole(copy: Path) -> bool:
-    try:
-        marker = json.loads((copy / MARKER).read_text())
-        sizes = {name: (copy / name).stat().st_size for name in marker["files_bytes"]}
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
-        return False
-    return bool(marker["boot"] == _boot() and sizes == marker["files_bytes"])
-
-
-def _boot() -> str:
-    """Which start of this machine it is (random(4))."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _remove(copy: Path) -> None:
-    """Remove a copy; its name is gone at once."""
-    going = copy.with_name(f".tmp-going-{secrets.token_hex(4)}")
-    copy.rename(going)
-    shutil.rmtree(going)
-
-
-def _used(copy: Path) -> float:
-    """When a copy was last taken into use: the time of its lock's file."""
-    try:
-        return copy.with_name(f"{copy.name}.lock").stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
-
-
-def _bytes_below(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:  # it is just being renamed
-            continue
-    return total
 
 
 def _free_bytes(folder: Path) -> int:

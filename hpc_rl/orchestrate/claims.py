@@ -19,7 +19,6 @@ Safe to use from several threads, with one exception: `close` comes after the la
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import threading
@@ -30,14 +29,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hpc_rl.orchestrate.board import Board
+from hpc_rl.orchestrate.progress_note import ProgressNote
 from hpc_rl.orchestrate.shard import Shard, ShardLease
 from hpc_rl.run.presence import Presence
 from hpc_rl.run.shard_leases import copy_path, is_given_back, leases_of, progress_path, shard_lease_path
 
 if TYPE_CHECKING:
     from hpc_rl.orchestrate.job import Job
-
-log = logging.getLogger("hpc_rl")
 
 POLL_FIRST_S, POLL_MOST_S = 0.1, 5.0
 """Pauses between two looks at shards in other hands, growing from the first to the most."""
@@ -50,7 +48,6 @@ SHARE = 20
 OVERTAKEN_EVERY_S, OVERTAKEN_AT_THE_END_S = 30.0, 5.0
 """Pauses between two looks at whether others have done what is ours; the shorter one when none were free any more,
 since others begin to make copies then."""
-PROGRESS_EVERY_S = 5.0
 
 
 class Claims:
@@ -76,9 +73,7 @@ class Claims:
         self._misses = self._claimed = 0  # since the last listing
         self._look_at = self._peek_at = self._pause_s = self._shard_took_s = 0.0
         self._overslept = 0
-        self._progress = progress_path(job.folder, self.token)
-        self._reported = -float("inf")
-        self._warned = False
+        self._note = ProgressNote(progress_path(job.folder, self.token))
 
     @property
     def token(self) -> str:
@@ -261,25 +256,8 @@ class Claims:
                 shard.lease.give_back()
 
     def progress(self, done: int, total: int) -> None:
-        """Say how far this task is with the shards in its hands; for `status`, one small file for the task.
-
-        That it cannot be written is no reason to lose the shards: a warning says so, once.
-        """
-        if time.monotonic() - self._reported < PROGRESS_EVERY_S:
-            return
-        self._reported = time.monotonic()
-        temporary = self._progress.with_name(f".tmp-{self._progress.name}")
-        try:
-            self._progress.parent.mkdir(exist_ok=True)
-            temporary.write_text(f'{{"done": {done}, "total": {total}}}\n')
-            temporary.replace(self._progress)
-        except OSError as error:
-            self._warn(error)
-
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
-            log.warning("status does not show how far this task is: %s cannot be written (%s)", self._progress, error)
-        self._warned = True
+        """Say how far this task is with the shards in its hands, for `status`."""
+        self._note.write(done, total)
 
     def close(self) -> None:
         """Give everything back."""
@@ -289,11 +267,7 @@ class Claims:
             self._mine.clear()
         if descriptor is not None:
             os.close(descriptor)
-        if self._reported > -float("inf"):
-            try:
-                self._progress.unlink(missing_ok=True)
-            except OSError as error:
-                self._warn(error)
+        self._note.remove()
 
     def __enter__(self) -> Claims:
         return self

@@ -18,8 +18,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from hpc_rl.engines import staging as staging_module
+from hpc_rl.engines.node_copies import MARKER
 from hpc_rl.engines.node_disk import FileLock, NoNodeFolder, file_system_of, node_folder
-from hpc_rl.engines.staging import MARKER, NoRoom, Staged, Staging
+from hpc_rl.engines.staging import NoRoom, Staged, Staging
 
 KIB = 1024
 HOLDER = """

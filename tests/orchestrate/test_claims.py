@@ -364,7 +364,7 @@ def test_the_task_with_the_most_left_is_helped_first(make_job: MakeJob, claims_o
 def test_progress_that_cannot_be_written_is_said_once_and_loses_nothing(
     make_job: MakeJob, claims_of: MakeClaims, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("hpc_rl.orchestrate.claims.PROGRESS_EVERY_S", 0.0)
+    monkeypatch.setattr("hpc_rl.orchestrate.progress_note.EVERY_S", 0.0)
     job = make_job(1)
     claims = claims_of(job)
     shard = must(claims.next())
