@@ -17,6 +17,7 @@ Both may also be environment variables of these names."
     WORKSPACE=$(realpath "$WORKSPACE") # a container may start in another folder
     ROUND=$((10#$ROUND))
     local folder log
+    umask "$(printf '%04o' $(($(umask) | 022)))" # others do not write to what hpc_rl.launch may run one day
     folder=$WORKSPACE/logs/$(printf 'round_%02d/%s' "$ROUND" "$STAGE")
     log=$folder/$(own_id)-${SLURM_RESTART_COUNT:-0}.out
     mkdir -p "$folder" || fail "$WORKSPACE is not writable on $(hostname)"

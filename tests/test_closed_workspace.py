@@ -55,7 +55,8 @@ def test_nothing_that_a_run_makes_can_be_written_to_by_others_and_all_can_be_rea
 
 
 @pytest.mark.parametrize(
-    "opened", [".", "code", "code/*/jobs", "code/*/hpc_rl/__init__.py", "rounds/round_01", "training_config.json"]
+    "opened",
+    [".", "code", "code/*/jobs", "code/*/hpc_rl/__init__.py", "rounds/round_01", "logs", "training_config.json"],
 )
 def test_where_others_may_write_nothing_is_run_until_it_is_closed(finished: Path, opened: str) -> None:
     ws = Workspace(finished)

@@ -256,8 +256,9 @@ class _Submitter:
         self.ids[name] = []
         if request.resources.tasks > 1:
             self.arrays.add(name)
-        check_closed(run.ws.root, [request.spec.save(), run.ws.config_path])
-        run.ws.log_dir(stage.round, stage.name).mkdir(parents=True, exist_ok=True)
+        scripts = run.ws.log_dir(stage.round, stage.name)
+        scripts.mkdir(parents=True, exist_ok=True)
+        check_closed(run.ws.root, [request.spec.save(), run.ws.config_path, scripts])
         self.ledger.append(
             "intent",
             name=name,

@@ -10,6 +10,7 @@ from hpc_rl.run import manifest
 from hpc_rl.run.manifest import StoredManifest
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.sampling import lives, summary
+from hpc_rl.sampling.published import published
 from hpc_rl.sampling.record import read_records
 
 
@@ -22,7 +23,7 @@ def summarise(ws: Workspace, stage: Stage) -> summary.Summary | None:
     if not records:
         return None
     shards = manifest.done_shards(ws, stage.round, stage.name)
-    done = summary.published(_manifests(ws, stage, sorted(shards)))
+    done = published(_manifests(ws, stage, sorted(shards)))
     ends = end_records(ws, stage.id)
     return summary.summarise(done, lives.lives(records, ends, done.kept, complete=len(shards) >= stage.shards))
 

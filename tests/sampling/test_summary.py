@@ -13,8 +13,9 @@ from hpc_rl.cluster.entry import EndRecord
 from hpc_rl.run.atomic import CorruptFile
 from hpc_rl.run.manifest import Manifest
 from hpc_rl.sampling.lives import PARTS, Life, lives
+from hpc_rl.sampling.published import Published, published
 from hpc_rl.sampling.record import PHASES, TaskRecord
-from hpc_rl.sampling.summary import Published, Summary, published, summarise
+from hpc_rl.sampling.summary import Summary, summarise
 from hpc_rl.sampling.tally import Tally
 from hpc_rl.sampling.text import COLUMNS, text
 
