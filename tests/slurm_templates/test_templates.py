@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
@@ -157,3 +158,12 @@ def test_round_answers_misuse(workspace: Path, arguments: list[str]) -> None:
     result = run("round.sh", *(argument.format(workspace) for argument in arguments))
     assert result.returncode == 64
     assert result.stderr.startswith("round.sh: ")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o755), (0o027, 0o750)])
+def test_others_do_not_write_to_what_a_template_makes(workspace: Path, umask: int, mode: int) -> None:
+    begin = f'REPO=/nowhere; source {FOLDER}/common.sh; begin sample "{workspace}" 1; mkdir "$WORKSPACE/made"'
+    environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "2"}
+    subprocess.run(["bash", "-c", begin], env=environment, umask=umask, check=True, capture_output=True)
+    for folder in ("made", "logs/round_01/sample"):
+        assert stat.S_IMODE((workspace / folder).stat().st_mode) == mode
