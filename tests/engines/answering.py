@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
-from hpc_rl.engines.base import Completion, Request, Sampling
+from hpc_rl.engines.base import Completion, Prompt, Request, Sampling
 
 
 class Answering(ABC):
@@ -23,6 +23,9 @@ class Answering(ABC):
     @property
     def unfinished(self) -> int:
         return len(self._waiting)
+
+    def expect(self, prompts: Sequence[Prompt]) -> int:
+        return len(prompts)
 
     def submit(self, key: str, request: Request, sampling: Sampling) -> None:
         self._waiting[key] = request, sampling
