@@ -15,25 +15,16 @@ import socket
 import sys
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable
-from itertools import groupby, islice
 from typing import Any
 
 from hpc_rl.engines.base import Engine, LongSteps, Prompt, Request, Sampling
+from hpc_rl.engines.feed import Feed
 from hpc_rl.engines.pool_channel import Channel
 
 LAST_WORDS_S = 5.0
 BEAT_S = 1.0
 """A worker that has requests says so often that its loop gets on: ten times as often as it must, and no oftener."""
-
-READ_AHEAD = 8
-"""Prompts that are read beside the loop at a time."""
-FILL_S = 1.0
-"""How long an engine without work may wait until the prompts of its first batch are read."""
-FILL_SHARE = 0.1
-"""How long one with room may wait for prompts, as a share of its last step."""
-POLL_S = 0.001
 
 
 class Worker:
@@ -52,10 +43,8 @@ class Worker:
     """
 
     def __init__(self, channel: Channel, engine: Engine, patience_s: float) -> None:
-        self._channel, self._engine, self._patience_s = channel, engine, patience_s
+        self._channel, self._feed, self._patience_s = channel, Feed(engine), patience_s
         self._prompts: dict[int, Prompt] = {}
-        self._waiting: deque[tuple[int, Request, Sampling]] = deque()  # not yet handed to the engine
-        self._fill_s = FILL_S
         self._busy_s = 0.0
         self._beat_at = 0.0
         if isinstance(engine, LongSteps):
@@ -63,12 +52,11 @@ class Worker:
 
     def run(self) -> None:
         """Work until the pool closes, or is gone."""
-        engine = self._engine
         while True:
-            if not engine.unfinished and not self._waiting:
+            if not len(self._feed):
                 faulthandler.cancel_dump_traceback_later()
                 self._channel.wait()
-                self._beat_at, self._fill_s = 0.0, FILL_S
+                self._beat_at = 0.0
             for kind, *content in self._channel.receive():
                 if kind == "close":
                     return
@@ -77,12 +65,10 @@ class Worker:
             if self._channel.ended:
                 return
             self._hand_over()
-            if engine.unfinished:
+            if self._feed.submitted:
                 started = time.monotonic()
-                finished = engine.step()
-                step_s = time.monotonic() - started
-                self._busy_s += step_s
-                self._fill_s = FILL_SHARE * step_s
+                finished = self._feed.step()
+                self._busy_s += time.monotonic() - started
                 if finished:
                     self._channel.send("finished", [(int(key), made) for key, made in finished], self._busy_s)
                 self._gets_on()
@@ -97,28 +83,9 @@ class Worker:
             faulthandler.dump_traceback_later(0.9 * self._patience_s)
 
     def _hand_over(self) -> None:
-        """Submit what waits, as far as its prompts are read; an engine with room waits a moment for the next ones."""
-        engine, until = self._engine, time.monotonic() + self._fill_s
-        while self._waiting:
-            prompts = (next(same) for _, same in groupby((request.prompt for _, request, _ in self._waiting), id))
-            read = engine.expect(list(islice(prompts, READ_AHEAD)))
-            if not read and engine.unfinished:
-                left_s = 0.0 if engine.unfinished >= engine.capacity else until - time.monotonic()
-                if left_s <= 0:
-                    return
-                time.sleep(min(POLL_S, left_s))  # not in `submit`, which waits for the prompt however long that takes
-                continue
-            for _ in range(max(1, read)):
-                self._submit_next_prompt()
-
-    def _submit_next_prompt(self) -> None:
-        prompt = self._waiting[0][1].prompt
-        while self._waiting and self._waiting[0][1].prompt is prompt:
-            number, request, sampling = self._waiting.popleft()
-            try:
-                self._engine.submit(str(number), request, sampling)
-            except ValueError as error:
-                self._channel.send("refused", number, str(error))
+        for refused in self._feed.hand_over(self._feed.fill_until):
+            for key, error in refused:
+                self._channel.send("refused", int(key), str(error))
             self._gets_on()
 
     def _on_prompt(self, number: int, prompt: Prompt) -> None:
@@ -126,15 +93,14 @@ class Worker:
 
     def _on_submit(self, prompt_number: int, requests: list[tuple[int, int, Sampling]]) -> None:
         prompt = self._prompts[prompt_number]
-        self._waiting.extend((number, Request(prompt, seed), sampling) for number, seed, sampling in requests)
+        self._feed.append((str(number), Request(prompt, seed), sampling) for number, seed, sampling in requests)
 
     def _on_forget(self, numbers: list[int]) -> None:
         for number in numbers:
             self._prompts.pop(number, None)
 
     def _on_abort(self, numbers: list[int]) -> None:
-        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] not in numbers)
-        self._engine.abort([str(number) for number in numbers])
+        self._feed.abort({str(number) for number in numbers})
 
 
 def open_and_work(channel: Channel) -> None:

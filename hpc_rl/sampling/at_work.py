@@ -72,7 +72,7 @@ class AtWork:
     ) -> None:
         self.shard, self.number, self.dropped, self.is_copy = shard, number, dropped, is_copy
         self.since = time.monotonic()
-        self.in_flight: dict[str, Attempt] = {}
+        self.in_hand: set[str] = set()  # keys of what is drawn or waits to be
         self.tokens = 0
         self._queue = TaskQueue(tasks, rules)
         self._drawn: list[tuple[Attempt, Completion]] = []
@@ -87,7 +87,6 @@ class AtWork:
 
     def finished(self, attempt: Attempt, completion: Completion, outcome: Outcome) -> list[Attempt]:
         """Keep a completion; the attempts to draw because of it."""
-        del self.in_flight[self.key(attempt)]
         self._drawn.append((attempt, completion))
         self.tokens += len(completion.token_ids)
         return self._queue.finished(attempt, outcome)

@@ -1,88 +1,85 @@
-"""What waits for the engine and what it has: prompts are handed over as they are read, completions come back."""
+"""The requests of all shards at work, on the engine that samples them."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
-from itertools import groupby, islice
+from collections.abc import Iterable
 
-from hpc_rl.engines.base import Completion, Engine, EngineFailed, Prompt, Request, Sampling
+from hpc_rl.engines.base import Completion, Engine, EngineFailed, Request, Sampling
+from hpc_rl.engines.feed import Feed, Waiting
 from hpc_rl.sampling.at_work import AtWork, Origin
 from hpc_rl.sampling.tasks import Attempt
 
-READ_AHEAD = 8
-"""Prompts that are read before there is room for them."""
-
 
 class Batch:
-    """The requests of all shards at work. Where they are more than the engine samples at once, it is busy.
+    """What is asked of the engine, by shard and attempt. It begins without an engine.
 
     Parameters
     ----------
-    open_engine
-        Starts what samples.
     origin, sampling
-        What their seeds are derived from, and how all are sampled.
+        What seeds are derived from, and how all are sampled.
     """
 
-    def __init__(self, open_engine: Callable[[], Engine], origin: Origin, sampling: Sampling) -> None:
-        self._open, self._origin, self._sampling = open_engine, origin, sampling
-        self._engine: Engine | None = None
-        self._waiting: deque[tuple[AtWork, Attempt]] = deque()
-        self._flying: dict[str, tuple[AtWork, Attempt]] = {}
+    def __init__(self, origin: Origin, sampling: Sampling) -> None:
+        self._origin, self._sampling = origin, sampling
+        self._feed: Feed | None = None
+        self._asked: dict[str, tuple[AtWork, Attempt]] = {}
+        self._early: list[Waiting] = []
 
     def __len__(self) -> int:
-        return len(self._waiting) + len(self._flying)
-
-    @property
-    def flying(self) -> int:
-        """Requests that the engine has."""
-        return len(self._flying)
+        return len(self._asked)
 
     @property
     def is_open(self) -> bool:
-        """True once the engine is there."""
-        return self._engine is not None
+        """True once there is an engine."""
+        return self._feed is not None
 
     @property
     def capacity(self) -> int:
-        """Requests that the engine samples at once; 0 before it is there."""
-        return 0 if self._engine is None else self._engine.capacity
+        """Requests that the engine samples at once; 0 before there is one."""
+        return 0 if self._feed is None else self._feed.capacity
 
-    def open(self) -> None:
-        """Start the engine."""
-        assert self._engine is None
-        self._engine = self._open()
+    @property
+    def submitted(self) -> int:
+        """Requests that the engine has."""
+        return 0 if self._feed is None else self._feed.submitted
 
-    def add(self, work: AtWork, attempts: Iterable[Attempt]) -> None:
+    @property
+    def fill_until(self) -> float:
+        """See `Feed.fill_until`; at once before there is an engine."""
+        return time.monotonic() if self._feed is None else self._feed.fill_until
+
+    def open(self, engine: Engine) -> None:
+        """Sample with this engine from now on."""
+        assert self._feed is None
+        self._feed = Feed(engine)
+        self._feed.append(self._early)
+
+    def append(self, work: AtWork, attempts: Iterable[Attempt]) -> None:
         """The first attempts of a shard, to be drawn after those of the others."""
-        self._waiting.extend((work, attempt) for attempt in attempts)
+        requests = [self._ask(work, attempt) for attempt in attempts]
+        if self._feed is None:
+            self._early += requests
+        else:
+            self._feed.append(requests)
 
-    def add_retries(self, work: AtWork, attempts: Iterable[Attempt]) -> None:
+    def push(self, work: AtWork, attempts: Iterable[Attempt]) -> None:
         """Attempts that others have called for, to be drawn next: their shard is under way."""
-        self._waiting.extendleft(reversed([(work, attempt) for attempt in attempts]))
+        assert self._feed is not None
+        self._feed.push([self._ask(work, attempt) for attempt in attempts])
 
     def hand_over(self, until: float) -> None:
-        """Fill the engine's batch with prompts that are read; beyond it, one prompt.
-
-        A prompt that is not yet read is waited for where the engine has nothing else to do, and before `until`
-        (time.monotonic).
+        """See `Feed.hand_over`.
 
         Raises
         ------
         ValueError
             When the engine refuses a prompt; names its row.
         """
-        while self._waiting:
-            assert self._engine is not None
-            read = self._engine.expect(self._next_prompts())
-            for place in range(max(1, read)):
-                if place >= read and self._flying and time.monotonic() >= until:
-                    return
-                self._submit_next_prompt()
-                if len(self._flying) >= self._engine.capacity:
-                    return
+        assert self._feed is not None
+        for refused in self._feed.hand_over(until):
+            for key, error in refused:
+                raise ValueError(self._of_row(key, error)) from error
 
     def step(self) -> list[tuple[AtWork, Attempt, Completion]]:
         """One step of the engine; what has finished.
@@ -92,42 +89,37 @@ class Batch:
         ValueError, EngineFailed
             When the engine refuses a prompt only now, or dies of it; names its row.
         """
-        assert self._engine is not None and self._engine.unfinished, "the engine has lost requests"
+        assert self._feed is not None and self._feed.submitted, "the engine has lost requests"
         try:
-            finished = self._engine.step()
+            finished = self._feed.step()
         except (ValueError, EngineFailed) as error:  # of a pool, which hears of it only now
-            if getattr(error, "key", None) not in self._flying:
+            key = getattr(error, "key", None)
+            if key not in self._asked:
                 raise
             kind = ValueError if isinstance(error, ValueError) else EngineFailed
-            raise kind(_of_row(self._flying[error.key][1], error)) from error  # type: ignore[union-attr]
-        return [(*self._flying.pop(key), completion) for key, completion in finished]
+            raise kind(self._of_row(key, error)) from error
+        found = []
+        for key, completion in finished:
+            work, attempt = self._asked.pop(key)
+            work.in_hand.remove(key)
+            found.append((work, attempt, completion))
+        return found
 
     def drop(self, work: AtWork) -> None:
         """A shard that is not to be sampled any more."""
-        if self._engine is not None:
-            self._engine.abort(list(work.in_flight))
-        for key in work.in_flight:
-            del self._flying[key]
-        self._waiting = deque(entry for entry in self._waiting if entry[0] is not work)
+        if self._feed is not None:
+            self._feed.abort(work.in_hand)
+        for key in work.in_hand:
+            del self._asked[key]
+        work.in_hand.clear()
 
-    def _next_prompts(self) -> list[Prompt]:
-        prompts = (next(of_one)[1].task.prompt for _, of_one in groupby(self._waiting, lambda entry: entry[1].task.id))
-        return list(islice(prompts, READ_AHEAD))
+    def _ask(self, work: AtWork, attempt: Attempt) -> Waiting:
+        key = work.key(attempt)
+        work.in_hand.add(key)
+        self._asked[key] = work, attempt
+        seed = attempt.seed(self._origin.run_seed, self._origin.round)
+        return key, Request(attempt.task.prompt, seed), self._sampling
 
-    def _submit_next_prompt(self) -> None:
-        """All attempts at the first task that waits."""
-        assert self._engine is not None
-        task = self._waiting[0][1].task
-        while self._waiting and self._waiting[0][1].task.id == task.id:
-            work, attempt = self._waiting.popleft()
-            key, seed = work.key(attempt), attempt.seed(self._origin.run_seed, self._origin.round)
-            try:
-                self._engine.submit(key, Request(task.prompt, seed), self._sampling)
-            except ValueError as error:
-                raise ValueError(_of_row(attempt, error)) from error
-            work.in_flight[key] = attempt
-            self._flying[key] = work, attempt
-
-
-def _of_row(attempt: Attempt, error: Exception) -> str:
-    return f"row {attempt.task.row_id}, role {attempt.task.role}: {error}"
+    def _of_row(self, key: str, error: Exception) -> str:
+        _, attempt = self._asked[key]
+        return f"row {attempt.task.row_id}, role {attempt.task.role}: {error}"

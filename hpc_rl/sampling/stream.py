@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from enum import StrEnum
 from typing import Any
@@ -38,10 +38,6 @@ LOOK_EVERY_S = 5.0
 """Pause between two looks at whether others have done what is under way here."""
 WAIT_S = 0.1
 """Longest wait for the file system in one turn, when the engine has nothing to do."""
-FILL_S = 1.0
-"""How long the first batch may take to fill."""
-FILL_SHARE = 0.1
-"""How long a batch that is not full may wait for more, as a share of its last step."""
 UNPUBLISHED = 8
 """Complete shards that wait for the file system; with more no further one is claimed."""
 
@@ -87,12 +83,11 @@ class Stream:
         linger_s: float,
         speculate: bool,
     ) -> None:
-        self._source, self._origin, self._task = source, origin, task
+        self._open, self._source, self._origin, self._task = open_engine, source, origin, task
         self._linger_s, self._speculate = linger_s, speculate
         self._ahead = Ahead(claims, source)
         self._pace = Pace(deadline)
-        self._batch = Batch(open_engine, origin, source.sampling)
-        self._fill_s = FILL_S
+        self._batch = Batch(origin, source.sampling)
         self._shards: dict[int, AtWork] = {}
         self._publishers = ThreadPoolExecutor(2, "publish")
         self._publishing: dict[Future[bool], AtWork] = {}
@@ -131,15 +126,20 @@ class Stream:
 
     def _turn(self) -> Ending | None:
         self._leaving.check()
-        until = time.monotonic() + self._fill_s
+        until = self._batch.fill_until
         self._claim(until)
         if len(self._batch):
             self._sample(until)
         elif self._publishing or self._ahead.claiming:
-            self._wait_for_files(WAIT_S)
+            self._wait_for([*self._publishing, self._ahead.claiming], WAIT_S)
         self._settle()
         self._look_around()
         return None if self._shards or self._publishing or self._ahead.claiming else self._without_work()
+
+    def _wait_for(self, files: Iterable[Future[Any] | None], longest_s: float) -> None:
+        """Wait for a claim, or for a shard to be published."""
+        with self._task.during("publishing"), self._leaving.at_once():
+            wait(filter(None, files), timeout=longest_s, return_when=FIRST_COMPLETED)
 
     # shards in
 
@@ -148,15 +148,9 @@ class Stream:
         self._take_in()
         self._claim_ahead()
         while self._ahead.claiming and len(self._batch) < self._batch.capacity and time.monotonic() < until:
-            self._wait_for_files(until - time.monotonic())
+            self._wait_for([self._ahead.claiming], until - time.monotonic())
             self._take_in()
             self._claim_ahead()
-
-    def _wait_for_files(self, longest_s: float) -> None:
-        """Wait for a claim, or for a shard to be published."""
-        pending: list[Future[Any]] = [*self._publishing, *filter(None, [self._ahead.claiming])]
-        with self._task.during("publishing"), self._leaving.at_once():
-            wait(pending, timeout=longest_s, return_when=FIRST_COMPLETED)
 
     def _claim_ahead(self) -> None:
         """Claim one more shard when what is in hand would leave the engine with less than a shard to spare."""
@@ -188,7 +182,7 @@ class Stream:
         self._shards[work.number] = work
         attempts = work.start()
         self._requests_per_shard = max(1, len(attempts))
-        self._batch.add(work, attempts)
+        self._batch.append(work, attempts)
         self._publish_if_done(work)
 
     # the engine
@@ -197,23 +191,20 @@ class Stream:
         """One step of the engine; what has finished is judged, and what it calls for goes back into the batch."""
         if not self._batch.is_open:
             with self._leaving.at_once():
-                self._batch.open()
+                self._batch.open(self._open())
             return  # its batch may be larger than one shard
         self._task.enter("sampling")
         self._batch.hand_over(until)
-        began = time.monotonic()
+        self._task.at_work_on(self._batch.submitted, self._batch.capacity)
         with self._leaving.at_once():
             finished = self._batch.step()
-        self._fill_s = FILL_SHARE * (time.monotonic() - began)
-        self._task.at_work_on(self._batch.flying + len(finished), self._batch.capacity)
         if not finished:
             return
         with self._task.during("judging"):
             for work, attempt, completion in finished:
                 self._task.drew(len(completion.token_ids), len(completion.prompt_token_ids))
-                self._batch.add_retries(
-                    work, work.finished(attempt, completion, self._source.judge(attempt.task, completion))
-                )
+                outcome = self._source.judge(attempt.task, completion)
+                self._batch.push(work, work.finished(attempt, completion, outcome))
                 self._publish_if_done(work)
 
     # shards out

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from hpc_rl.engines.base import Prompt, Request, Sampling
+from hpc_rl.engines.feed import READ_AHEAD
 from hpc_rl.engines.pool_channel import Channel
-from hpc_rl.engines.pool_worker import READ_AHEAD, Worker
+from hpc_rl.engines.pool_worker import Worker
 from tests.waiting import wait_for
 
 from .letters import LettersEngine, text_of
