@@ -18,7 +18,7 @@ from hpc_rl.orchestrate import overview
 from hpc_rl.orchestrate.decide import Decision, Policy
 from hpc_rl.orchestrate.graph import Kind, StageId
 from hpc_rl.orchestrate.overview import StageOverview
-from hpc_rl.orchestrate.reconcile import Run, look, reconcile
+from hpc_rl.orchestrate.reconcile import Run, RunBusy, look, reconcile
 from hpc_rl.run import manifest
 from hpc_rl.run.ledger import Ledger
 
@@ -44,6 +44,11 @@ def follow(
     while True:
         try:
             report = reconcile(run, executor, code, policy, resume=resume)
+        except RunBusy as error:
+            if resume:
+                raise
+            say(f"{error}; trying again")  # it has waited already, and jobs that run here must not die of it
+            continue
         except ExecutorError as error:
             if local or resume:
                 raise
