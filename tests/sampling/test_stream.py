@@ -157,7 +157,7 @@ def test_the_batch_is_full_across_shards_and_what_is_held_is_bounded(make_job: M
 
 
 def test_the_first_step_waits_for_a_full_batch(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpc_rl.sampling.stream.FILL_S", 60.0)
+    monkeypatch.setattr("hpc_rl.engines.feed.FILL_S", 60.0)
     engine = Watched(3 * FIRST)
     run(make_job(), engine)
     assert engine.filled[0][0] >= engine.capacity
