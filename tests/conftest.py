@@ -8,6 +8,11 @@ import shutil
 import tempfile
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# how long an example takes says nothing on a busy machine; what else the profile in use says (`ci`) is kept
+settings.register_profile("timeless", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("timeless")
 
 os.umask(os.umask(0o022) | 0o022)  # as the launcher does: jobs run nothing that others may write to
 
