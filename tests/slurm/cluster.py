@@ -102,7 +102,7 @@ class SlurmCluster:
             wait_for(lambda: self._nodes_in("idle") == set(self.nodes), "all nodes to be idle")
             # "idle" is only what the controller believes; a step on every node shows that they answer
             everywhere = (f"--nodes={len(self.nodes)}", f"--ntasks={len(self.nodes)}")
-            self.run(["srun", "--quiet", *everywhere, "--mem-per-cpu=1", "true"], timeout_s=30)
+            self.run(["srun", "--quiet", *everywhere, "--mem-per-cpu=1", "true"])
         except BaseException as error:
             logs = self._daemons.log_tails()
             self.stop()
@@ -163,7 +163,7 @@ class SlurmCluster:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         check: bool = True,
-        timeout_s: float = 60,
+        timeout_s: float = 180,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on a host (`ctl` is the login host) and return its output.
 
@@ -207,7 +207,7 @@ class SlurmCluster:
         """A job's state, such as PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, NODE_FAIL, PREEMPTED."""
         return self.job(job_id)["JobState"]
 
-    def wait_for_state(self, job_id: str, *states: str, timeout_s: float = 30) -> dict[str, str]:
+    def wait_for_state(self, job_id: str, *states: str, timeout_s: float = 180) -> dict[str, str]:
         """Wait until a job is in one of `states` and return its fields.
 
         Raises
@@ -221,7 +221,7 @@ class SlurmCluster:
             raise TimeoutError(f"{error}\n{self.run(['scontrol', 'show', 'job', job_id]).stdout}") from None
         return self.job(job_id)
 
-    def wait_for_empty_queue(self, timeout_s: float = 60) -> None:
+    def wait_for_empty_queue(self, timeout_s: float = 180) -> None:
         """Wait until no job waits or runs.
 
         Raises

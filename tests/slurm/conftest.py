@@ -56,7 +56,7 @@ def undisturbed(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("undisturbed")
     run = ClusterRun(cluster, folder, CONFIG, SMALL)
     run.launch()
-    run.wait_until_finished(300)
+    run.wait_until_finished()
     yield run
     shutil.rmtree(folder, ignore_errors=True)
 

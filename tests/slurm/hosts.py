@@ -25,7 +25,7 @@ class Process:
     argv: tuple[str, ...]
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 30, interval_s: float = 0.05) -> None:
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 180, interval_s: float = 0.05) -> None:
     """Poll `condition` until it is true.
 
     Raises
@@ -91,7 +91,7 @@ class Hosts:
         if self.up():
             os.kill(int((self.root / "hosts" / "init").read_text()), signal.SIGKILL)
         if self._init is not None:
-            self._init.wait(timeout=30)
+            self._init.wait(timeout=180)
             if self._init.stdin:
                 self._init.stdin.close()
             self._init = None

@@ -70,7 +70,7 @@ class ClusterRun:
 
     def launch(self, *options: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Launch, as a user on the login host does."""
-        return self.cluster.run(self.launch_command(*options), cwd=REPOSITORY, env=self.env, check=check, timeout_s=120)
+        return self.cluster.run(self.launch_command(*options), cwd=REPOSITORY, env=self.env, check=check, timeout_s=300)
 
     def tool(self, module: str, *options: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """One of the other commands, on this run's workspace."""
@@ -82,8 +82,10 @@ class ClusterRun:
         """`status --json`."""
         return json.loads(self.tool("hpc_rl.status", "--json").stdout)
 
-    def wait_until_finished(self, timeout_s: float) -> None:
+    def wait_until_finished(self, timeout_s: float = 600) -> None:
         """Wait for the run's end. Requeued jobs are released from the pause that Slurm puts before their next start.
+
+        What moves a run on moves its queue: `status`, a Python process, is asked when that has changed, or seldom.
 
         Raises
         ------
@@ -91,22 +93,30 @@ class ClusterRun:
             When it stops, falls idle, or does not end in time; with `status` as a user would see it.
         """
         deadline = time.monotonic() + timeout_s
-        while (state := self.status())["status"] != "finished":
-            in_time = time.monotonic() < deadline
-            assert in_time and state["status"] == "running", self.tool("hpc_rl.status").stdout + self.logs_of_errors(
-                state
-            )
-            for job in self.cluster.queue():
+        seen: list[tuple[str, str]] | None = None
+        asked = 0.0
+        while True:
+            queue = self.cluster.queue()
+            for job in queue:
                 if job.state == "PENDING" and job.reason == "BeginTime":
                     self.cluster.start_now(job.id)
-            time.sleep(1)
+            shown, now = [(job.id, job.state) for job in queue], time.monotonic()
+            if shown != seen or now > asked + 10:
+                seen, asked = shown, now
+                state = self.status()
+                if state["status"] == "finished":
+                    return
+                assert now < deadline and state["status"] == "running", self.tool(
+                    "hpc_rl.status"
+                ).stdout + self.logs_of_errors(state)
+            time.sleep(0.5)
 
     def logs_of_errors(self, state: dict[str, Any]) -> str:
         """The ends of the logs that `status` names as failed."""
         logs = [stage["log"] for round in state["rounds"] for stage in round["stages"] if stage["log"]]
         return "".join(f"\n--- {log}\n{(self.ws.root / log).read_text(errors='replace')[-3000:]}" for log in logs[-4:])
 
-    def wait_for(self, condition: Callable[[], Any], what: str, timeout_s: float = 120) -> Any:
+    def wait_for(self, condition: Callable[[], Any], what: str, timeout_s: float = 300) -> Any:
         """Wait until `condition()` is true; returns its value."""
         found: list[Any] = []
 
@@ -140,7 +150,7 @@ class ClusterRun:
             if stage_module in process.argv
         ]
 
-    def kill_body(self, stage_module: str, when: Callable[[], Any] = lambda: True, timeout_s: float = 120) -> str:
+    def kill_body(self, stage_module: str, when: Callable[[], Any] = lambda: True, timeout_s: float = 300) -> str:
         """`kill -9` the first process of a job body as soon as `when()`; returns its host."""
         self.wait_for(when, f"the moment to kill {stage_module}", timeout_s)
         host, process = self.wait_for(lambda: self.bodies(stage_module), f"{stage_module} to run", timeout_s)[0]

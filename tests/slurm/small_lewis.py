@@ -19,7 +19,17 @@ SMALL = (
     "sample.shard_size=4",
     "data.train_rows=64",
     "data.eval_rows={new_views: 24, validation: 24}",
+    # one rank, which starts faster; cases about training have TWO_RANKS
+    "stages.train.nodes=1",
+    "train.per_device_batch_size=32",
 )
+TWO_RANKS = ("stages.train.nodes=2", "train.per_device_batch_size=16")
+UNHURRIED = (
+    "services.listener.client.chunk_size=8",
+    "services.listener.client.chunk_delay_s=0.25",
+    "services.listener.client.parallel_calls=1",
+)
+"""Grading takes some seconds, so that its middle can be met."""
 
 Samples = dict[str, tuple[tuple[int, ...], float]]
 
@@ -36,11 +46,28 @@ def samples_of(run: ClusterRun, round: int = 1) -> Samples:
 
 
 def assert_finishes_with_the_same_samples(run: ClusterRun, undisturbed: ClusterRun) -> None:
-    run.wait_until_finished(240)
+    run.wait_until_finished()
     expected, found = samples_of(undisturbed), samples_of(run)
     assert len(expected) == 32 * 4
     assert found == expected
     assert run.manifests(1, "evaluate")[0].metrics["n_validation"] == 24
+
+
+def in_the_middle_of_grading(run: ClusterRun) -> Callable[[], bool]:
+    """Whether some of the eight shards are graded.
+
+    Raises
+    ------
+    AssertionError
+        When all are: nothing can be disturbed any more.
+    """
+
+    def check() -> bool:
+        graded = len(run.manifests(1, "grade"))
+        assert graded < 8, "too late to disturb anything"
+        return graded >= 1
+
+    return check
 
 
 def holds_a_shard(run: ClusterRun, stage: str) -> Callable[[], bool]:

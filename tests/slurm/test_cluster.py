@@ -61,7 +61,7 @@ def test_jobs_of_a_killed_node_die_with_all_their_children_and_run_again(cluster
     wait_for(lambda: len(cluster.processes(node, "sleep 99")) >= 2, "both children")
     with cluster.node_killed(node):
         assert not cluster.processes(node)
-        after = cluster.wait_for_state(job, "COMPLETED", timeout_s=90)
+        after = cluster.wait_for_state(job, "COMPLETED")
         assert after["Restarts"] == "1"
         assert after["NodeList"] != node
     assert cluster.state(cluster.sbatch(f"--nodelist={node}", "--wait", "--wrap=true", cwd=tmp_path)) == "COMPLETED"
@@ -74,8 +74,8 @@ def test_a_higher_partition_preempts_and_requeues(cluster: SlurmCluster, tmp_pat
     low = cluster.sbatch(*options, script(tmp_path, body), cwd=tmp_path)
     cluster.wait_for_state(low, "RUNNING")
     high = cluster.sbatch("--partition=high", *whole, "--wrap=true", cwd=tmp_path)
-    cluster.wait_for_state(high, "COMPLETED", timeout_s=60)
-    assert cluster.wait_for_state(low, "COMPLETED", timeout_s=60)["Restarts"] == "1"
+    cluster.wait_for_state(high, "COMPLETED")
+    assert cluster.wait_for_state(low, "COMPLETED")["Restarts"] == "1"
 
 
 def test_sacct_remembers_jobs(cluster: SlurmCluster, tmp_path: Path) -> None:

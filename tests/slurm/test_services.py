@@ -19,16 +19,15 @@ from hpc_rl.run import atomic
 from hpc_rl.services import handoff
 from hpc_rl.services.records import Endpoint
 from tests.slurm.runs import ClusterRun
-from tests.slurm.small_lewis import assert_finishes_with_the_same_samples, samples_of
+from tests.slurm.small_lewis import (
+    TWO_RANKS,
+    UNHURRIED,
+    assert_finishes_with_the_same_samples,
+    in_the_middle_of_grading,
+    samples_of,
+)
 
 RunFrom = Callable[..., ClusterRun]
-
-UNHURRIED = (
-    "services.listener.client.chunk_size=8",
-    "services.listener.client.chunk_delay_s=0.25",
-    "services.listener.client.parallel_calls=1",
-)
-"""Grading takes some seconds, so that its middle can be met."""
 
 
 def published(run: ClusterRun) -> list[Endpoint]:
@@ -44,8 +43,7 @@ def wait_for_another(run: ClusterRun, before: Endpoint) -> Endpoint:
 
 
 def wait_for_the_middle_of_grading(run: ClusterRun) -> None:
-    run.wait_for(lambda: len(run.manifests(1, "grade")) >= 1, "the first shard to be graded")
-    assert len(run.manifests(1, "grade")) < 8, "too late to disturb anything"
+    run.wait_for(in_the_middle_of_grading(run), "the first shard to be graded")
 
 
 def rewards(run: ClusterRun) -> dict[tuple[int, str, str], float]:
@@ -121,22 +119,22 @@ def test_a_listener_moves_to_another_node_while_grading_and_a_dead_one_has_left_
 
 
 def test_a_listener_moves_to_another_node_while_a_live_trainer_asks_it(run_from: RunFrom) -> None:
-    live = (*UNHURRIED, "train.rollouts=live", "stages.train.listener.sbatch={exclude: node1}")
+    live = (*UNHURRIED, *TWO_RANKS, "train.rollouts=live", "stages.train.listener.sbatch={exclude: node1}")
     together = (
         "services.listener.placement=hetjob"  # nothing to do with moving: a job of two nodes and one is tried too
     )
     calm = run_from(folder="calm", settings=(*live, together))
     calm.launch()
-    calm.wait_for(lambda: calm.manifests(1, "train"), "the undisturbed training", 240)
+    calm.wait_for(lambda: calm.manifests(1, "train"), "the undisturbed training")
     calm.tool("hpc_rl.cancel")
     calm.cluster.wait_for_empty_queue()
     moved = run_from(folder="moved", settings=live)
     moved.launch()
-    moved.wait_for(lambda: lines_of_predictions(moved), "the first step", 240)
+    moved.wait_for(lambda: lines_of_predictions(moved), "the first step")
     assert not moved.manifests(1, "train"), "too late to disturb anything"
     before, after = requeue(moved, f"ExcNodeList={published(moved)[0].host}")
     assert before.host != after.host
-    moved.wait_for(lambda: moved.manifests(1, "train"), "the training that was disturbed", 240)
+    moved.wait_for(lambda: moved.manifests(1, "train"), "the training that was disturbed")
     assert rewards(moved) == rewards(calm)
     (trained,), (expected,) = moved.manifests(1, "train"), calm.manifests(1, "train")
     assert trained.metrics["ranks"] == expected.metrics["ranks"] == 2

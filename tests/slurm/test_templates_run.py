@@ -71,7 +71,7 @@ def test_a_sampling_job_knows_when_its_limit_strikes_and_goes_back_into_the_queu
     assert 390 < float(ends.split()[1]) - log.stat().st_mtime < 430
     wait_for(lambda: [(q.state, q.reason) for q in cluster.queue()] == [("PENDING", "BeginTime")], "it to be requeued")
     cluster.start_now(f"{job}_0")
-    cluster.wait_for_state(f"{job}_0", "COMPLETED", timeout_s=60)
+    cluster.wait_for_state(f"{job}_0", "COMPLETED")
     assert "status 124" in log.read_text()
 
 
@@ -133,7 +133,7 @@ def test_a_preempted_element_that_leaves_at_once_is_requeued_alone(
     cluster.wait_for_state(urgent, "COMPLETED")
     wait_for(lambda: any("status 143" in log.read_text() for log in logs), "one element to be preempted")
     left, stayed = sorted((0, 1), key=lambda task: "status 143" not in logs[task].read_text())
-    cluster.wait_for_state(f"{job}_{left}", "COMPLETED", timeout_s=60)
+    cluster.wait_for_state(f"{job}_{left}", "COMPLETED")
     assert "rank" in (workspace / f"logs/round_01/sample/{job}_{left}-1.out").read_text()
     assert cluster.job(f"{job}_{stayed}")["Restarts"] == "0"
 
@@ -157,7 +157,7 @@ def test_two_rounds_without_the_launcher(cluster: SlurmCluster, tmp_path: Path) 
         *("sample.shard_size=4", "data.train_rows=64", "data.eval_rows={new_views: 24, validation: 24}"),
     )
     init = [sys.executable, "-m", "hpc_rl.launch", "tests/slurm/lewis.yaml", "--workspace", str(workspace), "--init"]
-    cluster.run([*init, *(part for setting in settings for part in ("--set", setting))], cwd=REPOSITORY, timeout_s=120)
+    cluster.run([*init, *(part for setting in settings for part in ("--set", setting))], cwd=REPOSITORY, timeout_s=300)
     # the headers' sizes are those of real models and real nodes
     here = ("--", "--cpus-per-task=1", "--mem=1500M", "--gpus-per-node=1", "--ntasks-per-node=1", "--time=20")
     environment = {"PATH": f"{Path(sys.executable).parent}:{cluster.env()['PATH']}", "OMP_NUM_THREADS": "1"}
@@ -169,7 +169,7 @@ def test_two_rounds_without_the_launcher(cluster: SlurmCluster, tmp_path: Path) 
 
     first = submit(0)
     second = submit(1, "--tasks", "3", "--after", first[0])
-    cluster.wait_for_empty_queue(timeout_s=400)
+    cluster.wait_for_empty_queue(timeout_s=600)
     states = {job: cluster.state(job) for job in (*first, *second)}
     assert set(states.values()) == {"COMPLETED"}, _logs(workspace)
     ws = Workspace(workspace)
