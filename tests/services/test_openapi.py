@@ -22,7 +22,7 @@ from .every_service import SERVICES, Served, serve
 
 PLACEHOLDER = "/path/to"
 OWN = {"/health", "/ready", "/metrics"}
-LIMITS: dict[str, Any] = {"max_request_items": 4, "max_body_bytes": 5_000, "body_timeout_s": 5}
+LIMITS: dict[str, Any] = {"max_request_items": 4, "max_body_bytes": 5_000, "body_timeout_s": 60}
 
 
 class Documented:
