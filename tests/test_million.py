@@ -13,7 +13,7 @@ from hpc_rl.orchestrate.job import load
 pytestmark = pytest.mark.slow
 
 SIDES = ("sample", "grade", "train", "report", "status")
-SMALL, LARGE = (2_000, 20), (20_000, 200)
+SMALL, LARGE = (2_000, 20), (12_000, 120)
 """Samples and shards."""
 
 MOST_BYTES_A_SAMPLE = 1500

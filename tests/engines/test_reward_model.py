@@ -169,7 +169,7 @@ def test_both_engines_agree(folder: Path, tmp_path: Path) -> None:
     script = Path(__file__).with_name("score_with_vllm.py")
     command = [sys.executable, script, silent, tmp_path / "rows.json", tmp_path / "out.json"]
     environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr[-3000:]
     found = json.loads((tmp_path / "out.json").read_text())
     for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 1e-2)):

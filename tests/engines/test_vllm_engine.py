@@ -30,7 +30,7 @@ def sampled(speaker_folder: Path, adapter_folder: Path, tmp_path_factory: pytest
     here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{here.parents[1]}:{here.parent}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(here / "sample_with_vllm.py"), str(speaker_folder), str(adapter_folder), str(folder)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return _read(json.loads((folder / "completions.json").read_text()))
 

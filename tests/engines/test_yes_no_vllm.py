@@ -35,7 +35,7 @@ def said(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{here.parents[1]}:{here.parent}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(here / "judge_with_vllm.py"), str(folder), str(out)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return json.loads(out.read_text())
 
