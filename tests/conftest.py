@@ -28,14 +28,21 @@ if "VLLM_CACHE_ROOT" not in os.environ:
     os.environ["VLLM_CACHE_ROOT"] = tempfile.mkdtemp(prefix="hpc_rl-tests-vllm-")  # xdist's workers inherit it
     atexit.register(shutil.rmtree, os.environ["VLLM_CACHE_ROOT"], ignore_errors=True)
 
+LONG = ("engines", "training", "jobs")
+
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers (`-n 2`) a file's tests stay together, and all that use the cluster are one file.
 
-    Those go first: they take longest, and mostly wait.
+    Those go first: they take longest, and mostly wait. Then the folders with long files, so that none is the last one.
     """
-    on_cluster = {item for item in items if "cluster" in getattr(item, "fixturenames", ())}
-    items.sort(key=lambda item: item not in on_cluster)
+
+    def place(item: pytest.Item) -> int:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            return 0
+        return 2 - (item.path.parent.name in LONG)
+
+    items.sort(key=place)
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("cluster" if item in on_cluster else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group("cluster" if place(item) == 0 else str(item.path)))

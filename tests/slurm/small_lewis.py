@@ -17,6 +17,9 @@ SMALL = (
     "sample.prompts_per_round=32",
     "sample.samples_per_prompt=4",
     "sample.shard_size=4",
+    "data.categories=[ring, square]",
+    "data.scenes.views_train=4",
+    "data.scenes.views_test=4",
     "data.train_rows=64",
     "data.eval_rows={new_views: 24, validation: 24}",
     # one rank, which starts faster; cases about training have TWO_RANKS

@@ -21,8 +21,8 @@ Make = Callable[..., ClusterRun]
 
 @pytest.fixture
 def make_run(cluster: SlurmCluster, tmp_path: Path) -> Iterator[Make]:
-    def make(*settings: str) -> ClusterRun:
-        return ClusterRun(cluster, tmp_path, CONFIG, [*FAST, *settings])
+    def make(*settings: str, folder: str = "run") -> ClusterRun:
+        return ClusterRun(cluster, tmp_path / folder, CONFIG, [*FAST, *settings])
 
     yield make
     shutil.rmtree(tmp_path, ignore_errors=True)
@@ -92,18 +92,20 @@ def test_a_launch_killed_around_its_sbatch_is_repeated_without_loss_or_double(ma
     assert adopted == (when == "after")
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("rounds", [3, 2], ids=["with-work", "only-the-spare"])
-def test_an_advance_killed_around_its_sbatch_is_replaced_by_the_spare(make_run: Make, when: str, rounds: int) -> None:
+def test_an_advance_killed_around_its_sbatch_is_replaced_by_the_spare(make_run: Make, rounds: int) -> None:
     # launch queues rounds 1 and 2; the first advance then submits round 3, or, where there is none, the last spare
-    run = make_run(f"run.rounds={rounds}")
-    run.launch()
-    happened = run.kill_at_next_sbatch(when)
-    run.wait_until_finished()
-    assert happened(), "nobody called sbatch any more: the test came too late"
-    for round in range(1, rounds + 1):
-        for stage in STAGES:
-            assert len(run.manifests(round, stage)) == (4 if stage == "sample" else 1)
+    runs = {when: make_run(f"run.rounds={rounds}", folder=when) for when in ("before", "after")}
+    happened = {}
+    for when, run in runs.items():
+        run.launch()
+        happened[when] = run.kill_at_next_sbatch(when)
+    for when, run in runs.items():
+        run.wait_until_finished()
+        assert happened[when](), "nobody called sbatch any more: the test came too late"
+        for round in range(1, rounds + 1):
+            for stage in STAGES:
+                assert len(run.manifests(round, stage)) == (4 if stage == "sample" else 1)
 
 
 def test_an_advance_that_is_cancelled_in_the_queue_is_replaced_by_the_spare(make_run: Make) -> None:

@@ -154,6 +154,7 @@ def test_two_rounds_without_the_launcher(cluster: SlurmCluster, tmp_path: Path) 
     workspace = tmp_path / "workspace"
     settings = (
         *("sample.engine=transformers", "sample.prompts_per_round=16", "sample.samples_per_prompt=4"),
+        *("data.categories=[ring, square]", "data.scenes.views_train=4", "data.scenes.views_test=4"),
         *("sample.shard_size=4", "data.train_rows=64", "data.eval_rows={new_views: 24, validation: 24}"),
     )
     init = [sys.executable, "-m", "hpc_rl.launch", "tests/slurm/lewis.yaml", "--workspace", str(workspace), "--init"]
