@@ -74,22 +74,23 @@ def test_two_launches_at_the_same_moment_submit_every_stage_once(make_run: Make)
     assert_each_stage_was_done_once(run)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_launch_killed_around_its_sbatch_is_repeated_without_loss_or_double(make_run: Make, when: str) -> None:
-    run = make_run()
-    happened = run.kill_at_next_sbatch(when)
-    assert run.launch(check=False).returncode != 0
-    assert happened()
-    (attempt,) = run.attempts(1, "sample")
-    assert attempt.job_ids is None
-    run.launch()
-    run.wait_until_finished()
-    submitted = run.submissions()
-    assert all(submitted[1, stage] == 1 for stage in STAGES), submitted
-    for round in (1, 2):
-        assert len(run.manifests(round, "sample")) == 4
-    adopted = '"adopted": true' in run.ws.ledger_path.read_text()
-    assert adopted == (when == "after")
+def test_a_launch_killed_around_its_sbatch_is_repeated_without_loss_or_double(make_run: Make) -> None:
+    runs = {when: make_run(folder=when) for when in ("before", "after")}
+    for when, run in runs.items():
+        happened = run.kill_at_next_sbatch(when)
+        assert run.launch(check=False).returncode != 0
+        assert happened()
+        (attempt,) = run.attempts(1, "sample")
+        assert attempt.job_ids is None
+        run.launch()
+    for when, run in runs.items():
+        run.wait_until_finished()
+        submitted = run.submissions()
+        assert all(submitted[1, stage] == 1 for stage in STAGES), submitted
+        for round in (1, 2):
+            assert len(run.manifests(round, "sample")) == 4
+        adopted = '"adopted": true' in run.ws.ledger_path.read_text()
+        assert adopted == (when == "after")
 
 
 @pytest.mark.parametrize("rounds", [3, 2], ids=["with-work", "only-the-spare"])
