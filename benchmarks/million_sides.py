@@ -93,6 +93,7 @@ def sample(root: Path, ready: Callable[[], None]) -> dict[str, Any]:
     from hpc_rl.cluster.walltime import Deadline
     from hpc_rl.orchestrate.job import load
     from hpc_rl.sampling.at_work import Origin
+    from hpc_rl.sampling.checked import check_source
     from hpc_rl.sampling.record import Recorder
     from hpc_rl.sampling.stream import Stream
     from jobs.sample import lewis_source
@@ -102,7 +103,9 @@ def sample(root: Path, ready: Callable[[], None]) -> dict[str, Any]:
     config: Any = job.config
     libraries = _load_engine_libraries()
     ready()
-    source = lewis_source(job, config, config.speaker.path)
+    source = check_source(
+        lewis_source(job, config), job.stage.shards, config.speaker.path, config.speaker, config.sample
+    )
     with job.claims() as claims, Recorder(job.folder, claims.token) as task:
         origin = Origin(config.run.seed, ROUND, WEIGHTS, task.name)
         stream = Stream(

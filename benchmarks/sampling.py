@@ -202,7 +202,7 @@ def _source(job: Job) -> Source:
     if isinstance(config, SumsConfig):
         return Sums(config.sample, job.round)
     assert isinstance(config, LewisConfig)
-    return lewis_source(job, config, config.speaker.path)
+    return lewis_source(job, config)
 
 
 def _bare(job: Job, requests: Path, lines: Sequence[Mapping[str, Any]]) -> Turn:

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = job.config
     assert isinstance(config, LewisConfig)
     weights = speaker_weights(job.ws, config, job.round - 1)
-    return sample(job, config.speaker, config.sample, weights, lambda: lewis_source(job, config, weights.base))
+    return sample(job, config.speaker, config.sample, weights, lambda: lewis_source(job, config))
 
 
 def sample(
@@ -48,14 +48,19 @@ def sample(
     options
         How.
     source
-        What is asked, and what counts. Made before the engine is started, so that what is wrong with prompts is said
-        first.
+        What is asked, and what counts. Made before the engine is started, and all its prompts and its stops are checked
+        then, so that what is wrong with them is said first; `sample.long_prompts` says what becomes of long ones.
 
     Returns
     -------
     int
         0; 124 when the rest does not fit before the time limit, 76 when not a single shard does; 75 when the stage's
         only shard is in other hands, or when the engine is to be started again (`SlotLost`).
+
+    Raises
+    ------
+    PromptError
+        For prompts or stops that cannot be sampled from, before the engine starts.
     """
     from hpc_rl.engines.compile_cache import SlotLost
     from hpc_rl.engines.engine_spec import EngineSpec
@@ -63,6 +68,7 @@ def sample(
     from hpc_rl.engines.memory import notches_of, note_notches
     from hpc_rl.engines.pool_opening import open_engines
     from hpc_rl.sampling.at_work import Origin
+    from hpc_rl.sampling.checked import check_source
     from hpc_rl.sampling.pace import NeverFits
     from hpc_rl.sampling.record import Recorder
     from hpc_rl.sampling.stream import Ending, Stream
@@ -90,7 +96,7 @@ def sample(
         stream = Stream(
             claims,
             start_engine,
-            source(),
+            check_source(source(), job.stage.shards, weights.base, speaker, options),
             Origin(job.config.run.seed, job.round, weights.hash, claims.token, made_from),
             task,
             deadline=Deadline.of(os.environ),
@@ -113,11 +119,10 @@ def sample(
     return EXIT_BLOCKED if ending is Ending.OTHERS and job.stage.shards == 1 else 0
 
 
-def lewis_source(job: Job, config: LewisConfig, model: str) -> Source:
-    """The prompts of a round of the Lewis game, checked."""
+def lewis_source(job: Job, config: LewisConfig) -> Source:
+    """The prompts of a round of the Lewis game."""
     from hpc_rl.data.lewis import image_root, read_rows, rows_of_round
     from hpc_rl.sampling.lewis import LewisSource
-    from hpc_rl.sampling.prompts import check_prompts
 
     (dataset,) = job.inputs(0, "dataset")
     rows = rows_of_round(
@@ -126,18 +131,7 @@ def lewis_source(job: Job, config: LewisConfig, model: str) -> Source:
         prompts_per_round=config.sample.prompts_per_round,
         seed=config.run.seed,
     )
-    source = LewisSource(config.sample, rows, job.round, image_root(job.ws, config.data.image_root))
-    checked = check_prompts(
-        source.prompts(),
-        model,
-        source.sampling,
-        max_model_len=config.sample.max_model_len,
-        min_pixels=config.speaker.min_pixels,
-        max_pixels=config.speaker.max_pixels,
-        how=config.sample.long_prompts,
-    )
-    source.make_fit(checked.fit)
-    return source
+    return LewisSource(config.sample, rows, job.round, image_root(job.ws, config.data.image_root))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpc_rl.config.phases import SampleConfig
@@ -32,42 +32,26 @@ class LewisSource:
 
     def __init__(self, sample: SampleConfig, rows: Rows, round: int, images: Path) -> None:
         self._sample, self._rows, self._round, self._images = sample, rows, round, images
-        self._fit: Callable[[str, Prompt], Prompt | None] = lambda _, prompt: prompt
         wanted = sample.samples_per_prompt
         tries = sample.max_tries_per_task or TRIES_PER_SAMPLE * wanted
         self.rules: Mapping[str, Rule] = {ROLE: KAccepted(wanted, wanted if sample.accept == "all" else tries)}
         self.sampling = Sampling(sample.temperature, sample.max_tokens)
 
-    def prompts(self) -> Iterator[tuple[str, Prompt]]:
-        """Row id and prompt of every row of the round, as they are written."""
-        return ((row.id, self._prompt(row)) for row in self._rows)
-
-    def make_fit(self, fit: Callable[[str, Prompt], Prompt | None]) -> None:
-        """Take prompts as `fit` returns them, for their row's id; None leaves one out."""
-        self._fit = fit
-
     def tasks(self, shard: int) -> Sequence[Task]:
         """See `Source.tasks`."""
         first = shard * self._sample.shard_size
-        fitted = (
-            (first + place, row, self._fit(row.id, self._prompt(row))) for place, row in enumerate(self._of(shard))
-        )
         return [
-            Task(f"r{self._round:02d}-{row.id}", ROLE, group, row.id, prompt)
-            for group, row, prompt in fitted
-            if prompt is not None
+            Task(f"r{self._round:02d}-{row.id}", ROLE, first + place, row.id, self._prompt(row))
+            for place, row in enumerate(shard_of(self._rows, shard, self._sample.shard_size))
         ]
 
     def dropped(self, shard: int) -> int:
         """See `Source.dropped`."""
-        return sum(self._fit(row.id, self._prompt(row)) is None for row in self._of(shard))
+        return 0
 
     def judge(self, task: Task, completion: Completion) -> Outcome:
         """See `Source.judge`: whether all tags are there, in order (L8), where the config asks for it."""
         return Outcome(self._sample.accept == "all" or is_well_formed(completion.text))
-
-    def _of(self, shard: int) -> Sequence[GameRow]:
-        return shard_of(self._rows, shard, self._sample.shard_size)
 
     def _prompt(self, row: GameRow) -> Prompt:
         return Prompt.of(row.speaker_problem, self._images / row.image)

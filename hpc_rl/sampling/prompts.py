@@ -95,8 +95,8 @@ def check_prompts(
     Parameters
     ----------
     prompts
-        With their rows' ids; read once, and none is kept. Images best as paths: most are not opened then, and of others
-        only the header is read.
+        With their rows' ids, those of a row one after the other; read once, and none is kept. Images best as paths:
+        most are not opened then, and of others only the header is read.
     folder
         The model's.
     sampling
@@ -140,7 +140,8 @@ class _Check:
 
     def __init__(self, reader: Any, limit: int, room: int, how: LongPrompts) -> None:
         self._reader, self._limit, self._room, self._how = reader, limit, room, how
-        self._checked = 0
+        self._checked = self._rows = 0
+        self._last: str | None = None
         self._unreadable, self._too_long, self._uncuttable = _Rows(), _Rows(), _Rows()
         self._long: set[str] = set()
 
@@ -151,6 +152,8 @@ class _Check:
         doubtful = []
         for row_id, prompt in prompts:
             self._checked += 1
+            self._rows += row_id != self._last
+            self._last = row_id
             try:
                 most = self._reader.at_most(prompt)
             except ValueError as error:
@@ -196,7 +199,7 @@ class _Check:
                 "speaker.max_pixels, or set sample.long_prompts = drop"
             )
         checked = CheckedPrompts(self._checked, self._room, frozenset(self._long), self._how)
-        if self._too_long.number and self._too_long.number == self._checked and self._how == "drop":
+        if self._long and len(self._long) == self._rows and self._how == "drop":
             raise PromptError(f"{found}: sample.long_prompts = drop leaves none")
         if self._too_long.number:
             log.warning("%s: %s", "dropped" if self._how == "drop" else "cut on the left", found)

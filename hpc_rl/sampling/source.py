@@ -14,6 +14,8 @@ class Source(Protocol):
     """Where tasks come from, and what their completions are worth.
 
     Everything it says depends on the run and the round alone: whoever asks about a shard, and when, hears the same.
+    Prompts are as the recipe writes them: `jobs.sample.sample` checks those of all shards, and cuts or leaves out those
+    that are too long (`hpc_rl.sampling.checked`).
     """
 
     @property
@@ -25,10 +27,13 @@ class Source(Protocol):
         """How completions are drawn."""
 
     def tasks(self, shard: int) -> Sequence[Task]:
-        """The tasks of a shard, by group; asked for in a thread beside the one that judges."""
+        """The tasks of a shard, by group; asked for in a thread beside the one that judges.
+
+        Each array task asks for those of all shards once, before its engine starts.
+        """
 
     def dropped(self, shard: int) -> int:
-        """Prompts of a shard that are left out, because they leave no room for a completion."""
+        """Prompts of a shard that the recipe leaves out, for reports; 0 where it asks about all."""
 
     def judge(self, task: Task, completion: Completion) -> Outcome:
         """What one completion is worth. The batch goes on only after it: milliseconds, not seconds."""
