@@ -2,12 +2,14 @@
 
     python -m benchmarks.sampling [--cases images text] [--repeat 3] [--threads 1] [--quick]
 
-    bare   one call of `vllm.LLM.generate` over all requests (benchmarks/sampling_sides.py). Its clock starts when
-           prompts are rendered and pictures are decoded.
+    bare   one call of `vllm.LLM.generate` over all requests, texts in and texts out (benchmarks/sampling_sides.py).
+           Its clock starts when prompts have gone through the chat template and pictures are decoded.
     job    `python -m jobs.sample` in a workspace made by `hpc_rl.launch --init`, as users run it: 64 shards are
            claimed, read, sampled, judged, written and published. Its clock starts at its first request.
 
-Both are processes of their own with the same environment, engine arguments and sampling parameters. `images`: the tiny
+Both are processes of their own with the same environment, engine arguments and sampling parameters; for pictures bare
+has vLLM's cache of processed ones, the job its own. Start-up is that of a first round, without a compile cache. The
+sides go in turns, bare first in one and the job in the next. `images`: the tiny
 Lewis speaker describes rendered scenes; `text`: a tiny chat model with random weights answers sums. `short` has many
 completions of a few tokens, `long` few of many: what a request costs counts most in the one, what a token costs and how
 the batch runs empty in the other.
@@ -126,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 when the targets are met, else 1."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["images", "text"])
-    parser.add_argument("--repeat", type=int, default=3, help="turns that count (default: %(default)s)")
+    parser.add_argument("--repeat", type=int, default=5, help="turns that count (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of a process (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a quarter of the prompts, one turn: a look, no result")
     options = parser.parse_args(argv)

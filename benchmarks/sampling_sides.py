@@ -1,10 +1,12 @@
-"""The bare side of benchmarks/sampling.py: one call of `vllm.LLM.generate` over all requests, and nothing else.
+"""The bare side of benchmarks/sampling.py: one call of `vllm.LLM.generate` over all requests, texts in and texts out.
 
     python -m benchmarks.sampling_sides MODEL REQUESTS --max-tokens 48 [--min-pixels 784 --max-pixels 12544] …
 
 REQUESTS has a JSON object a line: `messages` as chat templates take them, `images` (paths, in order), `seed`. The
-process, the arguments of `vllm.LLM` and the sampling parameters are those of our engine; prompts are rendered, and
-images decoded, before the clock runs. What it measured is printed as one JSON object.
+process, the arguments of `vllm.LLM` and the sampling parameters are those of our engine, but that vLLM keeps its own
+cache of processed pictures. Before the clock runs, prompts go through the chat template and pictures are decoded. While
+it runs, vLLM tokenises the prompts and samples, and the completions become texts in one call. What it measured is
+printed as one JSON object.
 """
 
 from __future__ import annotations
@@ -65,9 +67,12 @@ def bare(options: argparse.Namespace, lines: Sequence[dict[str, Any]]) -> tuple[
     params = _params(options, tokenizer_of(processor), [line["seed"] for line in lines])
     prompts = _prompts(processor, lines)
     prepared = time.monotonic()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    done = time.monotonic()
+    alone = {"add_special_tokens": False}  # the chat template has written the special tokens
+    outputs = llm.generate(prompts, params, use_tqdm=False, tokenization_kwargs=alone)
     token_ids = [list(output.outputs[0].token_ids) for output in outputs]
+    texts = tokenizer_of(processor).batch_decode(token_ids, skip_special_tokens=True)
+    done = time.monotonic()
+    assert len(texts) == len(lines)
     tokens = sum(map(len, token_ids))
     return {
         "samples": len(outputs),
@@ -94,16 +99,12 @@ def _params(options: argparse.Namespace, tokenizer: Any, seeds: Sequence[int]) -
 def _prompts(processor: Any, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     from hpc_rl.data.images import load_image
     from hpc_rl.engines.base import Prompt, render
-    from hpc_rl.engines.loading import tokenizer_of
 
     paths = dict.fromkeys(path for line in lines for path in line["images"])
     pictures = {path: load_image(Path(path)) for path in paths}
     made = []
     for line in lines:
-        text = render(processor, Prompt(tuple(line["messages"])))
-        given: dict[str, Any] = {
-            "prompt_token_ids": tokenizer_of(processor)(text, add_special_tokens=False)["input_ids"]
-        }
+        given: dict[str, Any] = {"prompt": render(processor, Prompt(tuple(line["messages"])))}
         if line["images"]:
             given["multi_modal_data"] = {"image": [pictures[path] for path in line["images"]]}
         made.append(given)

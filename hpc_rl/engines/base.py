@@ -153,7 +153,7 @@ class Engine(Protocol):
         """Requests that were submitted, and neither returned nor aborted."""
 
     def expect(self, prompts: Sequence[Prompt]) -> int:
-        """These come next, and no others: begin to read them, with their images, beside the loop.
+        """These come next: begin to read them, with their images, beside the loop.
 
         Returns
         -------

@@ -25,8 +25,10 @@ Made = TypeVar("Made")
 PromptKey = tuple[str, tuple[Path | int, ...], int | None]
 """Messages, images, tokens to keep."""
 
-THREADS = max(1, min(4, len(os.sched_getaffinity(0)) - 1))
-"""Images that are decoded at once: a photo of 12 megapixels takes a tenth of a second."""
+THREADS = max(1, min(4, int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)) - 1)))
+"""Images that are decoded at once: a photo of 12 megapixels takes a tenth of a second. Workers share the CPUs so."""
+KEPT = 32
+"""Prompts that were to come next and do not: so many are kept, as retries have only come before them."""
 
 
 @dataclass
@@ -50,21 +52,23 @@ class InFlight(Generic[Made]):
         self._make, self._making = make, Lock()
         self._entries: dict[PromptKey, _Entry[Made]] = {}
         self._expected: dict[PromptKey, tuple[Prompt, Future[Made]]] = {}
+        self._next: dict[int, tuple[Prompt, PromptKey]] = {}  # by the prompt's id: keys of long texts take long to make
         self._threads = ThreadPoolExecutor(THREADS, "prompts")
 
     def expect(self, prompts: Sequence[Prompt]) -> int:
-        """Begin to read these; how many of the first of them are there. Those of the last time are forgotten."""
-        keys = [_key(prompt) for prompt in prompts]
-        for key in self._expected.keys() - set(keys):
-            self._expected.pop(key)[1].cancel()
-        for key, prompt in zip(keys, prompts, strict=True):
-            if key not in self._entries and key not in self._expected:
-                self._expected[key] = prompt, self._threads.submit(self._read, prompt)
-        return sum(1 for _ in takewhile(lambda key: key in self._entries or self._expected[key][1].done(), keys))
+        """Begin to read these, several at a time; how many of the first of them are there."""
+        self._next = {id(prompt): self._next.get(id(prompt)) or (prompt, _key(prompt)) for prompt in prompts}
+        wanted = {key: prompt for prompt, key in self._next.values()}
+        new = [key for key in wanted if key not in self._entries and key not in self._expected]
+        if new and (new[0] == next(iter(wanted)) or 2 * len(new) >= len(wanted)):
+            self._expected |= {key: (wanted[key], self._threads.submit(self._read, wanted[key])) for key in new}
+        stale = [key for key in self._expected if key not in wanted]
+        self._forget(stale[: max(0, len(stale) - KEPT)])
+        return sum(1 for _ in takewhile(self._is_there, (self._next[id(prompt)][1] for prompt in prompts)))
 
     def take(self, prompt: Prompt) -> tuple[PromptKey, Made]:
         """What was made of the prompt, for one request; to be given back by its key when that ends."""
-        key = _key(prompt)
+        _, key = self._next.get(id(prompt)) or (prompt, _key(prompt))
         entry = self._entries.get(key)
         if entry is None:
             known, reading = self._expected.pop(key, (prompt, None))
@@ -82,12 +86,19 @@ class InFlight(Generic[Made]):
 
     def close(self) -> None:
         """Stop reading."""
-        self.expect(())
+        self._forget(list(self._expected))
         self._threads.shutdown()
 
     def __len__(self) -> int:
         """How many different prompts are kept."""
         return len(self._entries)
+
+    def _is_there(self, key: PromptKey) -> bool:
+        return key in self._entries or (key in self._expected and self._expected[key][1].done())
+
+    def _forget(self, keys: Sequence[PromptKey]) -> None:
+        for key in keys:
+            self._expected.pop(key)[1].cancel()
 
     def _read(self, prompt: Prompt) -> Made:
         images = prompt.open_images()

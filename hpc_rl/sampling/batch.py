@@ -107,7 +107,9 @@ class Batch:
 
     def drop(self, work: AtWork) -> None:
         """A shard that is not to be sampled any more."""
-        if self._feed is not None:
+        if self._feed is None:
+            self._early = [request for request in self._early if request[0] not in work.in_hand]
+        else:
             self._feed.abort(work.in_hand)
         for key in work.in_hand:
             del self._asked[key]

@@ -198,6 +198,7 @@ class Stream:
         self._task.at_work_on(self._batch.submitted, self._batch.capacity)
         with self._leaving.at_once():
             finished = self._batch.step()
+        self._task.at_work_on(self._batch.submitted, self._batch.capacity)
         if not finished:
             return
         with self._task.during("judging"):

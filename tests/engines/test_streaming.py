@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hpc_rl.engines.base import Completion, Prompt, Request, Sampling, generate, generate_each
-from hpc_rl.engines.in_flight import InFlight
+from hpc_rl.engines.in_flight import KEPT, InFlight
 from hpc_rl.engines.stops import first_stop
 from hpc_rl.engines.transformers_engine import TransformersEngine
 from tests.waiting import wait_for
@@ -156,13 +156,32 @@ def test_prompts_that_are_expected_are_read_beside_one_at_a_time_and_only_once()
 def test_a_prompt_that_is_still_being_read_is_waited_for_and_one_that_is_not_expected_any_more_is_forgotten() -> None:
     read = Reading()
     shelf = InFlight(read)
-    shelf.expect([Prompt.of("a"), Prompt.of("never")])
+    last = [Prompt.of(f"last {place}") for place in range(KEPT)]
+    shelf.expect([Prompt.of("a"), Prompt.of("never"), *last])
     shelf.expect([Prompt.of("a")])
     threading.Timer(0.2, read.may_go_on.set).start()
     assert shelf.take(Prompt.of("a"))[1] == "A"
     assert shelf.expect([]) == 0
     assert shelf.take(Prompt.of("never"))[1] == "NEVER"
-    assert read.read.count("a") == 1
+    wait_for(lambda: len(read.read) == 2 + KEPT, "the others are read")
+    assert [shelf.take(prompt)[1] for prompt in last] == [f"LAST {place}" for place in range(KEPT)]
+    assert sorted(read.read) == sorted(["a", "never", *(f"last {place}" for place in range(KEPT))])
+    shelf.close()
+
+
+def test_prompts_are_read_several_at_a_time_and_the_next_one_always() -> None:
+    read = Reading()
+    read.may_go_on.set()
+    shelf = InFlight(read)
+    asked = [Prompt.of(f"{place}") for place in range(10)]
+    wait_for(lambda: shelf.expect(asked[:8]) == 8, "the first eight are read")
+    for place in range(4):
+        shelf.take(asked[place])
+    assert shelf.expect(asked[3:10]) == 5, "two of seven are new, which is too few to read them now"
+    assert shelf.expect([asked[9], *asked[3:8]]) == 0, "the next one is read however few there are"
+    wait_for(lambda: shelf.expect([asked[9], *asked[3:8]]) == 6, "it is read")
+    assert "8" not in read.read
+    wait_for(lambda: shelf.expect(asked[8:9]) == 1, "the rest is read")
     shelf.close()
 
 
