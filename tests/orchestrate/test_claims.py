@@ -374,7 +374,7 @@ def test_progress_that_cannot_be_written_is_said_once_and_loses_nothing(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "File too large" in caplog.text and claims.token in caplog.text
     claims.progress(2, 2)
-    assert progress_path(job.folder, claims.token).read_text() == '{"done": 2, "total": 2}\n'
+    assert atomic.read_json(progress_path(job.folder, claims.token)) == {"done": 2, "total": 2}
     assert finish(shard)
     claims.close()
     assert not list((job.folder / "tasks").iterdir())

@@ -17,7 +17,7 @@ from hpc_rl import config as configs
 from hpc_rl.orchestrate import job as jobs
 from hpc_rl.orchestrate.reconcile import Run
 from hpc_rl.orchestrate.start import open_run
-from hpc_rl.run import manifest
+from hpc_rl.run import atomic, manifest
 from hpc_rl.run.code import source_root
 from hpc_rl.run.manifest import Manifest
 from hpc_rl.run.shard_leases import leases_of, read_listing
@@ -211,7 +211,7 @@ def test_progress_is_shown_while_a_task_is_at_work_and_gone_when_it_leaves(
     worker = start(run, MODE="hold")
     wait_for_line(worker, "middle")
     (progress,) = (run.ws.stage_dir(1, "cut") / "tasks").glob("*.progress")
-    assert f'"total": {LINES}' in progress.read_text()
+    assert atomic.read_json(progress)["total"] == LINES
     worker.communicate("go on\n", timeout=PATIENCE_S)
     assert not progress.exists()
 
