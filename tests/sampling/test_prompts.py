@@ -204,6 +204,15 @@ def test_a_round_of_which_nothing_is_left_is_no_round(folder: str) -> None:
         check(folder, *[Prompt.of("ring " * 300)] * 2, max_model_len=200, how="drop")
 
 
+def test_rows_of_which_each_is_too_long_for_one_role_leave_none(folder: str) -> None:
+    long, short = Prompt.of("ring " * 300), Prompt.of("ring")
+    options: dict[str, Any] = {**PIXELS, "max_model_len": 200, "how": "drop"}
+    by_role = [("r0", long), ("r0", short), ("r1", short), ("r1", long)]
+    with pytest.raises(PromptError, match=r"2 of 4 prompts .* sample.long_prompts = drop leaves none"):
+        check_prompts(by_role, folder, Sampling(1.0, 16), **options)
+    assert check_prompts([*by_role, ("r2", short)], folder, Sampling(1.0, 16), **options).dropped == {"r0", "r1"}
+
+
 def test_a_long_text_is_cut_on_the_left(folder: str, engine: Any) -> None:
     long = Prompt.of("ring " * 300 + "Describe the square.")
     found = check(folder, long, max_model_len=200, how="truncate_left")
