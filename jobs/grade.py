@@ -51,11 +51,11 @@ def grade(
     from hpc_rl.grading.samples import GradedSample, iter_samples, write_samples
 
     samples = []
-    accepted: Counter[int] = Counter()  # by group, also of those with none
+    accepted: Counter[tuple[int, str]] = Counter()  # by group and role, also of those with none
     attempts = 0
     for sample in iter_samples(samples_path):
         attempts += 1
-        accepted[sample.group] += sample.accepted
+        accepted[sample.group, sample.role] += sample.accepted
         if sample.accepted:
             samples.append(sample)
     games = [row_of(sample.row_id) for sample in samples]
@@ -111,10 +111,10 @@ def grade(
 
 def summary(graded: Sequence[Any], took_s: float) -> dict[str, float]:
     """Numbers for the manifest: counts, mean rewards by part, and groups that carry no gradient (L15)."""
-    groups: dict[int, set[float]] = defaultdict(set)
+    groups: dict[tuple[int, str], set[float]] = defaultdict(set)
     for sample in graded:
         if not sample.left_out:
-            groups[sample.group].add(round(sample.reward, 6))
+            groups[sample.group, sample.role].add(round(sample.reward, 6))
     scored = [sample for sample in graded if not sample.left_out]
     means = {
         f"mean_{part}": round(sum(getattr(sample, part) for sample in scored) / len(scored), 6) if scored else 0.0

@@ -69,6 +69,7 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
     from hpc_rl.data.lewis import image_root, read_rows
     from hpc_rl.engines.weights import speaker_weights
     from hpc_rl.grading.predictions import append
+    from hpc_rl.sampling.lewis import ROLES
     from hpc_rl.training import store, stored
     from hpc_rl.training.distributed import broadcast_object
     from hpc_rl.training.one_round import Places, RoundTraining, Start
@@ -96,9 +97,8 @@ def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, l
         outputs.append(predictions)
     else:
         sample = config.sample
-        trained = stored.train(
-            training, store.read(graded_files(job), sample.samples_per_prompt, sample.prompts_per_round, world.rank)
-        )
+        groups = sample.prompts_per_round * len(ROLES)
+        trained = stored.train(training, store.read(graded_files(job), sample.samples_per_prompt, groups, world.rank))
     if shard.lease is None:
         return
     if trained is None or shard.lease.lost:

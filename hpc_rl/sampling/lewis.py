@@ -13,6 +13,9 @@ from hpc_rl.sampling.rules import KAccepted, Outcome, Rule
 from hpc_rl.sampling.tasks import Task
 
 ROLE = "speaker"
+ROLES = (ROLE,)
+"""Who is asked about each row: a round has as many groups as rows times roles."""
+
 TRIES_PER_SAMPLE = 4
 """`max_tries_per_task` where the config names none, per sample that is wanted."""
 
@@ -34,7 +37,8 @@ class LewisSource:
         self._sample, self._rows, self._round, self._images = sample, rows, round, images
         wanted = sample.samples_per_prompt
         tries = sample.max_tries_per_task or TRIES_PER_SAMPLE * wanted
-        self.rules: Mapping[str, Rule] = {ROLE: KAccepted(wanted, wanted if sample.accept == "all" else tries)}
+        rule = KAccepted(wanted, wanted if sample.accept == "all" else tries)
+        self.rules: Mapping[str, Rule] = {role: rule for role in ROLES}
         self.sampling = Sampling(sample.temperature, sample.max_tokens)
 
     def tasks(self, shard: int) -> Sequence[Task]:

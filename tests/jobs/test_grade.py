@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -22,7 +23,11 @@ ACCEPTED = {0: (0, 2, 3, 5), 1: (1, 4), 2: (), 6: (0, 1, 2, 3), 7: (0, 1, 2)}
 @pytest.fixture
 def sampled(new_run: Callable[..., Workspace]) -> Workspace:
     """A round of 8 prompts in shards of 3, sampled by hand."""
-    ws = new_run()
+    return sample_by_hand(new_run(), {(group, "speaker"): numbers for group, numbers in ACCEPTED.items()})
+
+
+def sample_by_hand(ws: Workspace, accepted: Mapping[tuple[int, str], Sequence[int]]) -> Workspace:
+    """Publish six attempts for each group and role, of which the numbers given count."""
     job = load(ws.root, 1, "sample")
     job.folder.mkdir(parents=True, exist_ok=True)
     rows = rows_of_round(
@@ -31,12 +36,12 @@ def sampled(new_run: Callable[..., Workspace]) -> Workspace:
     for shard in job.shards():
         samples = [
             Sample(
-                sample_id=f"r01-{rows[group].id}-g{n}", row_id=rows[group].id, role="speaker", group=group, attempt=n,
-                accepted=n in ACCEPTED[group], prompt_token_ids=(1, 2), token_ids=(3, n), logprobs=(-1.0, -0.5),
+                sample_id=f"r01-{rows[group].id}-{role}-g{n}", row_id=rows[group].id, role=role, group=group, attempt=n,
+                accepted=n in numbers, prompt_token_ids=(1, 2), token_ids=(3, n), logprobs=(-1.0, -0.5),
                 text=f"<thinking>so</thinking><coarse>A ring</coarse><detailed>It is number {n}.</detailed>",
                 finish_reason="stop", seed=n, weights_hash="w",
             )
-            for group in range(3 * shard.index, min(8, 3 * shard.index + 3)) if group in ACCEPTED
+            for (group, role), numbers in accepted.items() if group // 3 == shard.index
             for n in range(6)
         ]  # fmt: skip
         path = shard.output("samples.parquet")
@@ -60,3 +65,17 @@ def test_only_accepted_attempts_are_graded_and_short_groups_are_counted(sampled:
 
     counts = store.read(paths, group_size=4, groups=8).counts
     assert (counts.samples, counts.groups, counts.dropped_groups, counts.short_groups) == (13, 8, 4, 2)
+
+
+def test_the_roles_of_a_row_are_groups_of_their_own(new_run: Callable[..., Workspace]) -> None:
+    """Four of the one and two of the other are not six of one; nor are two groups of equal rewards one of different."""
+    ws = sample_by_hand(new_run(), {(0, "helpful"): (0, 2, 3, 5), (0, "sneaky"): (1, 4), (1, "helpful"): ()})
+    with listener_thread(ws):
+        assert grade.main(arguments(ws)) == 0
+    made = manifest.read(ws, 1, "grade", 0)
+    assert (made.metrics["samples"], made.metrics["groups"], made.metrics["short_groups"]) == (6, 3, 2)
+    graded = [
+        replace(one, reward=float(one.role == "helpful"), left_out=False)
+        for one in read_graded(made.path("graded.parquet"))
+    ]
+    assert grade.summary(graded, 0.0)["groups_without_gradient"] == 2
