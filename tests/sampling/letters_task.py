@@ -1,7 +1,7 @@
 """A sampling task on the engine of letters: real claims, real files, real processes, and no seconds of loading.
 
 Each shard has three rows, and each row two roles: `vowel` wants a text with an a or an e, `plain` one without. Run as
-`python -m tests.sampling.letters_task --workspace W --round 1`, with its settings as JSON in LETTERS.
+`python -m tests.sampling.letters_task --workspace W --round 1 --stage cut`, with its settings as JSON in LETTERS.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from hpc_rl.cluster.walltime import Deadline
@@ -40,14 +41,17 @@ class LettersSource:
     rules: Mapping[str, Rule] = {role: KAccepted(K, MOST_TRIES) for role in ROLES}
     sampling = SAMPLING
 
-    def __init__(self, without: Sequence[int] = (), empty: Sequence[int] = (), refused: int | None = None) -> None:
+    def __init__(
+        self, without: Sequence[int] = (), empty: Sequence[int] = (), refused: int | None = None, round: int = ROUND
+    ) -> None:
+        self.round = round
         self._without, self._empty, self._refused = frozenset(without), frozenset(empty), refused
 
     def tasks(self, shard: int) -> list[Task]:
         rows = [] if shard in self._empty else [row for row in range(ROWS) if row != 1 or shard not in self._without]
         return [
             Task(
-                f"r01-s{shard}r{row}-{role}",
+                f"r{self.round:02d}-s{shard}r{row}-{role}",
                 role,
                 ROWS * shard + row,
                 f"s{shard}r{row}",
@@ -73,7 +77,7 @@ def one_by_one(source: LettersSource, shards: Sequence[int] = range(SHARDS)) -> 
     for task in (task for shard in shards for task in source.tasks(shard)):
         counted = number = 0
         while counted < K and number < MOST_TRIES:
-            seed = _seed(task, number)
+            seed = _seed(task, number, source.round)
             (made,) = generate(engine, [Request(task.prompt, seed)], SAMPLING)
             accepted = source.judge(task, made).accepted
             found.append(Sample(
@@ -84,17 +88,17 @@ def one_by_one(source: LettersSource, shards: Sequence[int] = range(SHARDS)) -> 
     return found
 
 
-def _seed(task: Task, number: int) -> int:
+def _seed(task: Task, number: int, round: int) -> int:
     from hpc_rl.run.seeds import derive
 
-    return derive(RUN_SEED, ROUND, task.role, task.row_id, number)
+    return derive(RUN_SEED, round, task.role, task.row_id, number)
 
 
 def published(job: Job, shards: Sequence[int] = range(SHARDS)) -> list[Sample]:
     """What is in the files that manifests name, shard by shard; log-probabilities to 6 digits (files have 32 bits)."""
     found = []
     for shard in shards:
-        path = manifest.read(job.ws, 1, job.stage.name, shard).path("samples.parquet")
+        path = manifest.read(job.ws, job.round, job.stage.name, shard).path("samples.parquet")
         found += read_samples(path)
     return found
 
@@ -110,15 +114,16 @@ def stream(job: Job, stack: ExitStack, engine: Engine, **settings: Any) -> Strea
     token = settings.pop("token", None) or claims.token
     task = stack.enter_context(Recorder(job.folder, token))
     options = {"deadline": Deadline(), "linger_s": 0.0, "speculate": False, **settings}
-    source = options.pop("source", None) or LettersSource()
+    source = options.pop("source", None) or LettersSource(round=job.round)
     open_engine = options.pop("open_engine", None) or (lambda: engine)
-    return Stream(claims, open_engine, source, Origin(RUN_SEED, ROUND, WEIGHTS, token), task, **options)
+    return Stream(claims, open_engine, source, Origin(RUN_SEED, job.round, WEIGHTS, token), task, **options)
 
 
 def main() -> int:
     """One task; 124 when its time was too short."""
-    job = open_job("cut")
     given = json.loads(os.environ.get("LETTERS", "{}"))
+    job = open_job("cut")
+    job = replace(job, stage=replace(job.stage, shards=given.get("shards", SHARDS)))
     engine = LettersEngine(given.get("capacity", 4), given.get("pause_s", 0.002), None)
     with ExitStack() as stack:
         claims = stack.enter_context(job.claims())

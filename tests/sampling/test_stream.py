@@ -30,6 +30,8 @@ from hpc_rl.orchestrate.job import Job
 from hpc_rl.orchestrate.start import open_run
 from hpc_rl.run import manifest
 from hpc_rl.run.code import source_root
+from hpc_rl.run.presence import holder_path, see
+from hpc_rl.run.shard_leases import leases_of, read_listing
 from hpc_rl.sampling.at_work import WriteFailure
 from hpc_rl.sampling.pace import NeverFits
 from hpc_rl.sampling.record import TaskRecord, read_records
@@ -315,17 +317,32 @@ def test_sigterm_does_not_cut_a_commit_short(make_job: MakeJob) -> None:
 
 
 def test_the_engine_does_not_wait_for_the_file_system_and_no_more_is_claimed_than_that_can_take(
-    make_job: MakeJob,
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job, engine = make_job(), Watched(4)
-    held = threading.Event()
+    job, engine = make_job(), Watched(1)
+    held, drawn_meanwhile, claimed_meanwhile = threading.Event(), set[int](), list[int]()
+
+    def commit_late() -> None:
+        assert held.wait(PATIENCE_S), "the loop waits for the file system, and the file system for the loop"
+
     with ExitStack() as stack:
-        claims = Slow(stack.enter_context(job.claims()), lambda: held.wait(PATIENCE_S) and None)
+        claims = Slow(stack.enter_context(job.claims()), commit_late)
         loop = stream(job, stack, engine, claims=claims)
-        threading.Timer(1.0, held.set).start()
+        wait_as_ever = loop._wait_for
+
+        def the_file_system_goes_on_when_nothing_else_does(*given: Any) -> None:
+            if not held.is_set() and not len(loop._batch) and loop._ahead.claiming is None:
+                drawn_meanwhile.update(int(shard) for _, shards in engine.filled for shard in shards)
+                claimed_meanwhile.append(len(list(job.folder.rglob("shard_*.lease.*"))))
+                assert not done(job)
+                held.set()
+            wait_as_ever(*given)
+
+        monkeypatch.setattr(loop, "_wait_for", the_file_system_goes_on_when_nothing_else_does)
         assert loop.run() is Ending.DONE
-    stopped = next(place for place, (_, shards) in enumerate(engine.filled) if max(map(int, shards)) > UNPUBLISHED)
-    assert stopped > 0
+    (claimed,) = claimed_meanwhile
+    assert drawn_meanwhile == set(range(1, claimed + 1)), "all that was claimed, while not one was published"
+    assert UNPUBLISHED <= claimed <= UNPUBLISHED + 3 < SHARDS, "and what was in hand when they were too many"
     assert_whole(job)
 
 
@@ -509,29 +526,73 @@ def test_every_attempt_is_published_exactly_once_whatever_happens_to_the_tasks(
 ) -> None:
     """Kills, freezes longer than leases live, notices to leave; tasks come and go until all is done."""
     lot = random.Random(seed)
-    job = make_job("run.lease_ttl_s=1")
-    settings = {"pause_s": 0.01, "speculate": bool(seed % 2), "linger_s": 3.0}
-    tasks = [start(job, **settings) for _ in range(3)]
+    job = make_job("run.lease_ttl_s=1", "run.rounds=2")
+    settings = {"pause_s": 0.02, "speculate": bool(seed % 2), "linger_s": 3.0}
+    tasks = [start(job, **settings, together=3) for _ in range(3)]
     frozen: list[tuple[float, subprocess.Popen[str]]] = []
+    kinds = [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP]
+    plan = [how for _ in range(3) for how in lot.sample(kinds, 3)]
+    what: Counter[str] = Counter()
+    orphans: dict[int, str] = {}  # shard → its last holder that was killed or frozen over it
+    wait_for(lambda: all(in_hands_of(job, task) for task in tasks), "all three have a shard")
     deadline = time.monotonic() + PATIENCE_S
-    disturbances = 0
     while len(done(job)) < SHARDS:
-        assert time.monotonic() < deadline, f"{len(done(job))} of {SHARDS} shards are done"
-        time.sleep(lot.uniform(0.1, 0.5))
+        assert time.monotonic() < deadline, f"{len(done(job))} of {SHARDS} shards are done, after {what}"
         for until, task in [entry for entry in frozen if entry[0] < time.monotonic()]:
             task.send_signal(signal.SIGCONT)
             frozen.remove((until, task))
         tasks = [task for task in tasks if task.poll() is None]
-        if disturbances < 12 and tasks:
-            disturbances += 1
-            victim, how = lot.choice(tasks), lot.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
-            victim.send_signal(how)
-            if how == signal.SIGSTOP:
-                frozen.append((time.monotonic() + lot.uniform(0.5, 3.0), victim))
+        awake = [task for task in tasks if task not in [one for _, one in frozen]]
+        if plan and awake:
+            victim, how = lot.choice(awake), plan[0]
+            victim.send_signal(signal.SIGSTOP)  # what it holds now, it still holds when the signal comes
+            if holds := in_hands_of(job, victim):
+                what[plan.pop(0).name] += 1
+                orphans.update({} if how == signal.SIGTERM else holds)
+            if holds and how == signal.SIGSTOP:
+                frozen.append((time.monotonic() + lot.uniform(1.5, 3.0), victim))
+            else:
+                victim.send_signal(how if holds else signal.SIGCONT)
+                victim.send_signal(signal.SIGCONT)
         while len(tasks) < 3:
             tasks.append(start(job, **settings))
+        time.sleep(lot.uniform(0.1, 0.5) if what.total() >= len(kinds) else 0.0)
     for _, task in frozen:
         task.send_signal(signal.SIGCONT)
     for task in tasks:
         assert task.wait(PATIENCE_S) in (0, 143, -signal.SIGKILL, -signal.SIGTERM)
     assert_whole(job)
+    makers = {shard: manifest.read(job.ws, 1, "cut", shard).metrics["task"] for shard in range(SHARDS)}
+    what["taken over"] = sum(makers[shard] != holder for shard, holder in orphans.items())
+    assert min(what[kind] for kind in ("SIGKILL", "SIGTERM", "SIGSTOP", "taken over")) > 0, what
+    assert_another_round_draws_anew(job)
+
+
+def in_hands_of(job: Job, task: subprocess.Popen[str]) -> dict[int, str]:
+    """Shards that a task holds and nobody has done, with its token."""
+    folder = leases_of(job.folder)
+    listing = read_listing(folder)
+    mine = {inode: token for inode, token in listing.holders.items() if pid_of(folder, token) == task.pid}
+    held = {shard: mine[claimed.inode] for shard, claimed in listing.shards.items() if claimed.inode in mine}
+    return {shard: token for shard, token in held.items() if shard not in done(job)}
+
+
+def pid_of(folder: Path, token: str) -> int | None:
+    """None when it has left meanwhile."""
+    try:
+        holder, _ = see(holder_path(folder, token))
+    except FileNotFoundError:
+        return None
+    return holder.pid
+
+
+def assert_another_round_draws_anew(job: Job) -> None:
+    """The same rows, other seeds, other ids."""
+    next_round = jobs.load(job.ws.root, 2, "cut")
+    assert run(next_round, LettersEngine(8, 0.0, None)) is Ending.DONE
+    ours, theirs = published(job), published(next_round)
+    assert plain(theirs) == plain(sorted_(one_by_one(LettersSource(round=2))))
+    assert {sample.row_id for sample in ours} == {sample.row_id for sample in theirs}
+    for name in ("sample_id", "seed"):
+        first, second = ({getattr(sample, name) for sample in samples} for samples in (ours, theirs))
+        assert len(first) == len(ours) and not first & second
