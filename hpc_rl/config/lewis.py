@@ -186,6 +186,18 @@ class LewisConfig(Config):
             )
             yield Fault(("train", "gradient_accumulation_steps"), what, f"a batch that is a multiple of {group}")
 
+    def notes(self) -> Iterator[str]:
+        """GPUs of a sampling task that work as one because no field says otherwise."""
+        sample, of_task = self.sample, self.stages["sample"].gpus_per_node
+        given = of_task if sample.gpu_ids is None else len(sample.gpu_ids)
+        each = given // sample.data_parallel_size
+        if of_task and each > 1 and sample.tensor_parallel_size is None:
+            engines = "one engine" if sample.data_parallel_size == 1 else f"{sample.data_parallel_size} engines"
+            yield (
+                f"stages.sample: {engines} on {count(each)}{' each' * (sample.data_parallel_size > 1)}, as "
+                f"sample.tensor_parallel_size is null. For an engine on each GPU: sample.data_parallel_size = {given}"
+            )
+
     def _gpu_faults(self) -> Iterator[Fault]:
         """Engines that ask for other GPUs than their stage has; a stage without GPUs takes whatever it finds."""
         sample, engine = self.sample, self.evaluate.engine or self.sample.engine

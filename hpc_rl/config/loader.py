@@ -41,7 +41,8 @@ class Loaded:
         Dotted field → who set it (`configs/lewis.yaml:12`, `environment variable LORA_RANK`, `--set`); a field that is
         not here has its default.
     notes
-        What a user should hear although it is no error, such as an environment variable that changes nothing.
+        What a user should hear although it is no error, such as an environment variable that changes nothing;
+        `Config.notes` among it.
     """
 
     config: Config
@@ -118,7 +119,7 @@ def load_with_places(
     if problems:
         raise ConfigError(problems)
     places = {".".join(map(str, key)): place for key, place in tree.places.items()}
-    return Loaded(config, places, tuple(notes))
+    return Loaded(config, places, (*notes, *config.notes()))
 
 
 def config_class(recipe: Any, where: str = "") -> type[Config]:

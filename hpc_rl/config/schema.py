@@ -232,6 +232,10 @@ class Config(Section):
         merged = {"env": {**site.env, **own.env}, "sbatch": {**site.sbatch, **own.sbatch}}
         return own.model_copy(update=inherited | merged)
 
+    def notes(self) -> Iterator[str]:
+        """What is no fault, and yet may not be what was meant; `launch` says it."""
+        yield from ()
+
     @field_validator("stages")
     @classmethod
     def _known_stages(cls, stages: dict[str, StageConfig]) -> dict[str, StageConfig]:

@@ -69,3 +69,34 @@ def test_engines_that_ask_for_more_gpus_than_there_are(small: Load, settings: li
 )
 def test_engines_that_get_what_they_ask_for(small: Load, settings: list[str]) -> None:
     assert small(*settings).sample
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ([NODE], "one engine on 8 GPUs, as"),
+        ([NODE, "sample.data_parallel_size=2"], "2 engines on 4 GPUs each, as"),
+        ([NODE, "sample.gpu_ids=[0, 1]"], "one engine on 2 GPUs, as"),
+    ],
+)
+def test_gpus_that_work_as_one_without_being_told_so_are_worth_a_note(
+    small: Load, settings: list[str], note: str
+) -> None:
+    (said,) = small(*settings).notes()
+    assert said.startswith(f"stages.sample: {note} sample.tensor_parallel_size is null")
+    given = 2 if "gpu_ids" in settings[-1] else 8
+    assert said.endswith(f"For an engine on each GPU: sample.data_parallel_size = {given}")
+    assert not [*small(*settings, f"sample.data_parallel_size={given}").notes()]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [NODE, "sample.tensor_parallel_size=8"],
+        ["stages.sample.gpus_per_node=1"],
+        ["sample.data_parallel_size=4"],
+        [NODE, "sample.data_parallel_size=8", "sample.engine=transformers"],
+    ],
+)
+def test_what_is_said_or_has_one_gpu_needs_no_note(small: Load, settings: list[str]) -> None:
+    assert not [*small(*settings).notes()]
