@@ -81,7 +81,7 @@ def test_a_round_is_shown_while_it_is_sampled_and_afterwards(run: Run, monkeypat
     assert "round 1 sample: 3 tasks (1 killed, 1 out of memory)" in shown
     assert "trouble 1 out of memory; it said: CUDA out of memory (log: logs/41_2-0.out)" in shown
     assert "40 samples of 8 prompts, 400 tokens; 50 tokens lost" in shown
-    assert "speaker 32 of 40 accepted (80.0 %); tasks by tries 4: 4, 6: 4; 0 of 8 tasks exhausted" in shown
+    assert "speaker 32 of 40 accepted (80.0 %); prompts by tries 4: 4, 6: 4; 0 of 8 prompts exhausted" in shown
     assert "GPU seconds for each accepted sample" in shown
     assert "engine transformers, asked auto" in shown
 

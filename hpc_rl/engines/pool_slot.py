@@ -144,7 +144,7 @@ class Slot:
         self.hung_at = time.monotonic()
         self._said = f"has not moved for {self._silent_s:.0f} s, its process is {state_of(self._pid)}"
         log.error(
-            "%s %s: it is killed. If a step of the engine may take that long, raise worker_patience_s",
+            "%s %s: it is killed. If a step of the engine may take that long, raise sample.worker_patience_s",
             self.name,
             self._said,
         )

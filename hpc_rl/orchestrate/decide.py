@@ -266,7 +266,7 @@ def _out_of_memory(stage: Stage, ends: Sequence[EndRecord], times: int) -> str:
     often = "once" if times == 1 else f"{times} times, the last time"
     return (
         f"{stage.id} ran out of memory {often} with settings that go no lower. Lower "
-        "sample.max_model_len or min_gpu_memory_utilization, or give it more memory or more GPUs; "
+        "sample.max_model_len or sample.min_gpu_memory_utilization, or give it more memory or more GPUs; "
         f"the last one: {last.error} (log: {last.log})"
     )
 

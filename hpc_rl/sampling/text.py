@@ -106,13 +106,13 @@ def _roles(tally: Tally) -> Iterable[str]:
     for role in sorted(tally.tries):
         attempts, accepted, exhausted = tally.attempts(role), tally.accepted.get(role, 0), tally.exhausted.get(role, 0)
         share = f" ({100 * accepted / attempts:.1f} %)" if attempts else ""
-        said = [f"{accepted:,} of {attempts:,} accepted{share}", f"tasks by tries {_histogram(tally.tries[role])}"]
-        said.append(f"{exhausted:,} of {tally.tasks(role):,} tasks exhausted")
+        said = [f"{accepted:,} of {attempts:,} accepted{share}", f"prompts by tries {_histogram(tally.tries[role])}"]
+        said.append(f"{exhausted:,} of {tally.tasks(role):,} prompts exhausted")
         yield from _line(role, "; ".join(said))
 
 
 def _histogram(tries: Mapping[int, int]) -> str:
-    """`4: 120, 5: 3`; of many numbers the first, and how many tasks took more."""
+    """`4: 120, 5: 3`; of many numbers the first, and how many prompts took more."""
     numbers = sorted(tries)
     shown = [f"{number}: {tries[number]:,}" for number in numbers[:TRIES_SHOWN]]
     if more := numbers[TRIES_SHOWN:]:

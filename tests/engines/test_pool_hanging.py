@@ -38,7 +38,7 @@ def test_a_stopped_worker_is_killed_and_every_request_is_answered_once(
     (hung,) = [worker for worker in pool.workers if worker.deaths]
     assert (hung.deaths, hung.hung) == (1, 1) and hung.returned > 0
     assert re.search(r"worker [12] of 2 on GPU [01] has not moved for \d s, its process is T \(stopped\)", caplog.text)
-    assert "raise worker_patience_s" in caplog.text and "wait for another" in caplog.text
+    assert "raise sample.worker_patience_s" in caplog.text and "wait for another" in caplog.text
     told = pool.description["workers"]
     assert sorted(one["hung"] for one in told) == [0, 1]  # type: ignore[attr-defined]
     pool.wait_until_all_are_ready()

@@ -179,8 +179,8 @@ def test_the_report_says_it_in_lines_that_fit() -> None:
     flat = " ".join(shown.split())
     for said in (
         "42 samples of 6 prompts, 1,000 tokens; 4 samples cut off at the longest length; 1 prompt left out",
-        "helpful 16 of 22 accepted (72.7 %); tasks by tries 2: 6, 5: 2; 0 of 8 tasks exhausted",
-        "sneaky 6 of 20 accepted (30.0 %); tasks by tries 2: 2, 8: 2; 2 of 4 tasks exhausted",
+        "helpful 16 of 22 accepted (72.7 %); prompts by tries 2: 6, 5: 2; 0 of 8 prompts exhausted",
+        "sneaky 6 of 20 accepted (30.0 %); prompts by tries 2: 2, 8: 2; 2 of 4 prompts exhausted",
         "175 s of tasks: start-up 22.9 %, sampling 51.4 %, judging 2.3 %, files 1.1 %, waiting 4.6 %, lost 11.4 %, "
         "closing 0.6 %, unknown 5.7 %",
         "the busiest of 2 tasks was at work for 76.0 s, the mean is 58.0 s (1.31 times)",
