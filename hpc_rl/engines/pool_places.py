@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from hpc_rl.engines.base import Completion
@@ -67,6 +67,8 @@ class Places:
     ----------
     first
         That of the first worker that was ready.
+    clock
+        Seconds by which workers are silent.
     """
 
     def __init__(
@@ -85,7 +87,8 @@ class Places:
         self._threads = max(1, len(os.sched_getaffinity(0)) // count)
         port = os.environ.get("VLLM_PORT", "")
         self._port = int(port) if port.isdigit() else None
-        self._looked_at = time.monotonic()
+        self.clock: Callable[[], float] = time.monotonic
+        self._looked_at = self.clock()
 
     def turn(self, timeout_s: float, owing: Collection[int]) -> list[Event]:
         """Start what is due, and hear what workers have to say; waits for that until the time is up.
@@ -170,12 +173,12 @@ class Places:
     def _watch(self, running: Sequence[Slot], owing: Collection[int]) -> list[Event]:
         """Have workers killed that say nothing for too long; let go of those that cannot even be killed."""
         events: list[Event] = []
-        now = time.monotonic()
+        now = self.clock()
         passed_s, self._looked_at = min(now - self._looked_at, self._patience_s / LOOKS), now
         for slot in running:
             assert slot.process is not None
             if slot.hung_at is not None:
-                if now - slot.hung_at > KILLED_S:
+                if time.monotonic() - slot.hung_at > KILLED_S:
                     events.append(Lost(slot, slot.process.kill_with_guard()))
             elif slot.number not in owing:
                 slot.heard()
