@@ -1,6 +1,7 @@
 """How many samples change with who draws them, and with what is in the batch beside them.
 
     python -m benchmarks.reproducibility [--model images|text] [--prompts 64] [--samples 8] [--shard-size 16]
+        [--dtype float32|bfloat16|float16] [--no-batch-invariant]
 
 Every way of drawing is a process of its own and draws the same samples, with the same seeds, as the sampling job does:
 requests of further shards join the running batch as others finish.
@@ -12,8 +13,9 @@ requests of further shards join the running batch as others finish.
     transformers        the other engine, in order
 
 Prints for each how many samples have other token ids than the reference's, and the largest difference of a token's
-log-probability among those that are the same. `images`: the tiny speaker (models/tiny-lewis) describes rendered scenes;
-`text`: a tiny chat model with random weights answers questions.
+log-probability among those that are the same. Engines ask for vLLM's batch-invariant mode, as the sampling job does by
+default; hardware older than an H100, CPUs among it, has none. `images`: the tiny speaker (models/tiny-lewis) describes
+rendered scenes; `text`: a tiny chat model with random weights answers questions.
 """
 
 from __future__ import annotations
@@ -47,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=8, help="samples per prompt")
     parser.add_argument("--shard-size", type=int, default=16, help="prompts per shard")
     parser.add_argument("--max-num-seqs", type=int, default=64, help="samples that an engine draws at once")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument(
+        "--batch-invariant", action=argparse.BooleanOptionalAction, default=True, help="where the hardware has the mode"
+    )
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--draw", nargs=2, metavar=("ENGINE", "ORDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -81,7 +87,8 @@ def _compare_all(options: argparse.Namespace) -> None:
     }
     tokens = sum(len(ids) for ids, _ in reference.values())
     print(
-        f"{options.model}: {options.prompts} prompts × {options.samples} samples, {len(shards)} shards, {tokens} tokens"
+        f"{options.model}, {options.dtype}: {options.prompts} prompts × {options.samples} samples, "
+        f"{len(shards)} shards, {tokens} tokens"
     )
     for name, other in others.items():
         print(f"{name:<20} {_compare(reference, other)}")
@@ -100,8 +107,9 @@ def _compare(reference: Drawn, other: Drawn) -> str:
 
 
 def _in_a_process(options: argparse.Namespace, engine: str, order: str) -> Drawn:
-    names = ("model", "prompts", "samples", "shard_size", "max_num_seqs", "folder")
+    names = ("model", "prompts", "samples", "shard_size", "max_num_seqs", "dtype", "folder")
     settings = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
+    settings.append("--batch-invariant" if options.batch_invariant else "--no-batch-invariant")
     command = [sys.executable, "-m", "benchmarks.reproducibility", *settings, "--draw", engine, order]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode:
@@ -147,12 +155,12 @@ def _in_order(options: argparse.Namespace, order: str) -> list[tuple[int, int]]:
 
 
 def _open(options: argparse.Namespace, kind: str) -> Any:
-    settings = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": options.max_num_seqs}
+    settings = {"dtype": options.dtype, "max_model_len": MAX_MODEL_LEN, "max_num_seqs": options.max_num_seqs}
     path, pixels = (str(SPEAKER), PIXELS) if options.model == "images" else (str(options.folder / "model"), {})
     if kind == "vllm":
         from hpc_rl.engines.vllm_engine import VllmEngine
 
-        return VllmEngine(path, **settings, **pixels)
+        return VllmEngine(path, batch_invariant=options.batch_invariant, **settings, **pixels)
     from hpc_rl.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine(path, **settings, **pixels)
