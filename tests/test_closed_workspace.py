@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from hpc_rl.cluster.queries import clean_environment
 from hpc_rl.orchestrate.graph import StageId
 from hpc_rl.orchestrate.reconcile import end_records
 from hpc_rl.run import manifest
-from hpc_rl.run.closed import NotClosed, check_closed
+from hpc_rl.run.closed import DEFAULT_ACL, NotClosed, check_closed, make_closed
 from hpc_rl.run.code import source_root
 from hpc_rl.run.workspace import Workspace
 from tests.waiting import PATIENCE_S
@@ -29,9 +30,11 @@ def launch(root: Path, umask: int = UMASK) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hpc_rl.launch", "benchmarks/noop.yaml", "--workspace", str(root)]
     command += ["--executor", "local", "--set", "run.rounds=1", "--set", "stages.sample.tasks=2"]
     command += ["--set", "stages.train.nodes=1"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return subprocess.run(
-        command, cwd=source_root(), umask=umask, capture_output=True, text=True, timeout=PATIENCE_S, check=False
-    )
+        command, cwd=source_root(), env=environment, umask=umask, capture_output=True, text=True, timeout=PATIENCE_S,
+        check=False,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,7 @@ def test_nothing_that_a_run_makes_can_be_written_to_by_others_and_all_can_be_rea
     found = [finished, *finished.rglob("*")]
     assert any(path.match("code/*/hpc_rl/launch.py") for path in found)
     assert any(path.match("attempts/*.json") for path in found)
+    assert any(path.match("code/*/benchmarks/__pycache__/*.pyc") for path in found), "jobs import the snapshot"
     assert not [path for path in found if path.stat().st_mode & OTHERS]
     assert all(path.stat().st_mode & stat.S_IRGRP for path in found)
     assert finished.stat().st_mode & stat.S_ISGID, "what the group has set is left as it was"
@@ -122,3 +126,36 @@ def test_what_belongs_to_somebody_else_is_not_run(tmp_path: Path) -> None:
     os.chown(file, 65534, 65534)
     with pytest.raises(NotClosed, match=rf"{file} belongs to user 65534, not to us \(0\)"):
         check_closed(tmp_path, [file])
+
+
+def default_acl(group: int) -> bytes:
+    """One that gives the owner all, the group `group`, and others nothing: acl(5), in the kernel's own format."""
+    entries = ((0x01, 7), (0x04, group), (0x20, 0))  # ACL_USER_OBJ, ACL_GROUP_OBJ, ACL_OTHER
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, mode, 2**32 - 1) for tag, mode in entries)
+
+
+def test_a_default_acl_does_not_open_what_is_made_in_a_new_workspace(tmp_path: Path) -> None:
+    try:
+        os.setxattr(tmp_path, DEFAULT_ACL, default_acl(group=7))
+    except OSError as error:
+        pytest.skip(f"this file system has no ACLs ({error})")
+    root = tmp_path / "run"
+    done = launch(root)
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in (root, *root.rglob("*")) if path.stat().st_mode & OTHERS]
+
+
+@pytest.mark.parametrize(("mode", "content"), [(0o775, True), (0o1777, True), (0o1777, False)])
+def test_a_folder_that_others_are_meant_to_write_to_is_left_as_it_is(tmp_path: Path, mode: int, content: bool) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    if content:
+        (shared / "theirs").touch()
+    shared.chmod(mode)
+    refused = launch(shared)
+    assert refused.returncode == 2
+    assert f"others may write to {shared} (mode {mode:04o}), and are perhaps meant to" in refused.stderr
+    assert f"--workspace {shared / 'run'}. Or, if it is: chmod go-w {shared}" in refused.stderr
+    assert stat.S_IMODE(shared.stat().st_mode) == mode
+    assert [path.name for path in shared.iterdir()] == (["theirs"] if content else [])
+    make_closed(shared / "run")

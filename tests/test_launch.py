@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -290,6 +291,66 @@ def test_the_same_program_error_twice_stops_the_run_and_names_the_error_and_its_
     again = launch()
     assert again.returncode == 0, again.stdout + again.stderr
     assert len(list(ws.code_dir.iterdir())) == 2, "the mended code is a snapshot of its own"
+
+
+# the code that jobs import
+
+
+MINE = """\
+recipe: mine.recipe
+run: {name: mine, rounds: 2}
+"""
+
+LOOKS_AROUND = """
+import os
+import sys
+from pathlib import Path
+
+import hpc_rl, jobs, mine
+from hpc_rl.orchestrate.job import open_job
+
+for shard in open_job("look").shards():
+    entry = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\\0")
+    paths = [module.__file__ for module in (hpc_rl, jobs, mine, sys.modules["__main__"])]
+    output = shard.output("paths.txt")
+    output.write_text("\\n".join([*paths, entry[1]]))
+    shard.commit([output], made_from={})
+    for name in ("hpc_rl", "jobs", "mine"):  # an edit while later jobs wait
+        (Path(CHECKOUT) / name / "__init__.py").write_text("raise RuntimeError('edited')")
+"""
+
+TWO_ROUNDS = """
+from hpc_rl.orchestrate.graph import Kind, Stage, StageId
+
+def stages(config, round):
+    if round:
+        needs = (StageId(round - 1, "look"),) if round > 1 else ()
+        yield Stage(StageId(round, "look"), "mine.body", Kind.SINGLE, needs=needs)
+"""
+
+
+def test_jobs_of_all_rounds_import_the_snapshot_although_the_checkout_of_the_launch_changes(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    for name in ("hpc_rl", "jobs"):
+        shutil.copytree(source_root() / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (checkout / "mine").mkdir()
+    body = LOOKS_AROUND.replace("CHECKOUT", repr(str(checkout)))
+    for name, text in (("__init__", ""), ("recipe", TWO_ROUNDS), ("body", body)):
+        (checkout / "mine" / f"{name}.py").write_text(text)
+    (checkout / "mine.yaml").write_text(MINE)
+    command = [sys.executable, "-m", "hpc_rl.launch", "mine.yaml", "--executor", "local"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    launched = subprocess.run(
+        command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    assert launched.returncode == 0, launched.stdout + launched.stderr
+    ws = Workspace(checkout / "runs" / "mine")
+    (code,) = ws.code_dir.iterdir()
+    imported = [code / name for name in ("hpc_rl/__init__.py", "jobs/__init__.py", "mine/__init__.py", "mine/body.py")]
+    for round in (1, 2):
+        assert manifest.read(ws, round, "look", 0).made_from["code"] == code.name
+        (output,) = ws.stage_dir(round, "look").glob("*paths.txt")
+        assert output.read_text().split("\n") == [*map(str, imported), "-P"]
 
 
 # bad input

@@ -1,9 +1,12 @@
 """The first process of every job: starts the job body in the stage's own environment and records how it ended.
 
-`python -m hpc_rl.cluster.entry SPEC` is what an executor puts into an allocation. It translates ranks, opens the log,
-passes signals on (Slurm's USR2 before the time limit or a preemption, SIGTERM, Ctrl-C) and requeues the job when it was
-asked to leave early. Standard library only: it starts in tens of milliseconds, under any interpreter, and has nothing
-to crash on.
+`python -P -m hpc_rl.cluster.entry SPEC` is what an executor puts into an allocation. It translates ranks, opens the
+log, passes signals on (Slurm's USR2 before the time limit or a preemption, SIGTERM, Ctrl-C) and requeues the job when
+it was asked to leave early. Standard library only: it starts in tens of milliseconds, under any interpreter, and has
+nothing to crash on.
+
+Without `-P`, `-m` looks for modules in the current directory first: that of the launch, where the code may change while
+jobs wait. They import the snapshot that PYTHONPATH names.
 """
 
 from __future__ import annotations
@@ -24,12 +27,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
-from hpc_rl.cluster import walltime
+from hpc_rl.cluster import ending, walltime
 from hpc_rl.cluster.failures import EXIT_NEVER_FITS, EXIT_OUT_OF_TIME, Outcome, classify, last_error
 from hpc_rl.cluster.rendezvous import rank_environment
 from hpc_rl.run import atomic, manifest
 from hpc_rl.run.closed import NotClosed, check_closed, keep_closed
 from hpc_rl.run.workspace import Workspace
+
+CODE = "HPC_RL_CODE"
+"""Name of the snapshot of the code, in `code/`, that a job was submitted with."""
 
 TAIL_BYTES = 20_000
 RESTARTS_IN_PLACE = 3
@@ -38,6 +44,10 @@ MEMORY = "-memory"
 
 STARTED = "HPC_RL_STARTED"
 """When the body's life began, seconds since the epoch, as its end record will say."""
+
+
+class OtherCode(RuntimeError):
+    """The job does not run the code that it was submitted with."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ class Spec:
 
     def save(self) -> Path:
         """Write it; returns its path."""
-        atomic.write_json(self.path, asdict(self))
+        atomic.write_json(self.path, asdict(self), closed=True)
         return self.path
 
 
@@ -204,9 +214,9 @@ class Runner:
         """One life of the body; its exit code, 126 or 127 as in a shell when it may not be run, or is not there."""
         self.process = None  # the process group of an earlier life is none of ours any more
         try:
-            check_closed(self.spec.ws.root, _executed(self.spec))
-        except NotClosed as error:
-            log.write(f"NotClosed: {error}\n".encode())
+            _check_what_runs(self.spec)
+        except (OtherCode, NotClosed, OSError) as error:  # OSError: a file server that is away, or knows nothing of it
+            log.write(f"{type(error).__name__}: {error}\n".encode())
             return 126
         try:
             self.process = subprocess.Popen(
@@ -246,43 +256,32 @@ class Runner:
         return outcome
 
 
-def _executed(spec: Spec) -> list[Path]:
-    """What of the workspace says what is run here, and the code that runs."""
-    code, root = Path(__file__).resolve().parents[2], spec.ws.root.resolve()
-    return [spec.path, *([spec.ws.root / code.relative_to(root)] if code.is_relative_to(root) else [])]
+def _check_what_runs(spec: Spec) -> None:
+    """Make sure that we are the code that the job was submitted with, and that nobody else may have changed it.
+
+    Raises
+    ------
+    OtherCode
+        When we are another one: what is made would be said to come from code that nobody ran.
+    NotClosed
+        When others may write to it, or to the spec, which says what is run.
+    """
+    ours, name = Path(__file__).resolve().parents[2], spec.environment.get(CODE)
+    if name is None:
+        check_closed(spec.ws.root, [spec.path])
+        return
+    snapshot = spec.ws.code_dir / name
+    if ours != snapshot.resolve():
+        raise OtherCode(
+            f"this job runs the code in {ours}, and was submitted with that in {snapshot}. Something puts other "
+            f"modules before those of PYTHONPATH: does {sys.executable}, or what it reads at its start (site)?"
+        )
+    check_closed(spec.ws.root, [spec.path, snapshot])
 
 
 def _cpu_of_children_s() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
-
-
-def _requeue(job_id: str) -> None:
-    """Put this very job, or array element (never the bare array's id), back into the queue (scontrol(1), requeue)."""
-    print(f"asking Slurm to run {job_id} again", flush=True)
-    _tell_slurm("scontrol", "requeue", job_id)
-
-
-def _cancel_waiting_siblings(spec: Spec) -> None:
-    """Cancel elements of this array that never started: the work has run out."""
-    _tell_slurm("scancel", "--state=PENDING", f"--name={spec.name}")
-
-
-def _tell_slurm(*command: str) -> None:
-    """A Slurm command, tried again while the controller does not answer.
-
-    It never changes how the job ends: what it does not achieve, the next reconcile does.
-    """
-    for pause_s in (1, 5, 15, 0):
-        try:
-            done = subprocess.run(command, check=False, timeout=60, capture_output=True, text=True)
-            if done.returncode == 0:
-                return
-            problem = done.stderr.strip()
-        except (subprocess.TimeoutExpired, OSError) as error:
-            problem = str(error)
-        print(f"{' '.join(command)}: {problem}", flush=True)
-        time.sleep(pause_s)
 
 
 def run_spec(path: Path) -> int:
@@ -294,13 +293,13 @@ def run_spec(path: Path) -> int:
     if runner.ranks["RANK"] == "0" and spec.executor == "slurm" and shutil.which("scontrol"):
         done = spec.shards > 0 and len(manifest.done_shards(spec.ws, spec.round, spec.stage)) >= spec.shards
         if done and "SLURM_ARRAY_JOB_ID" in os.environ:
-            _cancel_waiting_siblings(spec)
+            ending.cancel_waiting(spec.name)
         if (runner.requeue or code == EXIT_OUT_OF_TIME) and code != EXIT_NEVER_FITS and not done:
-            _requeue(runner.ranks["HPC_RL_JOB_ID"])
+            ending.requeue(runner.ranks["HPC_RL_JOB_ID"])
     return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m hpc_rl.cluster.entry SPEC   (run by the executors; see docs/architecture.md)")
+        sys.exit("usage: python -P -m hpc_rl.cluster.entry SPEC   (run by the executors; see docs/architecture.md)")
     sys.exit(run_spec(Path(sys.argv[1])))

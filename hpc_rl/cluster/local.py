@@ -207,4 +207,4 @@ def _signal(task: _Task, number: signal.Signals) -> None:
 
 
 def _command(request: JobRequest) -> list[str]:
-    return [sys.executable, "-m", "hpc_rl.cluster.entry", str(request.spec.path)]
+    return [sys.executable, "-P", "-m", "hpc_rl.cluster.entry", str(request.spec.path)]

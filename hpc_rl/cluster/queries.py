@@ -26,7 +26,7 @@ def clean_environment(environ: Mapping[str, str] | None = None) -> dict[str, str
     """
     source = os.environ if environ is None else environ
     drop = re.compile(
-        r"^(SLURM|SBATCH|SRUN|SALLOC|SCANCEL|SQUEUE|SUBMITIT)_|^(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|HPC_RL_(JOB_ID|RESTART|ATTEMPT|NODELIST_HEAD|LEAVE_AT))$"
+        r"^(SLURM|SBATCH|SRUN|SALLOC|SCANCEL|SQUEUE|SUBMITIT)_|^(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|HPC_RL_(JOB_ID|RESTART|ATTEMPT|NODELIST_HEAD|LEAVE_AT|STARTED))$"
     )
     return {name: value for name, value in source.items() if name == "SLURM_CONF" or not drop.match(name)}
 

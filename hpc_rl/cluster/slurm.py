@@ -194,7 +194,11 @@ class SlurmExecutor:
             comment=f"hpc_rl {spec.round} {spec.stage}",
             wckey=None,
             stderr_to_stdout=True,
-            setup=[*wanted.setup, f"export PYTHONPATH={shlex.quote(str(request.code))}${{PYTHONPATH:+:$PYTHONPATH}}"],
+            setup=[
+                *wanted.setup,
+                "umask go-w",  # as the launcher does: Python writes what it compiles beside the code
+                f"export PYTHONPATH={shlex.quote(str(request.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            ],
             additional_parameters={
                 "requeue": True,
                 **{key.replace("_", "-"): value for key, value in wanted.sbatch.items()},
@@ -207,4 +211,4 @@ class SlurmExecutor:
 
 
 def _command(request: JobRequest) -> str:
-    return shlex.join([sys.executable, "-m", "hpc_rl.cluster.entry", str(request.spec.path)])
+    return shlex.join([sys.executable, "-P", "-m", "hpc_rl.cluster.entry", str(request.spec.path)])

@@ -163,7 +163,7 @@ def main(argv: list[str]) -> int:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of the worker become our children
     since = time.time() - 1.0  # the clock of files ticks more coarsely
     worker = subprocess.Popen(
-        [sys.executable, "-u", "-m", "hpc_rl.engines.pool_worker", str(sock)],
+        [sys.executable, "-P", "-u", "-m", "hpc_rl.engines.pool_worker", str(sock)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -82,7 +82,7 @@ class WorkerProcess:
         self.folder = _temporary_folder(number)
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "hpc_rl.engines.pool_guard"]
+            command = [sys.executable, "-P", "-m", "hpc_rl.engines.pool_guard"]
             self._guard = subprocess.Popen(
                 [*command, str(number + 1), str(os.getpid()), str(theirs.fileno()), str(self.folder)],
                 stdin=subprocess.PIPE,  # closed when we end, however that comes

@@ -26,6 +26,8 @@ PROGRESS_EVERY_S = 10.0
 LOOK_EVERY_S = 1.0
 LOCAL_POLL_S = 0.2
 AWAY_S = 30.0
+BUSY_S, LOCAL_BUSY_S = 120.0, 1.0
+"""How long one reconcile waits for another that is under way; where jobs run here they are looked at in between."""
 
 
 def follow(
@@ -40,14 +42,21 @@ def follow(
     """
     local = executor if isinstance(executor, LocalExecutor) else None
     watch = _Watch(run, say)
-    resume = True
+    resume, told_busy = True, -BUSY_S
     while True:
+        # nothing starts here while we wait for another reconcile, so that has to be short once jobs run here
+        patience_s = LOCAL_BUSY_S if local and not resume else BUSY_S
         try:
-            report = reconcile(run, executor, code, policy, resume=resume)
+            report = reconcile(run, executor, code, policy, resume=resume, patience_s=patience_s)
         except RunBusy as error:
             if resume:
                 raise
-            say(f"{error}; trying again")  # it has waited already, and jobs that run here must not die of it
+            if time.monotonic() - told_busy >= BUSY_S:
+                told_busy = time.monotonic()
+                say(f"{error}; trying again")  # it has waited already, and jobs that run here must not die of it
+            if local:
+                local.poll()
+                write_local_queue(run, local)
             continue
         except ExecutorError as error:
             if local or resume:

@@ -53,7 +53,9 @@ def build_request(
     wanted = config.stage(stage.name)
     delay_s = wanted.signal_delay_s or config.cluster.signal_delay_s
     grace_s = max(10.0, delay_s - max(10.0, 0.1 * delay_s))  # what is left is for the end record and the requeue
-    body = [*_interpreter(config, stage), "-m", stage.job]
+    # -P: the code that PYTHONPATH names, not that in the folder of the launch (python(1)). Unlike PYTHONSAFEPATH it
+    # does not concern the programs that a body starts in turn, such as a script with modules beside it
+    body = [*_interpreter(config, stage), "-P", "-m", stage.job]
     body += ["--workspace", str(ws.root), "--round", str(stage.round)]
     if stage.job != f"jobs.{stage.name}":
         body += ["--stage", stage.name]

@@ -8,14 +8,21 @@ it is open nevertheless nothing is run (`check_closed`). What lies around the wo
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
-from hpc_rl.run.private import trusted_users
+from hpc_rl.run.private import OTHERS, trusted_users
 
-OTHERS = stat.S_IWGRP | stat.S_IWOTH
+DEFAULT_ACL = "system.posix_acl_default"
+"""Extended attribute of a folder: the modes of what is made in it, instead of the umask (acl(5))."""
+
+FOREIGN = (
+    "this file system does not keep owners and modes as it should (CIFS, or NFS that maps users): choose one that does"
+)
 
 
 class NotClosed(ValueError):
@@ -28,17 +35,32 @@ def keep_closed() -> None:
 
 
 def make_closed(root: Path) -> None:
-    """Make a new workspace's folder, or close the one that is there.
+    """Make a new workspace's folder, or close the one that is there, if nothing lies in it.
 
     Raises
     ------
     NotClosed
-        When it belongs to somebody else.
+        When it belongs to somebody else, and when others may write to it and it is not empty, or sticky.
     """
     root.mkdir(mode=0o755, parents=True, exist_ok=True)
+    empty = not any(root.iterdir())  # before the look at its mode: another launch closes it before it puts anything in
     found = root.stat()
-    if found.st_mode & OTHERS and found.st_uid == os.getuid():
-        root.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS)
+    ours, open_to_all = found.st_uid == os.getuid(), found.st_mode & stat.S_ISVTX
+    if ours and found.st_mode & OTHERS and (open_to_all or not empty):
+        raise NotClosed(
+            f"others may write to {root} (mode {stat.S_IMODE(found.st_mode):04o}), and are perhaps meant to. Name a "
+            f"folder for this run alone, which is made: --workspace {root / 'run'}. Or, if it is: chmod go-w {root}"
+        )
+    if ours and empty:
+        if found.st_mode & OTHERS:
+            root.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS)
+        try:
+            os.removexattr(root, DEFAULT_ACL)  # what is made in it inherits it
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.ENOTSUP):
+                raise
+        if root.stat().st_mode & OTHERS:
+            raise NotClosed(f"others may write to {root}, and chmod does not change it: {FOREIGN}")
     check_closed(root, [root])
 
 
@@ -55,18 +77,33 @@ def check_closed(root: Path, paths: Iterable[Path]) -> None:
         assert path.is_relative_to(root), f"{path} is not in {root}"
         around = [folder for folder in path.parents if folder.is_relative_to(root)]
         for one in (*reversed(around), path):
-            if one in looked_at:
-                continue
-            looked_at.add(one)
-            found = one.stat()
-            if found.st_uid not in trusted:
-                raise NotClosed(
-                    f"{one} belongs to user {found.st_uid}, not to us ({os.getuid()}), whose jobs would run what lies "
-                    "there. Use a workspace of your own: --workspace FOLDER"
-                )
-            if found.st_mode & OTHERS:
-                raise NotClosed(
-                    f"others may write to {one} (mode {stat.S_IMODE(found.st_mode):04o}), and jobs would run as you "
-                    f"what they put there. See that nobody has changed it, then: chmod -R go-w {root} (where a default "
-                    f"ACL opens what is new, also: setfacl -R -k {root})"
-                )
+            if one not in looked_at:
+                looked_at.add(one)
+                _check_one(root, one, trusted)
+
+
+def check_tree_closed(root: Path, folder: Path) -> None:
+    """`check_closed` for a folder with all that lies in it; what is removed meanwhile is no matter.
+
+    Jobs that start compile the code that they import: Python makes files beside it, and renames them.
+    """
+    check_closed(root, [folder])
+    trusted = trusted_users()
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            _check_one(root, path, trusted)
+
+
+def _check_one(root: Path, one: Path, trusted: set[int]) -> None:
+    found = one.stat()
+    if found.st_uid not in trusted:
+        raise NotClosed(
+            f"{one} belongs to user {found.st_uid}, not to us ({os.getuid()}), whose jobs would run what lies "
+            f"there. Use a workspace of your own: --workspace FOLDER. If it is your own, {FOREIGN}"
+        )
+    if found.st_mode & OTHERS:
+        raise NotClosed(
+            f"others may write to {one} (mode {stat.S_IMODE(found.st_mode):04o}), and jobs would run as you "
+            f"what they put there. See that nobody has changed it, then: chmod -R go-w {root} (where a default "
+            f"ACL opens what is new, also: setfacl -R -k {root})"
+        )

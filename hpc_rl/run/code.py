@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpc_rl.run.atomic import CorruptFile
-from hpc_rl.run.closed import check_closed
+from hpc_rl.run.closed import check_tree_closed
 from hpc_rl.run.workspace import Workspace
 
 PACKAGES = ("hpc_rl", "jobs")
@@ -75,7 +75,7 @@ def snapshot(ws: Workspace, extra: Sequence[Path] = ()) -> Path:
 
 
 def _check(ws: Workspace, snapshot: Path, contents: Sequence[tuple[str, bytes]]) -> None:
-    check_closed(ws.root, [snapshot, *snapshot.rglob("*")])
+    check_tree_closed(ws.root, snapshot)
     for name, content in contents:
         if not (snapshot / name).is_file() or (snapshot / name).read_bytes() != content:
             raise CorruptFile(f"{snapshot / name} is not the code that its folder's name stands for: remove {snapshot}")

@@ -12,6 +12,9 @@ import os
 import stat
 from pathlib import Path
 
+OTHERS = stat.S_IWGRP | stat.S_IWOTH
+"""The right to write of everybody except the owner."""
+
 
 class NotPrivate(ValueError):
     """A folder that is not of this user alone; the message says which and what to do."""
@@ -37,7 +40,7 @@ def make_private(folder: Path) -> None:
         raise NotPrivate(f"{folder} is a link or a file, and must be a folder. Remove it")
     if found.st_uid != user:
         raise NotPrivate(f"{folder} belongs to user {found.st_uid}, not to us ({user}). Remove it, or use another one")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if found.st_mode & OTHERS:
         raise NotPrivate(f"others may write to {folder} (mode {stat.S_IMODE(found.st_mode):04o}). Remove it")
     if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         folder.chmod(0o700)
@@ -54,7 +57,7 @@ def exchangeable(folder: Path) -> str | None:
         found = around.stat()
         if found.st_uid not in trusted:
             return f"{around} belongs to user {found.st_uid}, who may rename what lies in it"
-        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
+        if found.st_mode & OTHERS and not found.st_mode & stat.S_ISVTX:
             return f"they may write to {around} (mode {stat.S_IMODE(found.st_mode):04o}), and it has no sticky bit"
     return None
 
@@ -86,8 +89,8 @@ def close_to_others(folder: Path) -> None:
     found, user = folder.stat(), os.getuid()
     if found.st_uid != user:
         raise NotPrivate(f"{folder} belongs to user {found.st_uid}, not to us ({user}), who may rename what lies in it")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        folder.chmod(stat.S_IMODE(found.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
+    if found.st_mode & OTHERS:
+        folder.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS)
 
 
 def untrusted(folder: Path) -> str | None:
@@ -102,6 +105,6 @@ def untrusted(folder: Path) -> str | None:
             return f"{path} belongs to user {status.st_uid}, not to us ({user}): it could run their code"
         if stat.S_ISLNK(status.st_mode):
             return f"{path} is a link"
-    if folder.parent.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if folder.parent.stat().st_mode & OTHERS:
         return f"others may write to {folder.parent}: what lies there could run their code. Remove it, or chmod go-w"
     return None

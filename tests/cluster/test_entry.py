@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -357,6 +358,31 @@ def test_without_slurm_nothing_is_asked_of_it(tmp_path: Path, slurm: dict[str, s
     finish(made)
     run(made, **slurm)
     assert asked(tmp_path) == []
+
+
+def test_a_job_of_other_code_than_its_spec_names_runs_nothing(tmp_path: Path) -> None:
+    made = spec(tmp_path, "print('run')", environment={"HPC_RL_CODE": "c0de"})
+    (made.ws.code_dir / "c0de").mkdir(parents=True)
+    assert run(made) == 126
+    (end,) = ends(made)
+    assert end.outcome == "error"
+    snapshot = made.ws.code_dir / "c0de"
+    assert f"OtherCode: this job runs the code in {source_root()}, and was " in end.error
+    assert f"submitted with that in {snapshot}" in end.error
+    assert "run\n" not in log_of(made).read_text()
+
+
+def test_a_spec_whose_workspace_cannot_be_looked_at_is_an_error_with_a_record(tmp_path: Path) -> None:
+    made = spec(tmp_path, "pass", environment={"HPC_RL_CODE": "gone"})
+    copy = made.ws.code_dir / "gone"
+    shutil.copytree(source_root() / "hpc_rl", copy / "hpc_rl", ignore=shutil.ignore_patterns("__pycache__"))
+    moved = "import os, runpy, sys; import hpc_rl.cluster.entry; os.rename(*sys.argv[2:]); sys.argv[2:] = []; "
+    moved += "sys.exit(hpc_rl.cluster.entry.run_spec(__import__('pathlib').Path(sys.argv[1])))"
+    command = [sys.executable, "-P", "-c", moved, str(made.path), str(copy), str(tmp_path / "elsewhere")]
+    path = environment(PYTHONPATH=str(copy))
+    assert subprocess.run(command, env=path, cwd=tmp_path, timeout=PATIENCE_S, check=False).returncode == 126
+    (end,) = ends(made)
+    assert (end.outcome, end.error.partition(":")[0]) == ("error", "FileNotFoundError")
 
 
 def test_the_entry_starts_light() -> None:

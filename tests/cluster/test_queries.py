@@ -34,6 +34,7 @@ def test_a_job_submitted_from_inside_a_job_inherits_none_of_its_options() -> Non
         "SALLOC_ACCOUNT": "y", "SQUEUE_FORMAT": "%i", "SCANCEL_INTERACTIVE": "1", "SUBMITIT_EXECUTOR": "slurm",
         "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "HPC_RL_JOB_ID": "1_2",
         "HPC_RL_RESTART": "1", "HPC_RL_ATTEMPT": "a", "HPC_RL_NODELIST_HEAD": "node1",
+        "HPC_RL_LEAVE_AT": "9", "HPC_RL_STARTED": "1.5",
     }  # fmt: skip
     outside = {
         "SLURM_CONF": "/etc/x.conf", "PATH": "/bin", "HOME": "/root", "HPC_RL_CODE": "c0de", "RANKING": "1",

@@ -167,3 +167,21 @@ def test_a_path_with_blanks_stays_one_word() -> None:
     script = SlurmExecutor(10).render(spaced)[0]
     assert "'/data/my runs/lewis/rounds/round_02/evaluate/attempts/lewis-r02-evaluate-a1-abc123.json'" in script
     assert "export PYTHONPATH='/data/my code'" in script
+
+
+def test_what_the_set_up_says_does_not_open_the_code_to_others_nor_put_other_code_first(tmp_path: Path) -> None:
+    """The script as bash runs it, with an srun that looks around, in a folder with another `hpc_rl`."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text('#!/bin/bash\nwhile [ "$1" != "$PYTHON" ]; do shift; done\nexec "$@"\n')
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    for folder, says in (("here", "sys.exit('the wrong one')"), ("code", "print(sys.argv[1]); open('made', 'w')")):
+        (tmp_path / folder / "hpc_rl" / "cluster").mkdir(parents=True)
+        (tmp_path / folder / "hpc_rl" / "cluster" / "entry.py").write_text(f"import sys\n{says}\n")
+    made = request(EVALUATE, {"setup": ["umask 002", "export PYTHONPATH=$PWD"]})
+    (script,) = SlurmExecutor(10).render(replace(made, code=tmp_path / "code"))
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path / "here", env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(made.spec.path)
+    assert (tmp_path / "here" / "made").stat().st_mode & 0o777 == 0o644

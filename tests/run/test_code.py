@@ -6,12 +6,13 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from hpc_rl.run.atomic import CorruptFile
-from hpc_rl.run.closed import NotClosed
+from hpc_rl.run.closed import NotClosed, check_tree_closed
 from hpc_rl.run.code import PACKAGES, snapshot, source_root
 from hpc_rl.run.workspace import Workspace
 from tests.waiting import PATIENCE_S
@@ -111,3 +112,29 @@ def test_a_snapshot_that_is_not_what_its_name_says_is_not_used(ws: Workspace, mi
     module.chmod(0o664)
     with pytest.raises(NotClosed, match=f"others may write to {module}"):
         snapshot(ws, [mine])
+
+
+def test_what_jobs_compile_beside_the_code_while_it_is_looked_at_is_no_matter(ws: Workspace, mine: Path) -> None:
+    code = snapshot(ws, [mine])
+    cache = code / "mine" / "__pycache__"
+    cache.mkdir()
+    stop = threading.Event()
+
+    def compile() -> None:  # as Python does (importlib, _write_atomic)
+        while not stop.is_set():
+            for number in range(50):
+                (cache / f"{number}.pyc.{number}").touch()
+            for number in range(50):
+                (cache / f"{number}.pyc.{number}").rename(cache / f"{number}.pyc")
+
+    thread = threading.Thread(target=compile)
+    thread.start()
+    try:
+        for _ in range(200):
+            check_tree_closed(ws.root, code)
+    finally:
+        stop.set()
+        thread.join()
+    (cache / "0.pyc").chmod(0o664)
+    with pytest.raises(NotClosed, match=f"others may write to {cache}/0"):
+        check_tree_closed(ws.root, code)

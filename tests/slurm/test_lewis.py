@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from hpc_rl.orchestrate.reconcile import Run
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.runs import ClusterRun
 from tests.slurm.small_lewis import (
@@ -35,6 +36,11 @@ def test_three_rounds_over_several_nodes_after_the_launcher_is_gone(cluster: Slu
         assert len(samples_of(run, round)) == 128 * 8
         (trained,) = run.manifests(round, "train")
         assert trained.metrics["ranks"] == 2
+    (code,) = run.ws.code_dir.iterdir()
+    made_from = {
+        (s.round, m.made_from["code"]) for s in Run.load(run.ws.root).graph.work for m in run.manifests(s.round, s.name)
+    }
+    assert made_from == {(round, code.name) for round in range(4)}, "also the jobs that advance has submitted"
     first, last = (run.manifests(round, "evaluate")[0].metrics for round in (0, 3))
     assert first["accuracy_new_views"] < 0.45
     assert last["accuracy_new_views"] > first["accuracy_new_views"] + 0.25

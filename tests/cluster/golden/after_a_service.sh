@@ -15,8 +15,9 @@
 #SBATCH --time=60
 
 # setup
+umask go-w
 export PYTHONPATH=/data/runs/lewis/code/c0de${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /data/runs/lewis/logs/round_02/grade/%A_%a_%t_log.out --cpus-per-task=1 /PYTHON -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/grade/attempts/lewis-r02-grade-a1-abc123.json
+srun --unbuffered --output /data/runs/lewis/logs/round_02/grade/%A_%a_%t_log.out --cpus-per-task=1 /PYTHON -P -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/grade/attempts/lewis-r02-grade-a1-abc123.json

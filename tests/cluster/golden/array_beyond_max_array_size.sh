@@ -14,11 +14,12 @@
 #SBATCH --time=60
 
 # setup
+umask go-w
 export PYTHONPATH=/data/runs/lewis/code/c0de${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /data/runs/lewis/logs/round_02/sample/%A_%a_%t_log.out --cpus-per-task=1 /PYTHON -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/sample/attempts/lewis-r02-sample-a1-abc123.json
+srun --unbuffered --output /data/runs/lewis/logs/round_02/sample/%A_%a_%t_log.out --cpus-per-task=1 /PYTHON -P -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/sample/attempts/lewis-r02-sample-a1-abc123.json
 
 # ----- next sbatch -----
 #!/bin/bash
@@ -37,11 +38,12 @@ srun --unbuffered --output /data/runs/lewis/logs/round_02/sample/%A_%a_%t_log.ou
 #SBATCH --time=60
 
 # setup
+umask go-w
 export PYTHONPATH=/data/runs/lewis/code/c0de${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /data/runs/lewis/logs/round_02/sample/%A_%a_%t_log.out --cpus-per-task=1 /PYTHON -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/sample/attempts/lewis-r02-sample-a1-abc123.json
+srun --unbuffered --output /data/runs/lewis/logs/round_02/sample/%A_%a_%t_log.out --cpus-per-task=1 /PYTHON -P -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/sample/attempts/lewis-r02-sample-a1-abc123.json
 
 # ----- next sbatch -----
 #!/bin/bash
@@ -60,8 +62,9 @@ srun --unbuffered --output /data/runs/lewis/logs/round_02/sample/%A_%a_%t_log.ou
 #SBATCH --time=60
 
 # setup
+umask go-w
 export PYTHONPATH=/data/runs/lewis/code/c0de${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /data/runs/lewis/logs/round_02/sample/%A_%a_%t_log.out --cpus-per-task=1 /PYTHON -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/sample/attempts/lewis-r02-sample-a1-abc123.json
+srun --unbuffered --output /data/runs/lewis/logs/round_02/sample/%A_%a_%t_log.out --cpus-per-task=1 /PYTHON -P -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/sample/attempts/lewis-r02-sample-a1-abc123.json

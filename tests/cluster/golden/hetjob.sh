@@ -29,16 +29,18 @@
 # beside it
 (
 module load cuda/12
+umask go-w
 export PYTHONPATH=/data/runs/lewis/code/c0de${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /data/runs/lewis/logs/round_02/grade.listener/%j_%t_log.out --het-group=1 --cpus-per-task=1 /PYTHON -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/grade.listener/attempts/lewis-r02-grade.listener-a1-abc123.json
+srun --unbuffered --output /data/runs/lewis/logs/round_02/grade.listener/%j_%t_log.out --het-group=1 --cpus-per-task=1 /PYTHON -P -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/grade.listener/attempts/lewis-r02-grade.listener-a1-abc123.json
 ) &
 
 # setup
+umask go-w
 export PYTHONPATH=/data/runs/lewis/code/c0de${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /data/runs/lewis/logs/round_02/grade/%j_%t_log.out --het-group=0 --cpus-per-task=4 /PYTHON -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/grade/attempts/lewis-r02-grade-a1-abc123.json
+srun --unbuffered --output /data/runs/lewis/logs/round_02/grade/%j_%t_log.out --het-group=0 --cpus-per-task=4 /PYTHON -P -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/grade/attempts/lewis-r02-grade-a1-abc123.json

@@ -35,18 +35,20 @@
 
 # beside it
 (
+umask go-w
 export PYTHONPATH=/data/runs/lewis/code/c0de${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /data/runs/lewis/logs/round_02/grade.listener/%j_%t_log.out --het-group=1 --cpus-per-task=1 /PYTHON -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/grade.listener/attempts/lewis-r02-grade.listener-a1-abc123.json
+srun --unbuffered --output /data/runs/lewis/logs/round_02/grade.listener/%j_%t_log.out --het-group=1 --cpus-per-task=1 /PYTHON -P -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/grade.listener/attempts/lewis-r02-grade.listener-a1-abc123.json
 ) &
 
 # setup
 module load cuda/12
 source /opt/env/bin/activate
+umask go-w
 export PYTHONPATH=/data/runs/lewis/code/c0de${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /data/runs/lewis/logs/round_02/train/%j_%t_log.out --het-group=0 --cpus-per-task=6 --kill-on-bad-exit=1 --wait=0 /PYTHON -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/train/attempts/lewis-r02-train-a1-abc123.json
+srun --unbuffered --output /data/runs/lewis/logs/round_02/train/%j_%t_log.out --het-group=0 --cpus-per-task=6 --kill-on-bad-exit=1 --wait=0 /PYTHON -P -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/train/attempts/lewis-r02-train-a1-abc123.json

@@ -15,8 +15,9 @@
 #SBATCH --time=60
 
 # setup
+umask go-w
 export PYTHONPATH=/data/runs/lewis/code/c0de${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /data/runs/lewis/logs/round_02/train/%j_%t_log.out --cpus-per-task=6 --kill-on-bad-exit=1 --wait=0 /PYTHON -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/train/attempts/lewis-r02-train-a1-abc123.json
+srun --unbuffered --output /data/runs/lewis/logs/round_02/train/%j_%t_log.out --cpus-per-task=6 --kill-on-bad-exit=1 --wait=0 /PYTHON -P -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/train/attempts/lewis-r02-train-a1-abc123.json

@@ -14,8 +14,9 @@
 #SBATCH --time=90
 
 # setup
+umask go-w
 export PYTHONPATH=/data/runs/lewis/code/c0de${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /data/runs/lewis/logs/round_02/evaluate/%j_%t_log.out --cpus-per-task=4 /PYTHON -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/evaluate/attempts/lewis-r02-evaluate-a1-abc123.json
+srun --unbuffered --output /data/runs/lewis/logs/round_02/evaluate/%j_%t_log.out --cpus-per-task=4 /PYTHON -P -m hpc_rl.cluster.entry /data/runs/lewis/rounds/round_02/evaluate/attempts/lewis-r02-evaluate-a1-abc123.json
