@@ -23,7 +23,7 @@ import secrets
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from hpc_rl.run.atomic import CorruptFile
@@ -35,16 +35,20 @@ BEATS = 5
 
 @dataclass(frozen=True)
 class Holder:
-    """Who takes leases, as written into the file."""
+    """Who takes leases, as written into the file.
+
+    Files outlive the code that wrote them: what is new has a default, and what is unknown is not read (`see`).
+    """
 
     token: str
     host: str
     pid: int
     pid_start: str
     pid_space: str
-    user: int
     job_id: str
     taken: float
+    user: int = -1
+    """Its user id; -1, which nobody has: not said."""
 
     @classmethod
     def this_process(cls) -> Holder:
@@ -56,9 +60,9 @@ class Holder:
             pid,
             _process_start(pid),
             _process_space(),
-            os.getuid(),
             os.environ.get("HPC_RL_JOB_ID", ""),
             time.time(),
+            os.getuid(),
         )
 
     def is_known_dead(self) -> bool:
@@ -135,7 +139,8 @@ def see(path: Path) -> tuple[Holder, float]:
     with path.open("rb") as file:
         text, beaten = file.read(), os.fstat(file.fileno()).st_mtime
     try:
-        return Holder(**json.loads(text)), beaten
+        said = json.loads(text)
+        return Holder(**{field.name: said[field.name] for field in fields(Holder) if field.name in said}), beaten
     except (TypeError, ValueError) as error:
         raise CorruptFile(f"{path} should say who takes leases, in JSON ({error}); {len(text)} bytes") from error
 

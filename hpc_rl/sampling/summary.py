@@ -194,7 +194,7 @@ def summarise(done: Published, tasks: Iterable[Life]) -> Summary:
         engines=engines,
         lowered=_lowered(records),
         workers=tuple(
-            Worker(w.get("busy_s", 0.0), w.get("up_s", 0.0), w["deaths"], w["hung"])
+            Worker(w.get("busy_s", 0.0), w.get("up_s", 0.0), w["deaths"], w.get("hung", 0))
             for record in records
             for w in record.engine.get("workers", ())
         ),

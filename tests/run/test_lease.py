@@ -158,6 +158,20 @@ def test_lower_generations_are_swept_up(tmp_path: Path) -> None:
         assert names[1:] == ["shard.lease.0004"] and names[0].startswith(".holder-"), names
 
 
+@pytest.mark.parametrize(("said", "known_dead"), [({}, False), ({"user": os.getuid(), "shoe_size": 43}, True)])
+def test_a_lease_that_other_code_took_can_be_read(tmp_path: Path, said: dict[str, int], known_dead: bool) -> None:
+    """A run goes on with code that knows more of a holder, or less: who is not said to be our user's may be alive."""
+    former = must(acquire(tmp_path, "shard", LONG_S))
+    written = json.loads(former.path.read_text())
+    del written["user"]
+    former.path.write_text(json.dumps({**written, "pid": 2**22 + 1, **said}))
+    found = look(tmp_path, "shard")
+    assert found.holder is not None and found.holder.token == written["token"]
+    assert found.holder.is_known_dead() == known_dead == (not found.is_held(LONG_S))
+    make_stale(former)
+    assert must(acquire(tmp_path, "shard", 60.0)).generation == 2
+
+
 def test_a_heart_that_beats_keeps_the_lease_longer_than_its_time_to_live(tmp_path: Path) -> None:
     with must(acquire(tmp_path, "shard", 0.5)) as lease:
         for _ in range(3):

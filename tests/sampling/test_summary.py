@@ -154,6 +154,12 @@ def sampled() -> Summary:
     return summarise(done, lives(records, ends, done.kept, complete=True))
 
 
+def test_a_pool_in_a_record_of_code_that_knew_of_no_hanging_workers_has_had_none() -> None:
+    had = replace(record("one", 105.0, 199.0), engine={"engine": "vllm", "workers": [{"deaths": 2, "busy_s": 3.0}]})
+    found = summarise(published(iter([])), lives([had], [end("one", 100.0, 200.0)], {}, complete=True))
+    assert [(worker.deaths, worker.hung) for worker in found.workers] == [(2, 0)]
+
+
 def test_the_numbers_of_a_round_are_those_worked_out_by_hand() -> None:
     found = sampled()
     assert (found.tasks, found.running, found.ends) == (3, 0, {"done": 2, "killed": 1})
