@@ -202,6 +202,10 @@ def drive(run: Run, name: str, policy: Policy, lease: Lease) -> int:
             Ledger(run.ws).append("paused", why="the launcher was interrupted")
         print(f"nothing is lost; go on with the same command. {plan.commands(run.ws.root)}")
         return 130
+    except Exception:
+        if isinstance(executor, LocalExecutor):
+            executor.shutdown()  # jobs that run here would die with us: let them leave as at Ctrl-C
+        raise
     if decision.status == "finished":
         print(f"the run in {run.ws.root} is finished.")
         report.show(run)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpc_rl.cluster.choose import make_executor
+from hpc_rl.cluster.failures import EXIT_BLOCKED
 from hpc_rl.orchestrate.decide import Policy
 from hpc_rl.orchestrate.job import parse_arguments
-from hpc_rl.orchestrate.reconcile import Run, reconcile
+from hpc_rl.orchestrate.reconcile import Run, RunBusy, reconcile
 from hpc_rl.run.code import source_root
 
 
@@ -20,14 +21,19 @@ def say(line: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 when the queue is in line with what the run needs, 1 when the run had to stop."""
+    """Returns 0 when the queue is in line with what the run needs, 1 when the run had to stop.
+
+    `EXIT_BLOCKED` when another process reconciles it: then that one submits what is missing, or the next launch.
+    """
     arguments = parse_arguments("advance", argv)
     run = Run.load(Path(arguments.workspace))
     policy = Policy(run.config.run.lookahead, run.config.run.max_attempts)
-    # new jobs import the code that this one runs on: the snapshot of the last launch
-    report = reconcile(
-        run, make_executor(run.config, "slurm"), source_root(), policy, me=os.environ.get("HPC_RL_ATTEMPT", ""), say=say
-    )
+    executor, me = make_executor(run.config, "slurm"), os.environ.get("HPC_RL_ATTEMPT", "")
+    try:  # new jobs import the code that this one runs on: the snapshot of the last launch
+        report = reconcile(run, executor, source_root(), policy, me=me, say=say)
+    except RunBusy as error:
+        say(str(error))
+        return EXIT_BLOCKED
     for note in report.notes:
         say(note)
     say(f"the run is {report.decision.status}. {report.decision.reason}")
