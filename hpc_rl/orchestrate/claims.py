@@ -45,9 +45,9 @@ LOOK_EVERY = 16
 """So many claims, times what a listing costs, are followed by a look, so that `left` and `free` do not grow too old."""
 SHARE = 20
 """A look is followed by a pause of so many times what it took: a slow file system is asked less often."""
-OVERTAKEN_EVERY_S, OVERTAKEN_AT_THE_END_S = 30.0, 5.0
-"""Pauses between two looks at whether others have done what is ours; the shorter one when none were free any more,
-since others begin to make copies then."""
+OVERTAKEN_EVERY_S, OVERTAKEN_AT_THE_END_S = 120.0, 5.0
+"""Pauses between two looks at whether others have done what is ours. The longer one while shards are free: nobody makes
+copies then, and whose heart stood still looks at once. The shorter one when none were free any more."""
 
 
 class Claims:

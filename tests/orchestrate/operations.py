@@ -32,7 +32,7 @@ NAMES = {
 }
 """System call → metadata operation."""
 
-_CALL = re.compile(r"^(?:\d+ )?(\w+)\((.*)")
+_CALL = re.compile(r"^(\d+\.\d+) (\w+)\((.*)")
 
 
 def why_not() -> str | None:
@@ -47,6 +47,7 @@ def traced(prefix: Path) -> list[str]:
         "strace",
         "-ff",
         "-qqq",
+        "-ttt",
         "-y",
         "--seccomp-bpf",
         "-e",
@@ -58,8 +59,8 @@ def traced(prefix: Path) -> list[str]:
     ]
 
 
-def count(prefix: Path, folder: Path) -> Counter[str]:
-    """The metadata operations on `folder` and what is in it.
+def count(prefix: Path, folder: Path, since: float = 0.0, until: float = float("inf")) -> Counter[str]:
+    """The metadata operations on `folder` and what is in it, between two times (seconds since the epoch).
 
     Reading, writing and forcing a file's content to disk is not metadata, nor is what is asked of an open file. A
     listing counts as its open and each readdir that brought something.
@@ -69,8 +70,10 @@ def count(prefix: Path, folder: Path) -> Counter[str]:
     for trace in prefix.parent.glob(f"{prefix.name}.*"):
         for line in trace.read_text(errors="replace").splitlines():
             match = _CALL.match(line)
-            if match and str(folder) in line and _is_metadata(match[1], match[2], folders):
-                found[NAMES[match[1]]] += 1
+            if match is None or str(folder) not in line or not since <= float(match[1]) < until:
+                continue
+            if _is_metadata(match[2], match[3], folders):
+                found[NAMES[match[2]]] += 1
     return found
 
 
