@@ -380,6 +380,21 @@ def test_progress_that_cannot_be_written_is_said_once_and_loses_nothing(
     assert not list((job.folder / "tasks").iterdir())
 
 
+def test_progress_is_written_over_in_place(
+    make_job: MakeJob, claims_of: MakeClaims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpc_rl.orchestrate.progress_note.EVERY_S", 0.0)
+    job = make_job(1)
+    claims = claims_of(job)
+    note = progress_path(job.folder, claims.token)
+    claims.progress(998, 1000)
+    first = note.stat().st_ino
+    for done, total in [(0, 7), (1_000_000, 2_000_000), (3, 20)]:
+        claims.progress(done, total)
+        assert atomic.read_json(note) == {"done": done, "total": total}
+    assert note.stat().st_ino == first, "the file is the same one"
+
+
 def test_two_threads_may_claim_and_commit(make_job: MakeJob, claims_of: MakeClaims) -> None:
     job = make_job(120)
     claims = claims_of(job)
