@@ -1,6 +1,6 @@
 """What the sampling job loses against the bare engine: the same requests through both, in turns.
 
-    python -m benchmarks.sampling [--cases images text] [--repeat 3] [--threads 1] [--quick]
+    python -m benchmarks.sampling [--cases images text] [--repeat 5] [--threads 1] [--quick]
 
     bare   one call of `vllm.LLM.generate` over all requests, texts in and texts out (benchmarks/sampling_sides.py).
            Its clock starts when prompts have gone through the chat template and pictures are decoded.

@@ -110,6 +110,11 @@ class VllmEngine:
         if self._sees:  # processed images are kept by `InFlight`, as long as they are needed and no longer
             options["mm_processor_cache_gb"] = 0
         if adapter is not None:
+            if adapter_rank > LORA_RANKS[-1]:
+                raise ValueError(
+                    f"the adapter has rank {adapter_rank}, and vLLM takes {LORA_RANKS[-1]} at most: set "
+                    "sample.merge_adapter, or train with a smaller lora.r"
+                )
             options |= {"enable_lora": True, "max_lora_rank": next(r for r in LORA_RANKS if r >= adapter_rank)}
         self._llm = start_vllm(
             path,
@@ -260,6 +265,7 @@ def sampling_options(min_pixels: int | None, max_pixels: int | None, images_per_
     """Arguments of `vllm.LLM` that samples for training need, whatever the model; pixel limits for one that sees."""
     options: dict[str, Any] = {
         "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
+        "enable_prefix_caching": True,  # a group's prompt is computed once, also where its requests come far apart
         # On CPUs a prompt that is read in two steps stops the engine if it has a seed ("does not use offset").
         "enable_chunked_prefill": torch.cuda.is_available(),
         # Free whitespace costs tokens, and some models never stop it.
