@@ -14,8 +14,19 @@ from pathlib import Path
 
 import pytest
 
+from hpc_rl import config as configs
+from hpc_rl.cluster.base import JobRequest, Resources
+from hpc_rl.cluster.entry import Spec
+from hpc_rl.cluster.local import LocalExecutor
+from hpc_rl.launch import drive
+from hpc_rl.orchestrate.decide import Decision, Policy
+from hpc_rl.orchestrate.graph import Kind
+from hpc_rl.orchestrate.reconcile import Run
+from hpc_rl.orchestrate.start import open_run
 from hpc_rl.run import manifest
+from hpc_rl.run.closed import NotClosed
 from hpc_rl.run.code import source_root
+from hpc_rl.run.lease import acquire
 from hpc_rl.run.ledger import Ledger
 from hpc_rl.run.presence import Presence
 from hpc_rl.run.shard_leases import leases_of, shard_lease_path
@@ -221,6 +232,38 @@ def processes_of(shell: Shell) -> list[str]:
         if str(shell.ws.root) in command:
             found.append(command)
     return found
+
+
+GOES_ON = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("saved")))
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_launcher_that_cannot_go_on_lets_its_jobs_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configs.load(source_root() / NOOP, [], {}, tmp_path / "run", cwd=tmp_path)
+    run = open_run(config, source_root() / NOOP)
+    body = (sys.executable, "-u", "-c", GOES_ON)
+    spec = Spec("run-r01-sample-a1-abc", str(run.ws.root), 1, "sample", 1, "local", body, {})
+    spec.save()
+    logs = run.ws.log_dir(1, "sample")
+
+    def follow(_run: Run, executor: LocalExecutor, code: Path, *_more: object, **_options: float) -> Decision:
+        executor.submit(JobRequest(spec, Kind.SINGLE, Resources(), code), lambda job_id: None)
+        executor.poll()
+        wait_for(lambda: [log for log in logs.glob("*.out") if "ready" in log.read_text()], "the job")
+        raise NotClosed("others may write to it by now")
+
+    monkeypatch.setattr("hpc_rl.orchestrate.follow.follow", follow)
+    lease = acquire(run.ws.lease_folder, "driver", 3600.0)
+    assert lease is not None
+    with lease, pytest.raises(NotClosed, match="by now"):
+        drive(run, "local", Policy(1, 2), lease)
+    (log,) = logs.glob("*.out")
+    assert log.read_text() == "ready\nsaved\n"
+    assert not Ledger(run.ws).history().paused
 
 
 def test_cancel_stops_a_launcher_that_runs_and_launch_goes_on(shell: Shell) -> None:
