@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from .conftest import pictures
 
@@ -14,16 +17,27 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "sampling.md"
 
 
-def test_the_example_of_the_docs_samples(speaker_folder: Path, tmp_path: Path) -> None:
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
+
+
+@pytest.mark.parametrize(
+    ("engine", "engines"),
+    [
+        ("transformers", 2),
+        # one: two of vLLM take a minute of two cores to start, and test_pool_engines has them
+        pytest.param("vllm", 1, marks=[needs_vllm, pytest.mark.slow], id="as it is, with vLLM"),
+    ],
+)
+def test_the_example_of_the_docs_samples(speaker_folder: Path, tmp_path: Path, engine: str, engines: int) -> None:
     (script,) = [
         text for text in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "open_pool(" in text
     ]
     picture = tmp_path / "picture.png"
     pictures()[0].save(picture)
     for there, here in {
-        r"MODEL, PICTURE, ENGINES = .*": f'MODEL, PICTURE, ENGINES = "{speaker_folder}", Path("{picture}"), 2',
-        r'EngineSpec\("vllm"': 'EngineSpec("transformers"',
-        r"print\(completion\.text\)": "print(len(completion.token_ids))",
+        r"MODEL, PICTURE, ENGINES = .*": f'MODEL, PICTURE, ENGINES = "{speaker_folder}", Path("{picture}"), {engines}',
+        r'EngineSpec\("vllm"': f'EngineSpec("{engine}"',
+        r"print\(completion\.text\)": "print('tokens', len(completion.token_ids))",
     }.items():
         script, found = re.subn(there, here, script)
         assert found == 1
@@ -34,5 +48,5 @@ def test_the_example_of_the_docs_samples(speaker_folder: Path, tmp_path: Path) -
         [sys.executable, str(program)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
-    lengths = [int(line) for line in ended.stdout.split()]
+    lengths = [int(number) for number in re.findall(r"^tokens (\d+)$", ended.stdout, re.M)]
     assert len(lengths) == 64 and all(0 < length <= 64 for length in lengths)
