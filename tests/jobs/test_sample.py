@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -83,6 +84,25 @@ def test_a_killed_task_and_one_that_is_told_to_leave_change_nothing(
     assert start(ws).wait(PATIENCE_S) == 0
     assert_the_same(ws, undisturbed)
     assert len({manifest.read(ws, 1, "sample", shard).metrics["task"] for shard in range(SHARDS)}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
+def test_a_killed_task_on_vllm_changes_nothing(new_run: NewRun, start: Start, slow: tuple[str, ...]) -> None:
+    undisturbed, ws = (
+        new_run(*slow, "sample.engine=vllm", "sample.max_num_seqs=2", "run.lease_ttl_s=600") for _ in range(2)
+    )
+    task = start(ws)
+    wait_for(lambda: manifest.done_shards(ws, 1, "sample"), "a shard", of=task)
+    task.kill()
+    assert task.wait(PATIENCE_S) == -9
+    assert 0 < len(manifest.done_shards(ws, 1, "sample")) < SHARDS
+    for left in (ws, undisturbed):
+        assert start(left).wait(PATIENCE_S) == 0
+    assert_the_same(ws, undisturbed)
+    assert len({manifest.read(ws, 1, "sample", shard).metrics["task"] for shard in range(SHARDS)}) == 2
+    for shard in range(SHARDS):
+        assert manifest.read(ws, 1, "sample", shard).made_from["engine"]["engine"] == "vllm"
 
 
 def test_a_pool_of_engines_draws_the_same_samples(new_run: NewRun) -> None:
