@@ -136,7 +136,12 @@ def test_starting_is_not_hanging(open_pool: Open, temporary: Path) -> None:
     asked = requests(2)
     submit(pool, asked)
     os.kill(workers_of(temporary)[0], signal.SIGKILL)
-    wait_for(lambda: pool._turn(0.01) or not clock.slots[0].is_ready, "its end is noticed")
+
+    def is_noticed() -> bool:
+        pool._turn(0.01)
+        return not clock.slots[0].is_ready
+
+    wait_for(is_noticed, "its end is noticed")
     turns = 0
     while not clock.slots[0].is_ready:
         clock.go_on()
