@@ -139,7 +139,7 @@ def test_starting_is_not_hanging(open_pool: Open, temporary: Path) -> None:
 
     def is_noticed() -> bool:
         pool._turn(0.01)
-        return not clock.slots[0].is_ready
+        return clock.slots[0].deaths == 1
 
     wait_for(is_noticed, "its end is noticed")
     turns = 0
