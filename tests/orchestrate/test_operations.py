@@ -18,7 +18,9 @@ from hpc_rl.run.code import source_root
 from tests.orchestrate import operations
 from tests.waiting import PATIENCE_S
 
-SHARDS, TASKS, PAUSE_S = 56, 4, 0.08  # some three seconds a shard
+SHARDS, TASKS, PAUSE_S = 56, 4, 0.08
+SHARD_S, PER_S = 3.0, 0.3
+"""How long a shard takes where nothing else runs; operations a second and task, whatever the shards, and a half more."""
 IN_HAND = 4
 """Shards that a task may have in hand: while so many are left for each, some are free."""
 
@@ -52,5 +54,6 @@ def test_a_shard_that_is_sampled_costs_at_most_eight_metadata_operations(tmp_pat
     folder = ws.stage_dir(1, "cut")
     found = sum((operations.count(trace, folder, since, until) for trace in traces), Counter[str]())
     assert found["link"] >= 2 * shards - TASKS, "it counts"
-    assert found.total() <= 8 * shards, f"{found.total() / shards:.1f} a shard: {found}"
+    late_s = max(0.0, until - since - SHARD_S * shards / TASKS)  # on a slow machine: some operations go with time
+    assert found.total() <= 8 * shards + PER_S * TASKS * late_s, f"{found.total() / shards:.1f} a shard: {found}"
     print(f"{found.total() / shards:.2f} operations a shard, of {shards} in {until - since:.0f} s: {found}")
