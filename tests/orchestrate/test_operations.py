@@ -20,7 +20,7 @@ from tests.waiting import PATIENCE_S
 
 SHARDS, TASKS, PAUSE_S = 56, 4, 0.08
 SHARD_S, PER_S = 3.0, 0.3
-"""How long a shard takes where nothing else runs; operations a second and task, whatever the shards, and a half more."""
+"""What a shard takes where nothing else runs; operations a second and task, whatever the shards, and a half more."""
 IN_HAND = 4
 """Shards that a task may have in hand: while so many are left for each, some are free."""
 
