@@ -590,4 +590,4 @@ def test_who_waits_for_the_digest_does_not_list_the_leases_of_ten_thousand_shard
         assert not digest.done()
         atomic.create_exclusive(path, "what another task found\n")
         assert digest.result(PATIENCE_S) == "what another task found"
-    assert set(listings) == {str(path.parent)}
+    assert {folder for folder in listings if folder.startswith(str(job.ws.root))} == {str(path.parent)}
