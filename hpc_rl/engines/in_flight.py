@@ -25,7 +25,8 @@ Made = TypeVar("Made")
 PromptKey = tuple[str, tuple[Path | int, ...], int | None]
 """Messages, images, tokens to keep."""
 
-THREADS = max(1, min(4, int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)) - 1)))
+_GIVEN = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list is one number for each level of nesting
+THREADS = max(1, min(4, int(_GIVEN or len(os.sched_getaffinity(0)) - 1)))
 """Images that are decoded at once: a photo of 12 megapixels takes a tenth of a second. Workers share the CPUs so."""
 KEPT = 32
 """Prompts that were to come next and do not: so many are kept, as retries have only come before them."""

@@ -3,8 +3,8 @@
     claim ahead → hand requests over → one step of the engine → judge, retry → publish what is complete → …
 
 Requests of many shards are in flight at once, so the batch stays full across their borders; a retry goes straight back
-into it. Claiming, reading rows, prompts and images, and publishing happen in threads beside the loop: a full batch
-never waits for the file system. What is held is bounded by what is in flight, whatever the number of shards.
+into it. Claiming, reading rows, prompts and images, and publishing happen in threads beside the loop, so that a full
+batch does not wait for the file system. What is held is bounded by what is in flight, whatever the number of shards.
 
 A sample depends on its prompt and its own seed, and a shard's file is sorted: it is the same whoever made it, in
 whatever order.
