@@ -1,7 +1,8 @@
 """What an engine made of a prompt, kept as long as a request with that prompt is in flight.
 
-The requests of a group share their prompt, so it is rendered, and its images are opened and processed, once; in threads
-beside the engine's loop when it is known beforehand. Prompts count as the same if their messages are, and if their
+The requests of a group share their prompt, so it is rendered, and its images are opened and processed, once. Images
+are read in threads beside the engine's loop when they are known beforehand; a prompt of text alone is read when it is
+taken, which costs less than to have it done by a thread. Prompts count as the same if their messages are, and if their
 images are the same files or objects: copies that came through a pipe share too.
 """
 
@@ -57,15 +58,15 @@ class InFlight(Generic[Made]):
         self._threads = ThreadPoolExecutor(THREADS, "prompts")
 
     def expect(self, prompts: Sequence[Prompt]) -> int:
-        """Begin to read these, several at a time; how many of the first of them are there."""
+        """Begin to read those of these with images, several at a time; how many of the first can be taken at once."""
         self._next = {id(prompt): self._next.get(id(prompt)) or (prompt, _key(prompt)) for prompt in prompts}
-        wanted = {key: prompt for prompt, key in self._next.values()}
+        wanted = {key: prompt for prompt, key in self._next.values() if prompt.images}
         new = [key for key in wanted if key not in self._entries and key not in self._expected]
         if new and (new[0] == next(iter(wanted)) or 2 * len(new) >= len(wanted)):
             self._expected |= {key: (wanted[key], self._threads.submit(self._read, wanted[key])) for key in new}
         stale = [key for key in self._expected if key not in wanted]
         self._forget(stale[: max(0, len(stale) - KEPT)])
-        return sum(1 for _ in takewhile(self._is_there, (self._next[id(prompt)][1] for prompt in prompts)))
+        return sum(1 for _ in takewhile(self._is_there, prompts))
 
     def take(self, prompt: Prompt) -> tuple[PromptKey, Made]:
         """What was made of the prompt, for one request; to be given back by its key when that ends."""
@@ -94,8 +95,10 @@ class InFlight(Generic[Made]):
         """How many different prompts are kept."""
         return len(self._entries)
 
-    def _is_there(self, key: PromptKey) -> bool:
-        return key in self._entries or (key in self._expected and self._expected[key][1].done())
+    def _is_there(self, prompt: Prompt) -> bool:
+        _, key = self._next[id(prompt)]
+        is_read = key in self._entries or (key in self._expected and self._expected[key][1].done())
+        return not prompt.images or is_read
 
     def _forget(self, keys: Sequence[PromptKey]) -> None:
         for key in keys:

@@ -52,14 +52,15 @@ def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
     _replace(path, data, 0o600 if private else 0o666)
 
 
-def _replace(path: Path, data: bytes, mode: int) -> None:
+def _replace(path: Path, data: bytes, mode: int, lasting: bool = True) -> None:
     temporary = _write_temporary(path, data, mode)
     try:
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    if lasting:
+        fsync_folder(path.parent)
 
 
 def write_text(path: Path, text: str, *, private: bool = False) -> None:
@@ -72,9 +73,14 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def write_json(path: Path, value: Any, *, private: bool = False, closed: bool = False) -> None:
-    """`write_text` of `to_json(value)`; with `closed` nobody else may write to the file, whatever the umask."""
-    _replace(path, to_json(value).encode(), 0o600 if private else 0o644 if closed else 0o666)
+def write_json(path: Path, value: Any, *, private: bool = False, closed: bool = False, lasting: bool = True) -> None:
+    """`write_text` of `to_json(value)`.
+
+    With `closed` nobody else may write to the file, whatever the umask. What is not `lasting` may be the old content
+    again after a crash of the server, which saves opening the folder.
+    """
+    mode = 0o600 if private else 0o644 if closed else 0o666
+    _replace(path, to_json(value).encode(), mode, lasting)
 
 
 def create_exclusive(path: Path, data: bytes | str, *, private: bool = False, folder: int | None = None) -> bool:

@@ -218,7 +218,7 @@ class Recorder:
 
     def _write(self) -> None:
         try:
-            atomic.write_json(self.path, asdict(self.record()))
+            atomic.write_json(self.path, asdict(self.record()), lasting=False)
         except OSError as error:  # the work goes on: records are for reports
             log.warning("this task's record cannot be written (%s); the report will know less of it", error)
 

@@ -6,7 +6,7 @@ import json
 import pickle
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +137,18 @@ class Reading:
         return text.upper()
 
 
-def test_prompts_that_are_expected_are_read_beside_one_at_a_time_and_only_once() -> None:
+@pytest.fixture
+def seen(tmp_path: Path) -> Callable[[str], Prompt]:
+    """Makes prompts with a picture."""
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    return lambda text: Prompt.of(text, picture)
+
+
+def test_prompts_that_are_expected_are_read_beside_one_at_a_time_and_only_once(seen: Callable[[str], Prompt]) -> None:
     read = Reading()
     shelf = InFlight(read)
-    asked = [Prompt.of(text) for text in ("a", "b", "bad", "c")]
+    asked = [seen(text) for text in ("a", "b", "bad", "c")]
     assert shelf.expect(asked) == 0 and read.read == []
     read.may_go_on.set()
     wait_for(lambda: shelf.expect(asked) == 4, "all four are read")
@@ -153,27 +161,29 @@ def test_prompts_that_are_expected_are_read_beside_one_at_a_time_and_only_once()
     shelf.close()
 
 
-def test_a_prompt_that_is_still_being_read_is_waited_for_and_one_that_is_not_expected_any_more_is_forgotten() -> None:
+def test_a_prompt_that_is_still_being_read_is_waited_for_and_one_that_is_not_expected_any_more_is_forgotten(
+    seen: Callable[[str], Prompt],
+) -> None:
     read = Reading()
     shelf = InFlight(read)
-    last = [Prompt.of(f"last {place}") for place in range(KEPT)]
-    shelf.expect([Prompt.of("a"), Prompt.of("never"), *last])
-    shelf.expect([Prompt.of("a")])
+    last = [seen(f"last {place}") for place in range(KEPT)]
+    shelf.expect([seen("a"), seen("never"), *last])
+    shelf.expect([seen("a")])
     threading.Timer(0.2, read.may_go_on.set).start()
-    assert shelf.take(Prompt.of("a"))[1] == "A"
+    assert shelf.take(seen("a"))[1] == "A"
     assert shelf.expect([]) == 0
-    assert shelf.take(Prompt.of("never"))[1] == "NEVER"
+    assert shelf.take(seen("never"))[1] == "NEVER"
     wait_for(lambda: len(read.read) == 2 + KEPT, "the others are read")
     assert [shelf.take(prompt)[1] for prompt in last] == [f"LAST {place}" for place in range(KEPT)]
     assert sorted(read.read) == sorted(["a", "never", *(f"last {place}" for place in range(KEPT))])
     shelf.close()
 
 
-def test_prompts_are_read_several_at_a_time_and_the_next_one_always() -> None:
+def test_prompts_are_read_several_at_a_time_and_the_next_one_always(seen: Callable[[str], Prompt]) -> None:
     read = Reading()
     read.may_go_on.set()
     shelf = InFlight(read)
-    asked = [Prompt.of(f"{place}") for place in range(10)]
+    asked = [seen(f"{place}") for place in range(10)]
     wait_for(lambda: shelf.expect(asked[:8]) == 8, "the first eight are read")
     for place in range(4):
         shelf.take(asked[place])
@@ -182,6 +192,18 @@ def test_prompts_are_read_several_at_a_time_and_the_next_one_always() -> None:
     wait_for(lambda: shelf.expect([asked[9], *asked[3:8]]) == 6, "it is read")
     assert "8" not in read.read
     wait_for(lambda: shelf.expect(asked[8:9]) == 1, "the rest is read")
+    shelf.close()
+
+
+def test_a_prompt_of_text_alone_is_read_when_it_is_taken(seen: Callable[[str], Prompt]) -> None:
+    read = Reading()
+    shelf = InFlight(read)
+    asked = [Prompt.of("a"), Prompt.of("b"), seen("c"), Prompt.of("d")]
+    assert shelf.expect(asked) == 2 and read.read == []
+    read.may_go_on.set()
+    wait_for(lambda: shelf.expect(asked) == 4, "the one with a picture is read")
+    assert [shelf.take(prompt)[1] for prompt in asked] == ["A", "B", "C", "D"]
+    assert read.read == ["c", "a", "b", "d"] and threading.current_thread().name in read.threads
     shelf.close()
 
 

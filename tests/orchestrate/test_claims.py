@@ -513,14 +513,15 @@ def test_every_shard_has_one_manifest_after_any_kills_stalls_take_overs_and_copi
             continue
         before = done
         place = chance.randrange(len(tasks))
-        if chance.random() < 0.3:
+        if not what["kills"] or (what["stalls"] and chance.random() < 0.3):  # one of each comes first, for certain
             tasks[place].kill()
             stalled.pop(place, None)
             tasks[place] = another()
             what["kills"] += 1
         elif place not in stalled and len(stalled) < 3:
             tasks[place].send_signal(signal.SIGSTOP)
-            stalled[place] = time.monotonic() + chance.uniform(0.2, 2.5)  # for less than the ttl, and for much more
+            least = 0.2 if what["stalls"] else 1.5  # for less than the ttl, and for much more
+            stalled[place] = time.monotonic() + chance.uniform(least, 2.5)
             what["stalls"] += 1
     for place in stalled:
         tasks[place].send_signal(signal.SIGCONT)
