@@ -6,7 +6,8 @@ import json
 import pickle
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,13 @@ class Reading:
         self.read: list[str] = []
         self.most = self.now = 0
         self.threads: set[str] = set()
+        self.takes_s = 0.0
 
     def __call__(self, prompt: Prompt, _: Sequence[Image.Image]) -> str:
         self.now += 1
         self.most = max(self.most, self.now)
         self.may_go_on.wait(60)
+        time.sleep(self.takes_s)
         text: str = prompt.messages[0]["content"][-1]["text"]
         self.read.append(text)
         self.threads.add(threading.current_thread().name)
@@ -137,18 +140,10 @@ class Reading:
         return text.upper()
 
 
-@pytest.fixture
-def seen(tmp_path: Path) -> Callable[[str], Prompt]:
-    """Makes prompts with a picture."""
-    picture = tmp_path / "picture.png"
-    Image.new("RGB", (8, 8)).save(picture)
-    return lambda text: Prompt.of(text, picture)
-
-
-def test_prompts_that_are_expected_are_read_beside_one_at_a_time_and_only_once(seen: Callable[[str], Prompt]) -> None:
+def test_prompts_that_are_expected_are_read_beside_one_at_a_time_and_only_once() -> None:
     read = Reading()
-    shelf = InFlight(read)
-    asked = [seen(text) for text in ("a", "b", "bad", "c")]
+    shelf = InFlight(read, worth_s=0.0)
+    asked = [Prompt.of(text) for text in ("a", "b", "bad", "c")]
     assert shelf.expect(asked) == 0 and read.read == []
     read.may_go_on.set()
     wait_for(lambda: shelf.expect(asked) == 4, "all four are read")
@@ -161,29 +156,27 @@ def test_prompts_that_are_expected_are_read_beside_one_at_a_time_and_only_once(s
     shelf.close()
 
 
-def test_a_prompt_that_is_still_being_read_is_waited_for_and_one_that_is_not_expected_any_more_is_forgotten(
-    seen: Callable[[str], Prompt],
-) -> None:
+def test_a_prompt_that_is_still_being_read_is_waited_for_and_one_that_is_not_expected_any_more_is_forgotten() -> None:
     read = Reading()
-    shelf = InFlight(read)
-    last = [seen(f"last {place}") for place in range(KEPT)]
-    shelf.expect([seen("a"), seen("never"), *last])
-    shelf.expect([seen("a")])
+    shelf = InFlight(read, worth_s=0.0)
+    last = [Prompt.of(f"last {place}") for place in range(KEPT)]
+    shelf.expect([Prompt.of("a"), Prompt.of("never"), *last])
+    shelf.expect([Prompt.of("a")])
     threading.Timer(0.2, read.may_go_on.set).start()
-    assert shelf.take(seen("a"))[1] == "A"
+    assert shelf.take(Prompt.of("a"))[1] == "A"
     assert shelf.expect([]) == 0
-    assert shelf.take(seen("never"))[1] == "NEVER"
+    assert shelf.take(Prompt.of("never"))[1] == "NEVER"
     wait_for(lambda: len(read.read) == 2 + KEPT, "the others are read")
     assert [shelf.take(prompt)[1] for prompt in last] == [f"LAST {place}" for place in range(KEPT)]
     assert sorted(read.read) == sorted(["a", "never", *(f"last {place}" for place in range(KEPT))])
     shelf.close()
 
 
-def test_prompts_are_read_several_at_a_time_and_the_next_one_always(seen: Callable[[str], Prompt]) -> None:
+def test_prompts_are_read_several_at_a_time_and_the_next_one_always() -> None:
     read = Reading()
     read.may_go_on.set()
-    shelf = InFlight(read)
-    asked = [seen(f"{place}") for place in range(10)]
+    shelf = InFlight(read, worth_s=0.0)
+    asked = [Prompt.of(f"{place}") for place in range(10)]
     wait_for(lambda: shelf.expect(asked[:8]) == 8, "the first eight are read")
     for place in range(4):
         shelf.take(asked[place])
@@ -195,15 +188,21 @@ def test_prompts_are_read_several_at_a_time_and_the_next_one_always(seen: Callab
     shelf.close()
 
 
-def test_a_prompt_of_text_alone_is_read_when_it_is_taken(seen: Callable[[str], Prompt]) -> None:
+def test_prompts_that_take_no_time_are_read_when_they_are_taken_until_they_take_long_again() -> None:
     read = Reading()
-    shelf = InFlight(read)
-    asked = [Prompt.of("a"), Prompt.of("b"), seen("c"), Prompt.of("d")]
-    assert shelf.expect(asked) == 2 and read.read == []
     read.may_go_on.set()
-    wait_for(lambda: shelf.expect(asked) == 4, "the one with a picture is read")
-    assert [shelf.take(prompt)[1] for prompt in asked] == ["A", "B", "C", "D"]
-    assert read.read == ["c", "a", "b", "d"] and threading.current_thread().name in read.threads
+    shelf = InFlight(read, worth_s=0.05)
+    ours = threading.current_thread().name
+    wait_for(lambda: shelf.expect([Prompt.of("first")]) == 1, "the first is read")
+    assert ours not in read.threads
+    asked = [Prompt.of(f"{place}") for place in range(8)]
+    assert shelf.expect(asked) == 8 and read.read == ["first"]
+    assert [shelf.take(prompt)[1] for prompt in asked] == [f"{place}" for place in range(8)] and ours in read.threads
+    read.takes_s = 1.0
+    shelf.take(Prompt.of("long"))
+    read.threads.clear()
+    wait_for(lambda: shelf.expect([Prompt.of("next")]) == 1, "it is read beside")
+    assert read.read[-1] == "next" and ours not in read.threads
     shelf.close()
 
 
