@@ -89,6 +89,14 @@ class GradedSample(Sample):
 S = TypeVar("S", bound=Sample)
 
 
+def load_writer() -> None:
+    """Load what `write_samples` needs: a third of a second, mostly for pandas, which pyarrow's first array loads."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pa.array([""])
+
+
 def write_samples(to: Path | BinaryIO, samples: Sequence[S], kind: type[S]) -> None:
     """Write samples ordered by group, role and attempt.
 

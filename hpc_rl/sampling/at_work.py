@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow.parquet  # noqa: F401  by now: the first file would be written a quarter of a second later, in mid-sampling
-
 from hpc_rl.engines.base import Completion
 from hpc_rl.grading.samples import Sample, write_samples
 from hpc_rl.sampling.claiming import Shard

@@ -21,6 +21,7 @@ from typing import Any
 
 from hpc_rl.cluster.walltime import Deadline
 from hpc_rl.engines.base import Engine
+from hpc_rl.grading.samples import load_writer
 from hpc_rl.sampling.ahead import Ahead
 from hpc_rl.sampling.at_work import AtWork, Origin
 from hpc_rl.sampling.batch import Batch
@@ -191,6 +192,7 @@ class Stream:
         """One step of the engine; what has finished is judged, and what it calls for goes back into the batch."""
         if not self._batch.is_open:
             with self._leaving.at_once():
+                load_writer()  # rather than in mid-sampling
                 self._batch.open(self._open())
             return  # its batch may be larger than one shard
         self._task.enter("sampling")
