@@ -85,8 +85,9 @@ class SampleConfig(Section):
     merge_adapter: bool = False
     """Merge the LoRA adapter into the weights before sampling: about twice as fast, needs room for a merged copy."""
     stage_to: str | None = None
-    """Folder on a node's own disk to which the base model is copied, once per node: `$TMPDIR`, `/local/$USER`,
-    `${SCRATCH}/models`. Variables are those of the node. null = load from where it lies."""
+    """Folder on a node's own disk to which the base model is copied, once per node: `/local/$USER`,
+    `${SCRATCH}/models`, `$TMPDIR` where that stays when a job ends. Variables are those of the node. null = load from
+    where it lies."""
     load_strategy: Literal["auto", "lazy", "prefetch", "eager"] = "auto"
     """How vLLM reads safetensors. auto: prefetch from shared storage, lazy from `stage_to`."""
     keep_compiled: bool = True
