@@ -66,7 +66,7 @@ def requeue(run: ClusterRun, *options: str) -> tuple[Endpoint, Endpoint]:
     for option in (*options, "StartTime=now"):
         run.cluster.run(["scontrol", "update", f"JobId={before.job_id}", option])
     after = wait_for_another(run, before)
-    assert (after.replica, after.job_id) == (before.replica, before.job_id)
+    assert (after.replica, after.job_id) == (before.replica, before.job_id), run.tool("hpc_rl.status").stdout
     assert (before.restart, after.restart) == (0, 1)
     assert after.nonce != before.nonce
     return before, after
@@ -119,7 +119,8 @@ def test_a_listener_moves_to_another_node_while_grading_and_a_dead_one_has_left_
 
 
 def test_a_listener_moves_to_another_node_while_a_live_trainer_asks_it(run_from: RunFrom) -> None:
-    live = (*UNHURRIED, *TWO_RANKS, "train.rollouts=live", "stages.train.listener.sbatch={exclude: node1}")
+    soon = "services.listener.client.chunk_delay_s=0.25"  # live training asks more often
+    live = (*UNHURRIED, soon, *TWO_RANKS, "train.rollouts=live", "stages.train.listener.sbatch={exclude: node1}")
     together = (
         "services.listener.placement=hetjob"  # nothing to do with moving: a job of two nodes and one is tried too
     )
