@@ -90,7 +90,7 @@ S = TypeVar("S", bound=Sample)
 
 
 def load_writer() -> None:
-    """Load what `write_samples` needs: a third of a second, mostly for pandas, which pyarrow's first array loads."""
+    """Load what `write_samples` needs, before time counts: pyarrow's first array loads pandas where it is installed."""
     import pyarrow as pa
     import pyarrow.parquet
 

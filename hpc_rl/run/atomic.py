@@ -1,8 +1,9 @@
 """Files that are either whole or absent, on shared file systems, whoever dies when.
 
 Trade-offs accepted: a writer killed between its temporary file and the rename leaves a `.tmp-*` file behind (harmless,
-never read); every write costs two fsyncs (file and folder), so these calls are for small files that matter, not for
-data. Modes follow the umask, so a group that may read the folder may read the files; `private=True` makes a 0600 file.
+never read); a write that is to last costs two fsyncs (file and folder), so these calls are for small files that matter,
+not for data. Modes follow the umask, so a group that may read the folder may read the files; `private=True` makes a
+0600 file.
 Exclusive creation uses link(2), which is atomic on NFS where O_EXCL historically was not (open(2), "O_EXCL").
 """
 
