@@ -151,11 +151,10 @@ def train(root: Path, ready: Callable[[], None]) -> dict[str, Any]:
     from hpc_rl.data.lewis import read_rows
     from hpc_rl.orchestrate.job import load
     from hpc_rl.training import (
+        grpo,  # noqa: F401  (its libraries are part of the process)
         plan,
         store,
-        stored,  # noqa: F401  (its libraries are part of the process)
     )
-    from jobs import train as body
 
     job = load(root, ROUND, "train")
     config: Any = job.config
@@ -164,7 +163,8 @@ def train(root: Path, ready: Callable[[], None]) -> dict[str, Any]:
     places = {id: place for place, id in enumerate(rows.ids)}
     began = time.monotonic()
     sizes = config.sample.samples_per_prompt, config.sample.prompts_per_round
-    rollouts = store.read(body.graded_files(job), *sizes)
+    graded = (manifest.path("graded.parquet") for manifest in job.inputs(ROUND, "grade"))
+    rollouts = store.read(graded, ("accuracy", "format", "length"), *sizes)
     reading_s = time.monotonic() - began
     shape = plan.Shape(ranks=8, accumulation=4, batch=8)
     made = plan.make(rollouts, shape, epochs=1, passes=1, scale="group", run_seed=0, round=ROUND)

@@ -1,4 +1,4 @@
-"""Job body of the train stage: a GRPO update of the speaker on the round's graded samples, on all ranks of the job."""
+"""Job body of every stage that trains: what its recipe says (`training`), on all ranks of the job."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ import re
 import sys
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
+from hpc_rl import recipes
 from hpc_rl.cluster.failures import EXIT_BLOCKED
-from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.orchestrate import gate
 from hpc_rl.orchestrate.job import Job, Shard, open_job
+
+if TYPE_CHECKING:
+    from hpc_rl.training.distributed import World
+    from hpc_rl.training.leaving import Leaving
+    from hpc_rl.training.run import Places
+    from hpc_rl.training.task import TrainTask
 
 log = logging.getLogger("hpc_rl")
 
@@ -30,7 +36,7 @@ GRACE_MARGIN_S = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m jobs.train --workspace W --round R`, once per rank.
+    """`python -m jobs.train --workspace W --round R [--stage NAME]`, once per rank.
 
     75 when inputs or a service are missing, or when another rank was lost (its own log says why).
     """
@@ -39,116 +45,98 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
     job = open_job("train", argv)
     config = job.config
-    assert isinstance(config, LewisConfig)
+    task = recipes.load(config.recipe).training(config, job.stage.id)
     from hpc_rl.engines.gpus import check_gpus
     from hpc_rl.training.distributed import process_group
     from hpc_rl.training.leaving import Leaving
 
     check_gpus(config, job.stage.name)
-    client = config.services.listener.client
     # without an entry process nobody kills, and the site's delay is as good a limit as any
     grace_s = max(1.0, float(os.environ.get("HPC_RL_GRACE_S", config.cluster.signal_delay_s)) - GRACE_MARGIN_S)
+    longest_call_s = max(config.services.of(name).client.deadline_s for name in type(config.services).model_fields)
     with (
         Leaving(grace_s) as leaving,
         _blocked_by_lost_rank(),
         process_group(
             job.folder,
-            backend=config.train.backend,
+            backend=task.settings.backend,
             interface=config.cluster.network_interface,
-            deepspeed=config.train.deepspeed is not None,
-            timeout_s=max(1800.0, config.run.linger_s + 600.0, client.deadline_s + 600.0),
+            deepspeed=task.settings.deepspeed is not None,
+            timeout_s=max(1800.0, config.run.linger_s + 600.0, longest_call_s + 600.0),
         ) as world,
     ):
         for shard, token in _claims(job, world.is_main):
-            train(job, config, shard, token, world, leaving)
+            train(job, task, shard, token, world, leaving)
     return 0
 
 
-def train(job: Job, config: LewisConfig, shard: Shard, token: str, world: Any, leaving: Any) -> None:
-    """Train this round's speaker and, on rank 0, commit it."""
-    from hpc_rl.data.lewis import image_root, read_rows
-    from hpc_rl.engines.weights import speaker_weights
-    from hpc_rl.grading.predictions import append
-    from hpc_rl.sampling.lewis import ROLES
-    from hpc_rl.training import store, stored
+def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, leaving: Leaving) -> None:
+    """Do the training of this stage and, on rank 0, commit it."""
+    from hpc_rl.engines.weights import weights_of
+    from hpc_rl.services.calling import ServiceUnavailable
+    from hpc_rl.training import algorithms
     from hpc_rl.training.distributed import broadcast_object
-    from hpc_rl.training.one_round import Places, RoundTraining, Start
+    from hpc_rl.training.run import TrainRun
 
-    _set_up_wandb(job, config)
-    weights = broadcast_object(speaker_weights(job.ws, config, job.round - 1) if world.is_main else None)
+    _set_up_wandb(job)
+    weights = broadcast_object(weights_of(job.ws, task.role, task.trained_rounds) if world.is_main else None)
     assert weights is not None
-    (dataset,) = job.inputs(0, "dataset")
-    rows = read_rows(dataset.path("train.parquet"))
-    places_of_rows = {id: place for place, id in enumerate(rows.ids)}
-    root = image_root(job.ws, config.data.image_root)
-    final = job.ws.checkpoint_dir("speaker", job.round)
-    places = Places(
-        checkpoints=job.folder / "checkpoints",
-        final=final,
-        tensorboard=job.ws.tb_dir / f"round_{job.round:02d}" / "train" if config.logging.tensorboard else None,
-        token=token,
-    )
-    start = Start(weights.base, weights.adapter, weights.hash, lambda id: rows[places_of_rows[id]], root)
-    training = RoundTraining(config, job.round, world, leaving, start, places, shard.progress, shard.still_ours)
-    outputs: list[Path] = []
-    if config.train.rollouts == "live":
-        predictions = shard.output("predictions.jsonl")
-        trained = _train_live(job, config, training, rows, predictions)
-        outputs.append(predictions)
-    else:
-        sample = config.sample
-        groups = sample.prompts_per_round * len(ROLES)
-        trained = stored.train(training, store.read(graded_files(job), sample.samples_per_prompt, groups, world.rank))
+    places = _places(job, task, shard, token, world.rank)
+    run = TrainRun(job, task, world, leaving, weights, places, shard.progress, shard.still_ours)
+    try:
+        trained = algorithms.load(task.algorithm).train(run)
+    except ServiceUnavailable as error:
+        log.error("ServiceUnavailable: %s", error)
+        raise SystemExit(EXIT_BLOCKED) from error
     if shard.lease is None:
         return
     if trained is None or shard.lease.lost:
         log.warning("another job has taken this training over; this copy is thrown away")
-        for path in outputs:
+        for path in job.folder.glob(f"shard_*.{token}.*"):
             path.unlink(missing_ok=True)
         if gate.is_complete(job.ws, job.stage):
             return
         raise SystemExit(EXIT_BLOCKED)
     done = shard.commit(
-        [*outputs, *sorted(path for path in final.iterdir() if path.is_file())],
+        [*trained.outputs, *sorted(path for path in places.final.iterdir() if path.is_file())],
         made_from={"weights": weights.hash, "weights_out": trained.weights, "base": weights.base},
         metrics=trained.metrics,
     )
     if done:
-        training.remove_checkpoints()
-        if outputs and config.logging.prediction_log is not None:
-            append(config.logging.prediction_log, outputs[0])
+        run.remove_checkpoints()
+        _append_predictions(job, trained.outputs)
 
 
-def graded_files(job: Job) -> Iterator[Path]:
-    """The round's graded samples, shard by shard. A generator: only the rank of a node that goes through it reads."""
-    for manifest in job.inputs(job.round, "grade"):
-        yield manifest.path("graded.parquet")
+def _places(job: Job, task: TrainTask, shard: Shard, token: str, rank: int) -> Places:
+    from hpc_rl.training.run import Places
+
+    name = job.stage.name
+    return Places(
+        checkpoints=job.folder / "checkpoints",
+        final=job.ws.checkpoint_dir(task.role.name, job.round),
+        tensorboard=job.ws.tb_dir / f"round_{job.round:02d}" / name if job.config.logging.tensorboard else None,
+        token=token,
+        output=shard.output,
+        debug=_debug_file(job, task, rank),
+    )
 
 
-def _train_live(job: Job, config: LewisConfig, training: Any, rows: Any, predictions: Path) -> Any:
-    """Sample, ask and train; SystemExit(75) when no listener answers."""
-    from hpc_rl.data.lewis import rows_of_round
-    from hpc_rl.services.calling import ServiceUnavailable
-    from hpc_rl.services.client import ListenerClient
-    from hpc_rl.training import live
-
-    games = rows_of_round(rows, job.round, prompts_per_round=config.sample.prompts_per_round, seed=config.run.seed)
-    with ExitStack() as stack:
-        listener = stack.enter_context(ListenerClient(job.ws, config)) if training.world.is_main else None
-        try:
-            return live.train(training, games, listener, predictions, _debug_file(job, config, training.world.rank))
-        except ServiceUnavailable as error:
-            log.error("ServiceUnavailable: %s", error)
-            raise SystemExit(EXIT_BLOCKED) from error
-
-
-def _debug_file(job: Job, config: LewisConfig, rank: int) -> Path | None:
+def _debug_file(job: Job, task: TrainTask, rank: int) -> Path | None:
     """Where this rank writes raw completions and rewards, in debug mode (L24)."""
-    if not config.logging.debug:
+    if not job.config.logging.debug:
         return None
     folder = job.ws.log_dir(job.round, job.stage.name)
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"debug_speaker_{rank}_{os.environ.get('HPC_RL_JOB_ID') or 'local'}.txt"
+    return folder / f"debug_{task.role.name}_{rank}_{os.environ.get('HPC_RL_JOB_ID') or 'local'}.txt"
+
+
+def _append_predictions(job: Job, outputs: Sequence[Path]) -> None:
+    """What a live training's judge said goes into the run's log too (L22)."""
+    from hpc_rl.grading.predictions import append
+
+    if job.config.logging.prediction_log is not None:
+        for path in outputs:
+            append(job.config.logging.prediction_log, path)
 
 
 def _claims(job: Job, leader: bool) -> Iterator[tuple[Shard, str]]:
@@ -187,8 +175,8 @@ def _blocked_by_lost_rank() -> Iterator[None]:
         raise SystemExit(EXIT_BLOCKED) from error
 
 
-def _set_up_wandb(job: Job, config: LewisConfig) -> None:
-    wandb = config.logging.wandb
+def _set_up_wandb(job: Job) -> None:
+    wandb = job.config.logging.wandb
     if wandb.enabled:
         if importlib.util.find_spec("wandb") is None:
             raise RuntimeError(

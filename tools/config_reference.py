@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from hpc_rl.config.base import Section
 from hpc_rl.config.checks import AUTO_IN_DEEPSPEED
 from hpc_rl.config.environment import NAMES
-from hpc_rl.config.identity import CIRCUMSTANCES
+from hpc_rl.config.identity import circumstances
 from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.config.walk import describe, section_at
 
@@ -114,7 +114,7 @@ def page() -> str:
         parts.append(_section(path, cls))
     rows = [f"| `{name}` | `{field}` |" for name, field in NAMES.items()]
     parts.append("\n".join(["## Environment variables\n", "| variable | field |", "|---|---|", *rows, ""]))
-    parts.append(IDENTITY.format(circumstances=", ".join(f"`{key}`" for key in CIRCUMSTANCES)))
+    parts.append(IDENTITY.format(circumstances=", ".join(f"`{key}`" for key in circumstances(LewisConfig))))
     parts.append(_checks())
     return "\n".join(parts)
 

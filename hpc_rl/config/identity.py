@@ -35,20 +35,17 @@ CIRCUMSTANCES: tuple[str, ...] = (
     "sample.load_strategy",
     "sample.keep_compiled",
     "sample.speculate",
-    "train.deepspeed",
-    "train.backend",
-    "train.save_steps",
-    "train.keep_checkpoints",
     "evaluate.batch_size",
     "evaluate.sample_texts_to_log",
 )
+OF_TRAINING = ("deepspeed", "backend", "save_steps", "keep_checkpoints")
+"""The same of each section in `Config.train_sections`."""
 """What may change while a run goes on: where and how patiently it runs, not what it computes.
 
-`run.rounds` is among them so that a run can be extended. So is `train.deepspeed`: the ZeRO stages compute the same, and
-offload is the way out when a GPU is too small. Of `stages` only the ranks of `train` count: they multiply the batch.
+`run.rounds` is among them so that a run can be extended. So is DeepSpeed's JSON (`OF_TRAINING`): the ZeRO stages
+compute the same, and offload is the way out when a GPU is too small. Of `stages` only the ranks of training count: they
+multiply the batch.
 """
-
-WORLD_SIZE = "stages.train.world_size"
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -59,10 +56,16 @@ def to_json(config: Config) -> dict[str, Any]:
 def identity(config: Config) -> dict[str, Any]:
     """The experiment as flat `dotted key: value` pairs, sorted: `to_json` without `CIRCUMSTANCES`."""
     flat = dict(_flatten(to_json(config), ""))
-    kept = {key: value for key, value in flat.items() if not _is_circumstance(key)}
-    if "train" in config.stages:
-        kept[WORLD_SIZE] = config.stages["train"].world_size
+    free = circumstances(type(config))
+    kept = {key: value for key, value in flat.items() if not any(_is_below(key, name) for name in free)}
+    for stage in config.train_sections:
+        kept[f"stages.{stage}.world_size"] = config.stages[stage].world_size
     return dict(sorted(kept.items()))
+
+
+def circumstances(kind: type[Config]) -> list[str]:
+    """Fields, or sections, that are no part of the experiment; of a kind of config."""
+    return [*CIRCUMSTANCES, *(f"{field}.{name}" for field in kind.train_sections.values() for name in OF_TRAINING)]
 
 
 def config_hash(config: Config) -> str:
@@ -82,8 +85,8 @@ def differing_keys(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
     return [(key, in_a.get(key), in_b.get(key)) for key in keys if in_a.get(key, absent) != in_b.get(key, absent)]
 
 
-def _is_circumstance(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in CIRCUMSTANCES)
+def _is_below(key: str, name: str) -> bool:
+    return key == name or key.startswith(f"{name}.")
 
 
 def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

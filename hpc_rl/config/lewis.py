@@ -10,8 +10,9 @@ from pydantic import Field
 from hpc_rl.config.base import Fault, FilePath, Fraction, ModelPath, NonNegativeFloat, PositiveInt, Section
 from hpc_rl.config.gpu_shares import GpuShareError, count, share_gpus
 from hpc_rl.config.modeling import ListenerConfig, SpeakerConfig
-from hpc_rl.config.phases import EvaluateConfig, SampleConfig, TrainConfig
+from hpc_rl.config.phases import EvaluateConfig, SampleConfig
 from hpc_rl.config.schema import Config
+from hpc_rl.config.training import GrpoTrainConfig
 
 SPEAKER_PROBLEM = (
     "Describe the main subject of this image so that it can be told apart from similar ones. "
@@ -137,6 +138,7 @@ class LewisConfig(Config):
     )  # fmt: skip
     array_stages: ClassVar[frozenset[str]] = frozenset({"prepare", "sample", "grade"})
     stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"advance": {"time_min": 15}}
+    train_sections: ClassVar[Mapping[str, str]] = {"train": "train"}
 
     speaker: SpeakerConfig
     """The model that is trained."""
@@ -148,7 +150,7 @@ class LewisConfig(Config):
     """Sampling descriptions."""
     rewards: RewardsConfig = RewardsConfig.model_construct()
     """The reward's parts and weights."""
-    train: TrainConfig = TrainConfig.model_construct()
+    train: GrpoTrainConfig = GrpoTrainConfig.model_construct()
     """GRPO on the graded descriptions."""
     evaluate: EvaluateConfig = EvaluateConfig.model_construct()
     """Evaluation after each round."""
@@ -166,7 +168,7 @@ class LewisConfig(Config):
         """
         yield from super().faults()
         for name, stage in self.stages.items():
-            if stage.world_size > 1 and name != "train":
+            if stage.world_size > 1 and name not in self.train_sections:
                 what = f"{stage.nodes} nodes × {stage.ranks} ranks; only train runs on several"
                 way_out = "nodes: 1 and ranks_per_node: 1; more tasks where the stage is an array"
                 if name == "sample":

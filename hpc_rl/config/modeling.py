@@ -28,8 +28,8 @@ class LoraConfig(Section):
     """Modules that get an adapter: a regular expression that the whole name must match, or a list of name endings."""
 
 
-class VisionModelConfig(Section):
-    """A vision-language model in a Hugging Face folder."""
+class ModelConfig(Section):
+    """A language model in a Hugging Face folder."""
 
     path: ModelPath
     """Model folder (config.json, safetensors, tokenizer, processor). Nothing is downloaded."""
@@ -37,6 +37,18 @@ class VisionModelConfig(Section):
     """Number type of weights and activations."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention code. auto: flash_attention_2 where it is installed, else sdpa, and the log says which (L19)."""
+
+
+class TrainedModelConfig(ModelConfig):
+    """A language model that is trained."""
+
+    lora: LoraConfig | None = None
+    """Train adapters (L17), or null to train all weights."""
+
+
+class VisionModelConfig(ModelConfig):
+    """A vision-language model in a Hugging Face folder."""
+
     min_pixels: PositiveInt = 3136
     """Smaller images are scaled up to this many pixels; the same in every phase (L19)."""
     max_pixels: PositiveInt = 401408
@@ -48,11 +60,9 @@ class VisionModelConfig(Section):
             yield Fault(("min_pixels",), f"{self.min_pixels} is above max_pixels", f"at most {self.max_pixels}")
 
 
-class SpeakerConfig(VisionModelConfig):
+class SpeakerConfig(VisionModelConfig, TrainedModelConfig):
     """The model that describes the target image; the one that is trained."""
 
-    lora: LoraConfig | None = None
-    """Train adapters (L17), or null to train all weights."""
     freeze_vision: bool = True
     """Leave the vision tower as it is."""
 

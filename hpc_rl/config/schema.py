@@ -200,6 +200,8 @@ class Config(Section):
     """Names that `stages` may have; None = any."""
     stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """What stages have instead of `StageConfig`'s defaults."""
+    train_sections: ClassVar[Mapping[str, str]] = {}
+    """Stages that train, by name, and the field with the `TrainConfig` of each; only these run on several nodes."""
 
     recipe: str = "lewis"
     """The recipe: a module of `hpc_rl.recipes`, or the dotted path of one of your own."""

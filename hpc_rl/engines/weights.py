@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.config.modeling import TrainedModelConfig
 from hpc_rl.engines.model_files import check_unchanged, identity, model_files
 from hpc_rl.run import atomic, manifest
 from hpc_rl.run.workspace import Workspace
@@ -22,15 +23,39 @@ class Weights:
     hash: str
 
 
-def speaker_weights(ws: Workspace, config: LewisConfig, round: int) -> Weights:
-    """The speaker after `round` rounds, as the manifest of its training names it; round 0: the model to start from."""
-    base = str(config.speaker.path)
+@dataclass(frozen=True)
+class Role:
+    """A model that a run trains.
+
+    Attributes
+    ----------
+    name
+        Its weights after a round lie in `checkpoints/NAME/round_NN`.
+    model
+        Its section of the config.
+    stage
+        The stage that trains it.
+    """
+
+    name: str
+    model: TrainedModelConfig
+    stage: str = "train"
+
+
+def weights_of(ws: Workspace, role: Role, round: int) -> Weights:
+    """A role after `round` rounds, as the manifest of its training names it; round 0: the model to start from."""
+    base = str(role.model.path)
     if round == 0:
         return Weights(base, None, noted_hash(Path(base), ws.root / "cache" / "weights"))
-    made = manifest.read(ws, round, "train", 0)
-    folder = ws.checkpoint_dir("speaker", round)
+    made = manifest.read(ws, round, role.stage, 0)
+    folder = ws.checkpoint_dir(role.name, round)
     digest = str(made.made_from["weights_out"])
-    return Weights(str(folder), None, digest) if config.speaker.lora is None else Weights(base, folder, digest)
+    return Weights(str(folder), None, digest) if role.model.lora is None else Weights(base, folder, digest)
+
+
+def speaker_weights(ws: Workspace, config: LewisConfig, round: int) -> Weights:
+    """The speaker after `round` rounds."""
+    return weights_of(ws, Role("speaker", config.speaker), round)
 
 
 def noted_hash(folder: Path, notes: Path) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from hpc_rl.config.schema import Config
-from hpc_rl.orchestrate.graph import Graph, Stage, build_graph
+from hpc_rl.orchestrate.graph import Graph, Stage, StageId, build_graph
+
+if TYPE_CHECKING:
+    from hpc_rl.training.task import TrainTask
 
 
 class Recipe(Protocol):
@@ -16,6 +19,9 @@ class Recipe(Protocol):
 
     def stages(self, config: Config, round: int) -> Iterable[Stage]:
         """The stages of a round (0 is the preparation), each after what it needs."""
+
+    def training(self, config: Config, stage: StageId) -> TrainTask:
+        """What is trained in a stage whose body is `jobs.train`; for recipes that have one."""
 
 
 def load(name: str) -> Recipe:

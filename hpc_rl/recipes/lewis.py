@@ -16,7 +16,9 @@ from pathlib import Path
 
 from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.engines.memory import most_notches
+from hpc_rl.engines.weights import Role
 from hpc_rl.orchestrate.graph import Kind, Stage, StageId
+from hpc_rl.training.task import Data, TrainTask
 
 
 def resolve(config: LewisConfig) -> LewisConfig:
@@ -55,6 +57,24 @@ def stages(config: LewisConfig, round: int) -> Iterable[Stage]:
     train = Stage(StageId(round, "train"), "jobs.train", Kind.MULTINODE, needs=(inputs,))
     yield from _with_listener(config, train) if live else (train,)
     yield from _with_listener(config, _evaluate(config, round, train.id))
+
+
+def training(config: LewisConfig, stage: StageId) -> TrainTask:
+    """GRPO of the speaker, on the round's graded samples or on what it draws while it trains."""
+    live = config.train.rollouts == "live"
+    return TrainTask(
+        algorithm="grpo_live" if live else "grpo",
+        settings=config.train,
+        section="train",
+        role=Role("speaker", config.speaker),
+        trained_rounds=stage.round - 1,
+        data=None if live else Data(StageId(stage.round, "grade"), "graded.parquet"),
+        sampling=config.sample,
+        groups=config.sample.prompts_per_round,
+        rewards={name: getattr(config.rewards, name).weight for name in ("accuracy", "format", "length")},
+        pictures="hpc_rl.training.lewis_game:pictures",
+        live="hpc_rl.training.lewis_game:play" if live else None,
+    )
 
 
 def _preparation(config: LewisConfig) -> Iterable[Stage]:

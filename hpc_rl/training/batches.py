@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from hpc_rl.training.base import UNITS, Tensors
+from hpc_rl.training.errors import UnusableData
 from hpc_rl.training.plan import Item, Shape, Step
-from hpc_rl.training.rollouts import UnusableRollouts
 
-Tensors = dict[str, Any]
 ImagesOf = Callable[[str], Sequence[Image.Image]]
 """From a row's id to its pictures, in the order in which the prompt has them."""
 
@@ -62,10 +62,10 @@ class Batches(Dataset[Tensors]):
     steps, shape, rank
         The plan, and whose part of it.
     pixels
-        Pictures of the rows.
+        Pictures of the rows; None for texts.
     pad_id, image_id, vision_ids
-        The tokenizer's padding token, the token that stands for image features, and all tokens that only a prompt may
-        hold.
+        The tokenizer's padding token, the token that stands for image features (of a model that sees), and all tokens
+        that only a prompt may hold.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class Batches(Dataset[Tensors]):
         steps: Sequence[Step],
         shape: Shape,
         rank: int,
-        pixels: Pixels,
+        pixels: Pixels | None,
         *,
         pad_id: int,
-        image_id: int,
+        image_id: int | None,
         vision_ids: frozenset[int],
     ) -> None:
         self._steps, self._rank, self._pixels = steps, rank, pixels
@@ -109,19 +109,15 @@ class Batches(Dataset[Tensors]):
         dict
             `prompt_ids`, `prompt_mask` (B, P), padded on the left; `completion_ids`, `completion_mask`,
             `old_per_token_logps` (B, T), padded on the right, the mask 0 for fillers; `advantages` (B,);
-            `num_items_in_batch`, which is `step_tokens`; `pixel_values`
+            `num_items_in_batch`, which is `step_tokens`; `units`, the samples' ids. With pictures also `pixel_values`
             (patches, values), `image_grid_thw` (pictures, 3), `num_images`; `mm_token_type_ids` (B, P + T).
 
         Raises
         ------
-        UnusableRollouts
+        UnusableData
             When a prompt's image tokens do not fit its pictures, or a completion holds a vision token (L26).
         """
-        pixels = []
-        for item in items:
-            found = self._pixels(item.rollout.row_id)
-            self._check(item, self._pixels.tokens(found[1]))
-            pixels.append(found)
+        self._check(items)
         prompts = [item.rollout.prompt_ids for item in items]
         completions = [item.rollout.token_ids for item in items]
         prompt_ids = _padded(prompts, self._pad_id, torch.long, left=True)
@@ -137,24 +133,40 @@ class Batches(Dataset[Tensors]):
             "old_per_token_logps": logprobs,
             "advantages": torch.tensor([item.advantage for item in items], dtype=torch.float32),
             "num_items_in_batch": torch.tensor(float(step_tokens)),
-            "pixel_values": torch.cat([values for values, _ in pixels]),
-            "image_grid_thw": torch.cat([grids for _, grids in pixels]),
-            "num_images": [len(grids) for _, grids in pixels],
+            UNITS: [item.rollout.id for item in items],
+            **({} if self._pixels is None else self._pictures(items, self._pixels, prompt_ids, completion_ids)),
+        }
+
+    def _pictures(
+        self, items: Sequence[Item], pixels: Pixels, prompt_ids: torch.Tensor, completion_ids: torch.Tensor
+    ) -> Tensors:
+        image_id, found = self._image_id, []
+        assert image_id is not None, "a model that sees has a token for images"
+        for item in items:
+            made = pixels(item.rollout.row_id)
+            _check_pictures(item, int(np.sum(item.rollout.prompt_ids == image_id)), pixels.tokens(made[1]))
+            found.append(made)
+        return {
+            "pixel_values": torch.cat([values for values, _ in found]),
+            "image_grid_thw": torch.cat([grids for _, grids in found]),
+            "num_images": [len(grids) for _, grids in found],
             "mm_token_type_ids": torch.cat(
-                [(prompt_ids == self._image_id).long(), torch.zeros_like(completion_ids)], dim=1
+                [torch.eq(prompt_ids, image_id).long(), torch.zeros_like(completion_ids)], dim=1
             ),
         }
 
-    def _check(self, item: Item, expected: int) -> None:
-        rollout = item.rollout
-        found = int((rollout.prompt_ids == self._image_id).sum())
-        if found != expected:
-            raise UnusableRollouts(
-                f"the prompt of sample {rollout.id} has {found} image tokens, but its pictures make {expected}: were "
-                "they sampled with other speaker.min_pixels or max_pixels, or have the pictures changed?"
-            )
-        if not self._vision_ids.isdisjoint(rollout.token_ids.tolist()):
-            raise UnusableRollouts(f"sample {rollout.id} holds a vision token, which sampling must ban (L26)")
+    def _check(self, items: Sequence[Item]) -> None:
+        for item in items:
+            if not self._vision_ids.isdisjoint(item.rollout.token_ids.tolist()):
+                raise UnusableData(f"sample {item.rollout.id} holds a vision token, which sampling must ban (L26)")
+
+
+def _check_pictures(item: Item, tokens: int, expected: int) -> None:
+    if tokens != expected:
+        raise UnusableData(
+            f"the prompt of sample {item.rollout.id} has {tokens} image tokens, but its pictures make {expected}: were "
+            "they sampled with other min_pixels or max_pixels, or have the pictures changed?"
+        )
 
 
 def _padded(rows: Sequence[NDArray[Any]], value: float, dtype: torch.dtype, left: bool = False) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from hpc_rl.run import atomic
 from hpc_rl.training.checkpoints import sync_files
-from hpc_rl.training.policy import ban_parameter
+from hpc_rl.training.models import ban_parameter
 
 log = logging.getLogger(__name__)
 

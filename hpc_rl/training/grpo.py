@@ -9,95 +9,32 @@ this round, and differences between engines. In the first step it is 1 if tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset
-from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from hpc_rl.training.batches import Batches, Tensors
+from hpc_rl.training import mismatch, plan, store
+from hpc_rl.training.base import Tensors
+from hpc_rl.training.batches import Batches, Pixels
+from hpc_rl.training.checkpoints import Checkpoints
+from hpc_rl.training.distributed import all_gather_objects
+from hpc_rl.training.errors import UnusableData
+from hpc_rl.training.grpo_base import Grpo, grpo_config, options_of
+from hpc_rl.training.mismatch import FirstStep
 from hpc_rl.training.plan import Plan, Step
-from hpc_rl.training.rollouts import PARTS
-from hpc_rl.training.trl_parts import GRPOConfig, GRPOTrainer, add_fused_lm_head, prepare_deepspeed
+from hpc_rl.training.run import Trained, TrainRun
+from hpc_rl.training.task import find
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class FirstStep:
-    """What one rank saw in the first optimizer step it did: are these the rollouts of this policy?
-
-    Attributes
-    ----------
-    rank, step
-        Who, and which step (not 0 where a checkpoint was continued).
-    tokens
-        Sampled tokens of its batches.
-    logprob_difference_mean, logprob_difference_max
-        |log π now − log π when sampled| per token.
-    ratio_min, ratio_max
-        Importance ratios.
-    clipped
-        Share of tokens whose ratio is outside of 1 ± ε.
-    """
-
-    rank: int
-    step: int
-    tokens: int
-    logprob_difference_mean: float
-    logprob_difference_max: float
-    ratio_min: float
-    ratio_max: float
-    clipped: float
-
-
-class Grpo(GRPOTrainer):  # type: ignore[misc]
-    """TRL's trainer with a KL term to the run's initial model, and checkpoints that are sealed when they are whole.
-
-    Parameters
-    ----------
-    beta
-        Weight of the KL term.
-    initial_model
-        Loads the model that KL is measured to; not called where there is no KL, nor with LoRA, where it is the policy
-        without its adapter.
-    seal
-        Called on all ranks after all have written their part of a checkpoint, with its folder.
-    """
-
-    def __init__(
-        self,
-        *,
-        args: GRPOConfig,
-        model: Any,
-        processor: Any,
-        beta: float,
-        initial_model: Callable[[], Any],
-        seal: Callable[[Path], None],
-        callbacks: list[TrainerCallback],
-        **others: Any,
-    ) -> None:
-        super().__init__(model=model, args=args, processing_class=processor, callbacks=callbacks, **others)
-        self.remove_callback(PrinterCallback)
-        self._seal = seal
-        if beta:
-            self.beta = beta
-            if not is_peft_model(self.model):
-                self.ref_model = self._prepare_reference(initial_model())
-
-    def _prepare_reference(self, model: Any) -> Any:
-        add_fused_lm_head(model, temperature=self.temperature)
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(model, self.accelerator)
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        Trainer._save_checkpoint(self, model, trial)  # TRL's own writes a model card first, for the hub
-        self._seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 class StoredRollouts(Grpo):
@@ -111,27 +48,17 @@ class StoredRollouts(Grpo):
         This rank's part of it.
     """
 
-    def __init__(self, *, plan: Plan, batches: Batches, **others: Any) -> None:
-        super().__init__(
-            reward_funcs=[named(part) for part in PARTS],
-            train_dataset=Dataset.from_dict({"prompt": [""] * len(batches)}),  # TRL wants one; `loader` is what is read
-            **others,
-        )
-        self._plan, self._batches = plan, batches
+    def __init__(self, *, plan: Plan, batches: Batches, parts: list[str], **others: Any) -> None:
+        stand_in = Dataset.from_dict({"prompt": [""] * len(batches)})  # TRL wants one
+        super().__init__(train_dataset=stand_in, batches=batches, parts=parts, **others)
+        self._plan, self._parts = plan, parts
         self._logprobs: torch.Tensor | None = None
         self._first: list[torch.Tensor] = []
         self.first_step: FirstStep | None = None
 
-    def get_train_dataloader(self) -> DataLoader[Tensors]:
-        """This rank's batches, in order."""
-        return self._batches.loader()
-
     def _prepare_inputs(self, batch: Tensors) -> Tensors:
-        """Tensors to the device. Only pixels take the model's number type: log-probabilities need all of float32."""
-        device = self.accelerator.device
-        moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-        if self.is_deepspeed_enabled:
-            moved["pixel_values"] = moved["pixel_values"].to(self.args.hf_deepspeed_config.dtype())
+        """Tensors to the device, and with a KL term the log-probabilities under the initial model."""
+        moved: Tensors = super()._prepare_inputs(batch)
         if self.beta:
             moved["ref_per_token_logps"] = self._reference_logprobs(moved)
         return moved
@@ -150,7 +77,7 @@ class StoredRollouts(Grpo):
         names = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
         with adapter:
             logprobs: torch.Tensor = self._get_per_token_logps_and_entropies(
-                model, ids, mask, batch["completion_ids"].size(1), **{name: batch[name] for name in names}
+                model, ids, mask, batch["completion_ids"].size(1), **{name: batch.get(name) for name in names}
             )[0]
         return logprobs
 
@@ -170,21 +97,8 @@ class StoredRollouts(Grpo):
         difference = (now - sampled)[mask].float()
         if self.first_step is None:
             self._first.append(difference)
-        ratio = difference.exp()
-        nothing = difference.new_zeros(1)
-        ours = torch.stack([
-            difference.abs().sum(), ratio.sum(), difference.new_tensor(float(difference.numel())),
-            torch.cat([difference.abs(), nothing]).max(), torch.cat([ratio, nothing + 1]).max(),
-            torch.cat([ratio, nothing + 1]).min(),
-        ])  # fmt: skip
-        every = self.accelerator.gather(ours[None]).float().cpu()
-        tokens = float(every[:, 2].sum())
-        if tokens:
-            self._record("sampling/logprob_difference_mean", float(every[:, 0].sum()) / tokens)
-            self._record("ratio/mean", float(every[:, 1].sum()) / tokens)
-        self._record("sampling/logprob_difference_max", float(every[:, 3].max()))
-        self._record("ratio/max", float(every[:, 4].max()))
-        self._record("ratio/min", float(every[:, 5].min()))
+        for name, value in mismatch.summary(self.accelerator.gather(mismatch.of_batch(difference)[None])).items():
+            self._record(name, value)
 
     def training_step(self, model: Any, inputs: Tensors, num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass; with the last one of an optimizer step, its metrics."""
@@ -192,29 +106,17 @@ class StoredRollouts(Grpo):
         if self.accelerator.sync_gradients:
             self._describe(self._plan[self.state.global_step])
             if self.first_step is None:
-                self.first_step = self._summary(torch.cat(self._first))
+                self.first_step = FirstStep.of(
+                    torch.cat(self._first), self.epsilon_low, self.epsilon_high,
+                    rank=self.accelerator.process_index, step=self.state.global_step,
+                )  # fmt: skip
                 self._first.clear()
         return loss
-
-    def _summary(self, difference: torch.Tensor) -> FirstStep:
-        ratio = difference.exp()
-        far = (ratio < 1 - self.epsilon_low) | (ratio > 1 + self.epsilon_high)
-        some = difference.numel() > 0
-        return FirstStep(
-            rank=self.accelerator.process_index,
-            step=self.state.global_step,
-            tokens=difference.numel(),
-            logprob_difference_mean=float(difference.abs().mean()) if some else 0.0,
-            logprob_difference_max=float(difference.abs().max()) if some else 0.0,
-            ratio_min=float(ratio.min()) if some else 1.0,
-            ratio_max=float(ratio.max()) if some else 1.0,
-            clipped=float(far.float().mean()) if some else 0.0,
-        )
 
     def _describe(self, step: Step) -> None:
         """Record what the plan knows of a step: rewards by part, lengths, groups without a gradient. TRL's names."""
         samples = step.samples
-        for part in PARTS:
+        for part in self._parts:
             self._record(f"rewards/{part}/mean", float(samples[f"reward_{part}"].mean()))
         self._record("reward", float(samples["reward"].mean()))
         self._record("reward_std", float(samples["reward"].std(ddof=int(len(samples) > 1))))
@@ -228,11 +130,78 @@ class StoredRollouts(Grpo):
         self._metrics["train"][name].append(value)
 
 
-def named(part: str) -> Callable[..., list[float]]:
-    """A name for TRL's list of reward functions, which is never called: rewards are computed in other places."""
+def train(run: TrainRun) -> Trained | None:
+    """See `hpc_rl.training.algorithms.Algorithm`.
 
-    def never(**_: Any) -> list[float]:
-        raise AssertionError(f"the reward {part} is not computed here")
+    Raises
+    ------
+    UnusableData
+        When the samples were drawn with other weights than training begins with, or do not fit their pictures.
+    """
+    began = time.monotonic()
+    task, options = run.task, options_of(run)
+    size = task.sampling.samples_per_prompt
+    rollouts = store.read(_files(run), list(task.rewards), size, task.groups, run.world.rank)
+    if rollouts.weights_hash != run.start.hash:
+        raise UnusableData(
+            f"round {run.round} was sampled with weights {rollouts.weights_hash[:16]}, but training begins with "
+            f"{run.start.hash[:16]} ({run.start.adapter or run.start.base}). Sample again: remove the round's sample "
+            "and grade folders and launch."
+        )
+    made = plan.make(
+        rollouts, run.shape, epochs=options.epochs, passes=options.passes, scale=options.scale_rewards,
+        run_seed=run.job.config.run.seed, round=run.round,
+    )  # fmt: skip
+    counts = rollouts.counts
+    log.info(
+        "%d samples in %d groups, %d left out, %d groups dropped, %d with equal rewards; %d steps of up to %d",
+        len(rollouts), counts.groups - counts.dropped_groups, counts.left_out, counts.dropped_groups,
+        counts.equal_groups, len(made), made.shape.samples,
+    )  # fmt: skip
+    checkpoints = run.checkpoints(made.fingerprint())
+    trainer = _trainer(run, made, checkpoints)
+    run.seconds["loading"] = time.monotonic() - began
+    result = run.train(trainer, checkpoints)
+    first = all_gather_objects(trainer.first_step)
+    if result is None:
+        return None
+    numbers = {
+        **asdict(counts),
+        "used_samples": len(rollouts),
+        "tokens": made.tokens,
+        "mean_reward": rollouts.mean(),
+        **{f"mean_reward_{part}": rollouts.mean(part) for part in rollouts.parts},
+        "first_step_by_rank": [asdict(one) for one in first if one is not None],
+    }
+    return Trained(result.weights, {**numbers, **result.metrics})
 
-    never.__name__ = part
-    return never
+
+def _files(run: TrainRun) -> Iterator[Path]:
+    """The round's graded samples, shard by shard. A generator: only the rank of a node that goes through it reads."""
+    data = run.task.data
+    assert data is not None
+    for manifest in run.job.inputs(data.stage.round, data.stage.name):
+        yield manifest.path(data.file)
+
+
+def _trainer(run: TrainRun, made: Plan, checkpoints: Checkpoints) -> StoredRollouts:
+    args = grpo_config(run, checkpoints.own)
+    processor = run.processor()
+    tokenizer = getattr(processor, "tokenizer", processor)
+    model = run.model(tokenizer)
+    pixels = None
+    if run.task.pictures is not None:
+        pixels = Pixels(processor.image_processor, find(run.task.pictures)(run.job))
+    batches = Batches(
+        made,
+        made.shape,
+        run.world.rank,
+        pixels,
+        pad_id=tokenizer.pad_token_id,
+        image_id=getattr(model.config, "image_token_id", None),
+        vision_ids=frozenset(getattr(model.config, name) for name in VISION_TOKENS if hasattr(model.config, name)),
+    )
+    return StoredRollouts(
+        plan=made, batches=batches, parts=list(run.task.rewards), args=args, model=model, processor=processor,
+        beta=options_of(run).beta, initial_model=lambda: run.initial_model(tokenizer), **run.driving(checkpoints),
+    )  # fmt: skip

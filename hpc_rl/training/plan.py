@@ -70,7 +70,7 @@ class Step:
 
     @cached_property
     def samples(self) -> NDArray[Any]:
-        """(n,) of `rollouts.INDEX`: what is known of its samples."""
+        """(n,) of `rollouts.index_dtype`: what is known of its samples."""
         return self.rollouts.index[self.places]
 
     @property

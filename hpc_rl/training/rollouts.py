@@ -5,8 +5,8 @@ grading failed is left out (L11). Its group keeps the others: mean and deviation
 one simply is no row of any batch, since batches are made of samples and not of whole groups (`hpc_rl.training.plan`). A
 group with fewer than two samples left says nothing about better or worse and is dropped.
 
-A round may have a million samples. What planning needs of each is a row of one array (`INDEX`); its tokens stay on disk
-until its batch comes (`hpc_rl.training.store`).
+A round may have a million samples. What planning needs of each is a row of one array (`index_dtype`); its tokens stay
+on disk until its batch comes (`hpc_rl.training.store`).
 """
 
 from __future__ import annotations
@@ -18,28 +18,27 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-PARTS = ("accuracy", "format", "length")
-"""Parts of the reward, columns `reward_<part>` (L10)."""
-
 EPSILON = 1e-4
 """Added to the deviation that rewards are divided by (L15)."""
 
 EQUAL = 1e-8
 """Rewards that differ by less are equal."""
 
-INDEX = np.dtype([
-    ("group", np.int32), ("role", np.int16), ("attempt", np.int32), ("prompt_tokens", np.int32), ("tokens", np.int32),
-    ("finished", np.bool_), ("reward", np.float32), *((f"reward_{part}", np.float32) for part in PARTS),
-    ("id_hash", np.uint64), ("chunk", np.int32), ("row", np.int32),
-])  # fmt: skip
-"""What is known of a sample without reading it: numbers of the prompt, the role (`Rollouts.roles`) and the attempt,
-lengths, what it is worth; a hash of its id, and where it lies."""
-
 Scale = Literal["group", "batch", "none"]
 
 
-class UnusableRollouts(ValueError):
-    """Graded samples that cannot be trained on; the message names the sample."""
+def index_dtype(parts: Sequence[str]) -> np.dtype[Any]:
+    """What is known of a sample without reading it: a row of the index.
+
+    Numbers of the prompt, the role (`Rollouts.roles`) and the attempt, lengths, what it is worth, by part too; a hash
+    of its id, and where it lies.
+    """
+    return np.dtype([
+        ("group", np.int32), ("role", np.int16), ("attempt", np.int32), ("prompt_tokens", np.int32),
+        ("tokens", np.int32), ("finished", np.bool_), ("reward", np.float32),
+        *((f"reward_{part}", np.float32) for part in parts),
+        ("id_hash", np.uint64), ("chunk", np.int32), ("row", np.int32),
+    ])  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,9 +156,11 @@ class Rollouts:
     Attributes
     ----------
     index
-        (N,) of `INDEX`: the samples, ordered by prompt, role and attempt.
+        (N,) of `index_dtype(parts)`: the samples, ordered by prompt, role and attempt.
     roles
         Names of the roles, by number.
+    parts
+        Names of the parts of the reward (L10).
     starts
         (G + 1,) where each group starts in it, and N.
     rows
@@ -170,6 +171,7 @@ class Rollouts:
 
     index: NDArray[Any]
     roles: Sequence[str]
+    parts: Sequence[str]
     starts: NDArray[np.int64]
     rows: Rows
     counts: Counts

@@ -26,8 +26,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hpc_rl.training.distributed import barrier
+from hpc_rl.training.errors import UnusableData
 from hpc_rl.training.nodes import once_per_node
-from hpc_rl.training.rollouts import INDEX, PARTS, Counts, Rollout, Rollouts, UnusableRollouts, have_equal_rewards
+from hpc_rl.training.rollouts import Counts, Rollout, Rollouts, have_equal_rewards, index_dtype
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,7 @@ READ_AT_ONCE = 1024
 
 TOKENS = ("prompt_token_ids", "token_ids", "logprobs")
 KEPT = ("sample_id", "row_id", *TOKENS)
-REWARDS = ("reward", *(f"reward_{part}" for part in PARTS))
-READ = (*KEPT, *REWARDS, "group", "role", "attempt", "finish_reason", "weights_hash", "left_out")
+READ = (*KEPT, "reward", "group", "role", "attempt", "finish_reason", "weights_hash", "left_out")
 
 
 @dataclass(frozen=True)
@@ -50,23 +50,24 @@ class Written:
 
     folder: Path
     roles: tuple[str, ...]
+    parts: tuple[str, ...]
     counts: Counts
     weights_hash: str
 
 
-def read(files: Iterable[Path], group_size: int, groups: int, rank: int = 0) -> Rollouts:
+def read(files: Iterable[Path], parts: Sequence[str], group_size: int, groups: int, rank: int = 0) -> Rollouts:
     """The rollouts of a round. All ranks must call it; only the first rank of each node goes through `files`.
 
     Parameters and errors as those of `write`.
     """
     with tempfile.TemporaryDirectory(prefix="hpc_rl-rollouts-") as folder:
-        written = once_per_node(rank, lambda: write(files, Path(folder), group_size, groups))
+        written = once_per_node(rank, lambda: write(files, Path(folder), parts, group_size, groups))
         rollouts = open_rollouts(written)
         barrier()  # who has opened the files needs their names no more
     return rollouts
 
 
-def write(files: Iterable[Path], folder: Path, group_size: int, groups: int) -> Written:
+def write(files: Iterable[Path], folder: Path, parts: Sequence[str], group_size: int, groups: int) -> Written:
     """Read the graded parquet files of a round once, check them, and write the files that `open_rollouts` opens.
 
     Parameters
@@ -76,6 +77,8 @@ def write(files: Iterable[Path], folder: Path, group_size: int, groups: int) -> 
     folder
         Empty, on a disk with room for all tokens: 8 bytes for each that was sampled and its log-probability, 4 for each
         of a prompt. Compression spares what repeats: prompts of the same group.
+    parts
+        Parts of the reward: a column `reward_PART` for each.
     group_size
         G: how many samples each role was to have of each prompt.
     groups
@@ -84,13 +87,13 @@ def write(files: Iterable[Path], folder: Path, group_size: int, groups: int) -> 
 
     Raises
     ------
-    UnusableRollouts
+    UnusableData
         When a sample is there twice, was drawn with other weights than the rest, or is damaged; when no group is left.
     OSError
         When the disk is full.
     """
     try:
-        with _Writer(folder / "samples.arrow") as writer:
+        with _Writer(folder / "samples.arrow", parts) as writer:
             for file in files:
                 writer.add(file)
         writer.check_ids()
@@ -108,14 +111,15 @@ def write(files: Iterable[Path], folder: Path, group_size: int, groups: int) -> 
     weights = writer.weights_hash()
     size = sum(path.stat().st_size for path in folder.iterdir())
     log.info("%d samples are in %s: %.1f MB", counts.samples, folder, size / 1e6)
-    return Written(folder, writer.roles, counts, weights)
+    return Written(folder, writer.roles, tuple(parts), counts, weights)
 
 
 def open_rollouts(written: Written) -> Rollouts:
     """The rollouts in files that a process of this node wrote; they may be removed afterwards."""
     index: NDArray[Any] = np.load(written.folder / "index.npy", mmap_mode="r")
-    rows = _Chunks(written.folder / "samples.arrow", written.roles)
-    return Rollouts(index, written.roles, _bounds(index), rows, written.counts, written.weights_hash)
+    rows = _Chunks(written.folder / "samples.arrow", written.roles, written.parts)
+    starts = _bounds(index)
+    return Rollouts(index, written.roles, written.parts, starts, rows, written.counts, written.weights_hash)
 
 
 def _bounds(index: NDArray[Any]) -> NDArray[np.int64]:
@@ -128,7 +132,9 @@ def _bounds(index: NDArray[Any]) -> NDArray[np.int64]:
 class _Writer:
     """Takes one parquet file after the other; keeps of each sample what the index says, and the hash of its id."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, parts: Sequence[str]) -> None:
+        self._dtype = index_dtype(parts)
+        self._rewards = ("reward", *(f"reward_{part}" for part in parts))
         fields = [(name, pa.list_(pa.float32() if name == "logprobs" else pa.int32())) for name in TOKENS]
         schema = pa.schema([("sample_id", pa.string()), ("row_id", pa.string()), *fields])
         self._file = pa.ipc.new_file(path, schema, options=pa.ipc.IpcWriteOptions(compression="lz4"))
@@ -150,7 +156,7 @@ class _Writer:
         """Read one file."""
         rows = 0
         with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(READ_AT_ONCE, columns=list(READ), use_threads=False):
+            for batch in parquet.iter_batches(READ_AT_ONCE, columns=[*READ, *self._rewards[1:]], use_threads=False):
                 self._add(batch, file)
                 rows += len(batch)
         self._files.append(file)
@@ -167,8 +173,8 @@ class _Writer:
         used, hashes = batch.filter(graded), hashes[graded.to_numpy(zero_copy_only=False)]
         lengths = {name: pc.list_value_length(used[name]).to_numpy() for name in TOKENS}
         _check(used, lengths, file)
-        rows = np.zeros(len(used), INDEX)
-        for name in ("group", "attempt", *REWARDS):
+        rows = np.zeros(len(used), self._dtype)
+        for name in ("group", "attempt", *self._rewards):
             rows[name] = used[name].to_numpy(zero_copy_only=False)
         rows["role"] = [self._roles.setdefault(role, len(self._roles)) for role in used["role"].to_pylist()]
         rows["prompt_tokens"], rows["tokens"] = lengths["prompt_token_ids"], lengths["token_ids"]
@@ -191,7 +197,7 @@ class _Writer:
         for first, second in zip(order[same], order[same + 1], strict=True):
             (_, id), (file, other) = (self._id(int(place), ends) for place in (first, second))
             if id == other:  # and not only their hashes
-                raise UnusableRollouts(f"sample {id} is there twice, the second time in {file}")
+                raise UnusableData(f"sample {id} is there twice, the second time in {file}")
 
     def _id(self, place: int, ends: NDArray[np.int64]) -> tuple[Path, str]:
         number = int(np.searchsorted(ends, place, side="right"))
@@ -203,7 +209,7 @@ class _Writer:
         """What all samples were drawn with."""
         if len(self._weights) != 1:
             found = ", ".join(sorted(self._weights))
-            raise UnusableRollouts(f"the samples were drawn with different weights: {found}")
+            raise UnusableData(f"the samples were drawn with different weights: {found}")
         return next(iter(self._weights))
 
     @property
@@ -213,7 +219,7 @@ class _Writer:
 
     def index(self, group_size: int, groups: int) -> tuple[NDArray[Any], Counts]:
         """The samples of all groups that can be used, ordered, and what became of the others."""
-        found = np.concatenate([np.empty(0, INDEX), *self._used])
+        found = np.concatenate([np.empty(0, self._dtype), *self._used])
         found["role"] = np.array([self.roles.index(role) for role in self._roles], np.int16)[found["role"]]
         found = found[np.lexsort((found["attempt"], found["role"], found["group"]))]
         sizes = np.diff(_bounds(found))
@@ -221,7 +227,7 @@ class _Writer:
         samples = sum(self._rows)
         left_out = samples - len(found)
         if not len(used):
-            raise UnusableRollouts(f"{left_out} of {samples} samples were left out: no group has two to compare")
+            raise UnusableData(f"{left_out} of {samples} samples were left out: no group has two to compare")
         bounds = np.concatenate(([0], np.cumsum(used)))
         return index, Counts(
             samples=samples,
@@ -249,14 +255,14 @@ def _check(batch: pa.RecordBatch, lengths: dict[str, NDArray[np.int32]], file: P
     for wrong, complaint in complaints:
         if wrong.any():
             row = int(np.argmax(wrong))
-            raise UnusableRollouts(f"sample {batch['sample_id'][row].as_py()} in {file} {complaint(row)}")
+            raise UnusableData(f"sample {batch['sample_id'][row].as_py()} in {file} {complaint(row)}")
 
 
 class _Chunks:
     """Reads samples from `samples.arrow`. The chunks read last stay in memory: a group is in one or two of them."""
 
-    def __init__(self, path: Path, roles: Sequence[str]) -> None:
-        self._roles = roles
+    def __init__(self, path: Path, roles: Sequence[str], parts: Sequence[str]) -> None:
+        self._roles, self._parts = roles, parts
         # Read, not mapped: what is mapped counts as a process's memory once it was touched, and an epoch touches all.
         self._file = pa.ipc.open_file(pa.OSFile(str(path)))
         self._kept: OrderedDict[int, pa.RecordBatch] = OrderedDict()
@@ -287,6 +293,6 @@ class _Chunks:
             token_ids=tokens,
             logprobs=logprobs,
             finished=bool(place["finished"]),
-            parts={part: float(place[f"reward_{part}"]) for part in PARTS},
+            parts={part: float(place[f"reward_{part}"]) for part in self._parts},
             reward=float(place["reward"]),
         )

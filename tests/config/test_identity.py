@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_rl.config.identity import CIRCUMSTANCES, WORLD_SIZE, config_hash, differing_keys, identity, to_json
+from hpc_rl.config.identity import circumstances, config_hash, differing_keys, identity, to_json
 from tests.config.conftest import Load
 
 CIRCUMSTANTIAL = (
@@ -34,8 +34,8 @@ EXPERIMENTAL = {
     "rewards.accuracy.mode=soft_gated": "rewards.accuracy.mode",
     "data.categories=[a]": "data.categories",
     "listener.question=Is it {coarse}?": "listener.question",
-    "stages.train.nodes=2": WORLD_SIZE,
-    "stages.train={gpus_per_node: 2}": WORLD_SIZE,
+    "stages.train.nodes=2": "stages.train.world_size",
+    "stages.train={gpus_per_node: 2}": "stages.train.world_size",
 }
 
 
@@ -67,7 +67,7 @@ def test_four_gpus_are_four_ranks_wherever_they_stand(small: Load) -> None:
 
 def test_every_circumstance_is_a_field(small: Load) -> None:
     flat = to_json(small())
-    for dotted in CIRCUMSTANCES:
+    for dotted in circumstances(type(small())):
         found = flat
         for part in dotted.split("."):
             assert part in found, dotted

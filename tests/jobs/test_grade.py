@@ -63,7 +63,7 @@ def test_only_accepted_attempts_are_graded_and_short_groups_are_counted(sampled:
     lines = [len(one.path("predictions.jsonl").read_text().splitlines()) for one in made]
     assert lines == [6, 0, 7]
 
-    counts = store.read(paths, group_size=4, groups=8).counts
+    counts = store.read(paths, parts=("accuracy", "format", "length"), group_size=4, groups=8).counts
     assert (counts.samples, counts.groups, counts.dropped_groups, counts.short_groups) == (13, 8, 4, 2)
 
 

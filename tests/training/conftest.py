@@ -47,6 +47,7 @@ CORPUS = [
     "A photo of a ring square. The ring is red green blue and plain striped dotted.",
 ]
 
+PARTS = ("accuracy", "format", "length")
 NewRun = Callable[..., Workspace]
 
 

@@ -45,7 +45,9 @@ def reward_live(folder: Path) -> int:
     from hpc_rl.run.workspace import Workspace
     from hpc_rl.services.client import ListenerClient
     from hpc_rl.training.distributed import process_group
-    from hpc_rl.training.live import Asked, LiveRewards
+    from hpc_rl.training.grpo_live import Asked, Game, LiveRewards
+    from hpc_rl.training.lewis_game import Judge
+    from tests.training.conftest import PARTS
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -77,7 +79,8 @@ def reward_live(folder: Path) -> int:
         services = {"listener": {"client": client}}
         config = LewisConfig.model_validate({**sections, "data": {"image_root": folder}, "services": services})
         with ListenerClient(Workspace(folder), config, token="of another run") as listener:
-            rewards = LiveRewards(world, config, rows, listener, Path("/dev/full"), None)
+            judge = Judge(config, rows, listener, Path("/dev/full"), PARTS)
+            rewards = LiveRewards(world, Game(["g"], ["Describe."], judge), PARTS, None)
             for text in ("a dog", ""):  # of no description nobody is asked
                 try:
                     print("REWARDS", rewards([Asked(text, 0)], 0), flush=True)

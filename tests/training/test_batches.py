@@ -13,8 +13,9 @@ from PIL import Image
 from hpc_rl.engines.base import Prompt, render
 from hpc_rl.engines.loading import load_processor
 from hpc_rl.training.batches import Batches, Pixels
+from hpc_rl.training.errors import UnusableData
 from hpc_rl.training.plan import Item, Shape
-from hpc_rl.training.rollouts import Rollout, UnusableRollouts
+from hpc_rl.training.rollouts import Rollout
 
 LIMITS = (3136, 56 * 56)
 
@@ -82,7 +83,7 @@ def test_a_vision_token_in_a_completion_is_named(processor: Any) -> None:
     images = {"a": [Image.new("RGB", (56, 56), "red")]}
     pad = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     item = Item(rollout(processor, "a", images["a"], [95, pad]), 1.0)
-    with pytest.raises(UnusableRollouts, match=r"r01-a-g0 holds a vision token, which sampling must ban"):
+    with pytest.raises(UnusableData, match=r"r01-a-g0 holds a vision token, which sampling must ban"):
         batches(processor, images).tensors([item], step_tokens=2)
 
 

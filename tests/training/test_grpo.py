@@ -16,9 +16,9 @@ from hpc_rl import config as configs
 from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.run import atomic, manifest
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.training.rollouts import UnusableRollouts
+from hpc_rl.training.errors import UnusableData
 from jobs import train
-from tests.training.conftest import NewRun
+from tests.training.conftest import PARTS, NewRun
 
 
 def run(ws: Workspace, round: int = 1) -> Any:
@@ -99,7 +99,9 @@ def test_loss_and_gradient_are_those_of_the_formula(new_run: NewRun, speaker: Pa
 
     config = config_of(ws)
     files = [manifest.read(ws, 1, "grade", shard).path("graded.parquet") for shard in range(2)]
-    made = plan.make(store.read(files, 4, 12), Shape(1, 1, 8), epochs=1, passes=1, scale="group", run_seed=0, round=1)
+    made = plan.make(
+        store.read(files, PARTS, 4, 12), Shape(1, 1, 8), epochs=1, passes=1, scale="group", run_seed=0, round=1
+    )
     rows = {row.id: row for row in read_rows(ws.dataset_dir(0) / "train.parquet")}
     processor = load_processor(speaker, config.speaker.min_pixels, config.speaker.max_pixels)
     model = AutoModelForImageTextToText.from_pretrained(speaker, dtype=torch.float32)
@@ -222,7 +224,7 @@ def test_training_once_more_gives_the_same_weights(trained: tuple[Workspace, Any
 
 
 def test_other_pixel_limits_than_in_sampling_are_an_error(new_run: NewRun) -> None:
-    with pytest.raises(UnusableRollouts, match=r"4 image tokens, but its pictures make 1: .* max_pixels"):
+    with pytest.raises(UnusableData, match=r"4 image tokens, but its pictures make 1: .* max_pixels"):
         run(new_run("speaker.max_pixels=784", "speaker.min_pixels=784"))
 
 
@@ -237,5 +239,5 @@ def test_rollouts_of_other_weights_are_an_error(new_run: NewRun) -> None:
         pq.write_table(table.set_column(place, "weights_hash", [["f" * 64] * len(table)]), path)
         data["outputs"][0].update(bytes=path.stat().st_size, sha256=manifest.sha256_of(path))
         atomic.write_json(stored, data)
-    with pytest.raises(UnusableRollouts, match=r"sampled with weights ffff.* Sample again"):
+    with pytest.raises(UnusableData, match=r"sampled with weights ffff.* Sample again"):
         run(ws)

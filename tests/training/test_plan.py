@@ -15,6 +15,7 @@ from hpc_rl.grading.samples import GradedSample, write_samples
 from hpc_rl.training import plan, store
 from hpc_rl.training.plan import Shape
 from hpc_rl.training.rollouts import Rollouts
+from tests.training.conftest import PARTS
 
 
 def rollouts_of(sizes: list[int]) -> Rollouts:
@@ -34,7 +35,7 @@ def rollouts_of(sizes: list[int]) -> Rollouts:
             )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         write_samples(Path(folder) / "graded.parquet", samples, GradedSample)
-        return store.read([Path(folder) / "graded.parquet"], 4, len(sizes))
+        return store.read([Path(folder) / "graded.parquet"], PARTS, 4, len(sizes))
 
 
 def make(

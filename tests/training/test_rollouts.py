@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from hpc_rl.grading.samples import GradedSample, write_samples
 from hpc_rl.training import plan, rollouts, store
-from hpc_rl.training.rollouts import UnusableRollouts, advantages, have_equal_rewards
+from hpc_rl.training.errors import UnusableData
+from hpc_rl.training.rollouts import advantages, have_equal_rewards
+from tests.training.conftest import PARTS
 
 
 def graded(
@@ -37,7 +39,9 @@ def read(
     paths = [tmp_path / f"{number}.parquet" for number in range(len(shards))]
     for path, shard in zip(paths, shards, strict=True):
         write_samples(path, shard, GradedSample)
-    return store.read(paths, group_size, groups or len({(one.group, one.role) for shard in shards for one in shard}))
+    return store.read(
+        paths, PARTS, group_size, groups or len({(one.group, one.role) for shard in shards for one in shard})
+    )
 
 
 def test_samples_come_back_as_groups_in_order_with_their_tokens(tmp_path: Path) -> None:
@@ -123,7 +127,7 @@ def test_advantages_are_those_of_trl(points: list[list[int]], scale: str) -> Non
     ],
 )
 def test_what_cannot_be_trained_on_is_named(tmp_path: Path, samples: list[GradedSample], complaint: str) -> None:
-    with pytest.raises(UnusableRollouts, match=complaint):
+    with pytest.raises(UnusableData, match=complaint):
         read(tmp_path, *([sample] for sample in samples))
 
 
@@ -171,11 +175,11 @@ def test_the_files_have_no_names_once_they_are_open(tmp_path: Path, monkeypatch:
     found = read(tmp_path, [graded(0, 0), graded(0, 1)])
     assert list(node.iterdir()) == []
     assert [r.id for r in next(found.groups)] == ["r01-0-speaker-g0", "r01-0-speaker-g1"]
-    with pytest.raises(UnusableRollouts):
+    with pytest.raises(UnusableData):
         read(tmp_path, [graded(0, 0)], [graded(0, 1, weights_hash="v")])
     assert list(node.iterdir()) == []
 
 
 def test_an_id_that_is_there_twice_is_found_across_files_and_among_those_left_out(tmp_path: Path) -> None:
-    with pytest.raises(UnusableRollouts, match=r"r01-0-speaker-g1 is there twice, the second time in .*1\.parquet"):
+    with pytest.raises(UnusableData, match=r"r01-0-speaker-g1 is there twice, the second time in .*1\.parquet"):
         read(tmp_path, [graded(0, 0), graded(0, 1)], [graded(1, 0), graded(1, 1, None, sample_id="r01-0-speaker-g1")])

@@ -1,4 +1,4 @@
-"""One training of a round on one rank: settings, model, trainer, the checkpoint to go on from, final weights."""
+"""One training of a round on one rank: model, checkpoints to go on from, final weights; it knows no algorithm."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,62 +14,84 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
-from hpc_rl.config.lewis import LewisConfig
-from hpc_rl.data.lewis import GameRow
+from hpc_rl.config.modeling import VisionModelConfig
 from hpc_rl.engines.base import banned_ids
 from hpc_rl.engines.loading import load_processor
-from hpc_rl.engines.weights import weights_hash
+from hpc_rl.engines.weights import Weights, weights_hash
+from hpc_rl.orchestrate.job import Job
 from hpc_rl.run.seeds import derive
-from hpc_rl.training import export, policy, settings
+from hpc_rl.training import export, models, settings
 from hpc_rl.training.checkpoints import Checkpoints, sync_files
 from hpc_rl.training.distributed import World, barrier, broadcast_object
-from hpc_rl.training.grpo import Grpo
 from hpc_rl.training.leaving import EXIT_TERMINATED, Leaving
+from hpc_rl.training.plan import Shape
 from hpc_rl.training.reporting import Reporter, Saving
+from hpc_rl.training.task import TrainTask
 
 log = logging.getLogger(__name__)
 
-VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a round's training begins with: the policy's weights, the game of a row id, and where its pictures lie."""
-
-    base: str
-    adapter: Path | None
-    weights: str
-    row_of: Callable[[str], GameRow]
-    image_root: Path
+NOT_IN_A_CHECKPOINT = {"save_steps", "keep_checkpoints", "backend"}
+"""Settings that may change between a checkpoint and its continuation."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where one training writes. `token` is unique to the claim under which it runs."""
+    """Where one training writes.
+
+    Attributes
+    ----------
+    checkpoints, final, tensorboard
+        Folders.
+    token
+        Unique to the claim under which it runs.
+    output
+        The path of one more output of the stage, whose name ends as said.
+    debug
+        File for this rank's raw completions and rewards (L24), or None.
+    """
 
     checkpoints: Path
     final: Path
     tensorboard: Path | None
     token: str
+    output: Callable[[str], Path]
+    debug: Path | None
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of it, on rank 0: the hash of the final weights, and numbers for the manifest."""
+    """What came of it, on rank 0: the hash of the final weights, numbers for the manifest, and other outputs."""
 
     weights: str
     metrics: Mapping[str, Any]
+    outputs: Sequence[Path] = ()
 
 
 @dataclass
-class RoundTraining:
-    """Everything that trainings on stored and on live rollouts have in common. All ranks do the same with theirs."""
+class TrainRun:
+    """What all trainings have in common. All ranks do the same with theirs.
 
-    config: LewisConfig
-    round: int
+    Attributes
+    ----------
+    job, task
+        The run, and what is asked of this stage.
+    world, leaving
+        Which rank this is, and whether it was told to leave.
+    start
+        The weights that it begins with.
+    places
+        Where it writes.
+    progress
+        Called with optimizer steps done and in all.
+    still_ours
+        Whether the claim holds and nobody has committed the stage.
+    """
+
+    job: Job
+    task: TrainTask
     world: World
     leaving: Leaving
-    start: Start
+    start: Weights
     places: Places
     progress: Callable[[int, int], None]
     still_ours: Callable[[], bool]
@@ -77,50 +99,58 @@ class RoundTraining:
     resumed_from: int = 0
 
     @property
+    def round(self) -> int:
+        """The round."""
+        return self.job.round
+
+    @property
     def deepspeed(self) -> dict[str, Any] | None:
         """The DeepSpeed config."""
-        return settings.deepspeed_config(self.config.train.deepspeed)
+        return settings.deepspeed_config(self.task)
+
+    @property
+    def shape(self) -> Shape:
+        """The size of an optimizer step on the ranks that there are."""
+        options = self.task.settings
+        return Shape(self.world.size, options.gradient_accumulation_steps, options.per_device_batch_size)
 
     def processor(self) -> Any:
-        """Tokenizer and image processor, with the run's pixel limits (L19)."""
-        speaker = self.config.speaker
-        return load_processor(self.start.base, speaker.min_pixels, speaker.max_pixels)
+        """Tokenizer, or processor with the run's pixel limits (L19) of a model that sees."""
+        model = self.task.role.model
+        limits = (model.min_pixels, model.max_pixels) if isinstance(model, VisionModelConfig) else (None, None)
+        return load_processor(self.start.base, *limits)
 
     def model(self, tokenizer: Any) -> Any:
         """The policy. The trainer's settings must have been made: with ZeRO-3 they decide how it is loaded."""
-        seed = derive(self.config.run.seed, self.round, "adapter")
+        seed = derive(self.job.config.run.seed, self.round, "adapter")
         set_seed(seed)
-        model = policy.load_policy(
-            self.config.speaker, self.start.base, self.start.adapter, deepspeed=self.deepspeed is not None, seed=seed
+        model = models.load(
+            self.task.role.model, self.start.base, self.start.adapter, deepspeed=self.deepspeed is not None, seed=seed
         )
-        policy.ban(model, banned_ids(self.start.base, tokenizer))
+        models.ban(model, banned_ids(self.start.base, tokenizer))
         return model
 
     def initial_model(self, tokenizer: Any) -> Any:
         """The model that KL is measured to, where it is not the policy without its adapter."""
-        model = policy.load_initial_model(self.config.speaker)
-        policy.ban(model, banned_ids(self.start.base, tokenizer))
+        model = models.load_initial(self.task.role.model)
+        models.ban(model, banned_ids(self.start.base, tokenizer))
         return model
 
-    def trainer_parts(self, tokenizer: Any, checkpoints: Checkpoints) -> dict[str, Any]:
-        """Arguments that every trainer takes."""
+    def driving(self, checkpoints: Checkpoints) -> dict[str, Any]:
+        """Arguments that every trainer takes, `batches` apart (`hpc_rl.training.base.Driven`)."""
+        options = self.task.settings
         self._reporter = Reporter(self.places.tensorboard if self.world.is_main else None, self.progress)
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self._saving = Saving(self.config.train.save_steps, self.leaving, device)
+        self._saving = Saving(options.save_steps, self.leaving, device)
 
         def seal(folder: Path) -> None:
             sync_files(folder)
             barrier()
             if self.world.is_main:
-                checkpoints.seal(folder, self.config.train.keep_checkpoints)
+                checkpoints.seal(folder, options.keep_checkpoints)
             barrier()  # a rank that leaves now would take rank 0 with it (srun --kill-on-bad-exit)
 
-        return {
-            "beta": self.config.train.beta,
-            "initial_model": lambda: self.initial_model(tokenizer),
-            "seal": seal,
-            "callbacks": [self._reporter, self._saving],
-        }
+        return {"seal": seal, "callbacks": [self._reporter, self._saving]}
 
     def remove_checkpoints(self) -> None:
         """Remove the intermediate checkpoints: the final weights are verified and have their manifest (L23)."""
@@ -128,11 +158,12 @@ class RoundTraining:
 
     def checkpoints(self, work: str) -> Checkpoints:
         """The stage's checkpoints; `work` is the fingerprint of what is trained on."""
-        train = self.config.train.model_dump(mode="json", exclude={"save_steps", "keep_checkpoints", "backend"})
+        task, config = self.task, self.job.config
         same = {
-            "work": work, "round": self.round, "weights": self.start.weights, "ranks": self.world.size, "train": train,
-            "speaker": self.config.speaker.model_dump(mode="json", exclude={"path"}), "deepspeed": self.deepspeed,
-            "seed": self.config.run.seed, "temperature": self.config.sample.temperature,
+            "work": work, "round": self.round, "weights": self.start.hash, "ranks": self.world.size,
+            "algorithm": task.algorithm, "settings": task.settings.model_dump(mode="json", exclude=NOT_IN_A_CHECKPOINT),
+            "model": task.role.model.model_dump(mode="json", exclude={"path"}), "deepspeed": self.deepspeed,
+            "seed": config.run.seed, "temperature": task.sampling.temperature,
         }  # fmt: skip
         fingerprint = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
         checkpoints = Checkpoints(self.places.checkpoints, self.places.token, fingerprint)
@@ -141,7 +172,7 @@ class RoundTraining:
         barrier()
         return checkpoints
 
-    def run(self, trainer: Grpo, checkpoints: Checkpoints) -> Trained | None:
+    def train(self, trainer: Any, checkpoints: Checkpoints) -> Trained | None:
         """Train to the end and write the final weights.
 
         None on ranks other than 0, and on rank 0 when the round was taken over meanwhile: then nothing was changed.
@@ -164,7 +195,7 @@ class RoundTraining:
         self.seconds["training"] = time.monotonic() - began
         return self._finish(trainer)
 
-    def _finish(self, trainer: Grpo) -> Trained | None:
+    def _finish(self, trainer: Any) -> Trained | None:
         began = time.monotonic()
         state = export.gather(trainer)
         result = None
@@ -172,7 +203,8 @@ class RoundTraining:
             final, token = self.places.final, self.places.token
             model = trainer.accelerator.unwrap_model(trainer.model)
             try:
-                folder = export.write(model, trainer.processing_class, state, final, token, self.config.speaker.dtype)
+                dtype = self.task.role.model.dtype
+                folder = export.write(model, trainer.processing_class, state, final, token, dtype)
                 weights = weights_hash(folder)
                 if export.put_in_place(folder, final, token, self.still_ours):
                     self.seconds["exporting"] = time.monotonic() - began
@@ -183,7 +215,7 @@ class RoundTraining:
         barrier()
         return result
 
-    def _metrics(self, trainer: Grpo) -> dict[str, Any]:
+    def _metrics(self, trainer: Any) -> dict[str, Any]:
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
         means = {
             name: sum(values) / len(values)
@@ -208,6 +240,6 @@ class RoundTraining:
             **{ours: float(steps[0][theirs]) for theirs, ours in at_first.items() if steps and theirs in steps[0]},
             "last_learning_rate": float(steps[-1]["learning_rate"]) if steps else 0.0,
             "last_loss": float(steps[-1]["loss"]) if steps else 0.0,
-            "trained_parameters": sum(policy.size(p) for p in trainer.model.parameters() if p.requires_grad),
+            "trained_parameters": sum(models.size(p) for p in trainer.model.parameters() if p.requires_grad),
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
         }

@@ -1,4 +1,4 @@
-"""The model that is trained: number type, LoRA or all weights, frozen vision; and the model that KL is measured to."""
+"""The model that is trained: number type, LoRA or all weights, frozen vision; and the one that KL is measured to."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils.logging import disable_progress_bar
 
-from hpc_rl.config.modeling import SpeakerConfig
+from hpc_rl.config.modeling import LoraConfig, ModelConfig, SpeakerConfig, TrainedModelConfig, VisionModelConfig
 from hpc_rl.engines.base import BAN_BIAS
 from hpc_rl.engines.loading import choose_attention, pick_device
 
@@ -21,16 +21,18 @@ VISION = frozenset({"visual", "vision_tower", "vision_model"})
 """What families call the vision part of the model."""
 
 
-def load_policy(speaker: SpeakerConfig, base: str, adapter: Path | None, *, deepspeed: bool, seed: int) -> Any:
-    """The policy to be trained, as the last round left it.
+def load(section: TrainedModelConfig, base: str, adapter: Path | None, *, deepspeed: bool, seed: int) -> Any:
+    """The model to be trained, as the last round left it.
 
-    Without DeepSpeed, trained weights are float32 whatever `speaker.dtype` is (forward passes run in `speaker.dtype` by
-    autocast): steps of 5e-7 vanish in bfloat16. DeepSpeed keeps float32 masters of its own.
+    Without DeepSpeed, trained weights are float32 whatever its `dtype` is (forward passes run in `dtype` by autocast):
+    steps of 5e-7 vanish in bfloat16. DeepSpeed keeps float32 masters of its own.
 
     Parameters
     ----------
+    section
+        Of the config.
     base, adapter
-        Model folder, and the adapter to go on with. With `speaker.lora` and none a new one is put on, which changes
+        Model folder, and the adapter to go on with. With `lora` and none a new one is put on, which changes
         nothing yet.
     seed
         Of a new adapter's first weights.
@@ -39,43 +41,44 @@ def load_policy(speaker: SpeakerConfig, base: str, adapter: Path | None, *, deep
     -------
     PeftModel or PreTrainedModel
     """
-    lora = speaker.lora
-    dtype = speaker.dtype if lora is not None or deepspeed else "float32"
-    model = _load(base, dtype, speaker)
+    lora = section.lora
+    dtype = section.dtype if lora is not None or deepspeed else "float32"
+    model = _load(base, dtype, section)
     if lora is None:
-        if speaker.freeze_vision:
+        if freezes_vision(section):
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(VISION.isdisjoint(name.split(".")))
     else:
-        model = _with_adapter(model, speaker, adapter, deepspeed, seed)
+        model = _with_adapter(model, lora, adapter, deepspeed, seed)
     trained = sum(size(p) for p in model.parameters() if p.requires_grad)
     log.info("trained: %s of %s parameters", f"{trained:,}", f"{sum(size(p) for p in model.parameters()):,}")
     if not trained:
-        raise ValueError(
-            f"speaker.lora.target_modules matches no module of {base}: {lora.target_modules if lora else '-'}"
-        )
+        raise ValueError(f"lora.target_modules matches no module of {base}: {lora.target_modules if lora else '-'}")
     return model
 
 
-def _with_adapter(model: Any, speaker: SpeakerConfig, adapter: Path | None, deepspeed: bool, seed: int) -> Any:
-    from peft import LoraConfig, PeftModel, get_peft_model
+def freezes_vision(section: TrainedModelConfig) -> bool:
+    """Whether a vision tower is left as it is."""
+    return isinstance(section, SpeakerConfig) and section.freeze_vision
 
-    lora = speaker.lora
-    assert lora is not None
+
+def _with_adapter(model: Any, lora: LoraConfig, adapter: Path | None, deepspeed: bool, seed: int) -> Any:
+    import peft
+
     # ZeRO gathers parameters of one number type only; without it PEFT keeps the adapter in float32
     # (https://github.com/huggingface/trl/issues/6089).
     autocast = not deepspeed
     if adapter is not None:
         log.info("going on with the adapter in %s", adapter)
-        loaded = PeftModel.from_pretrained(
+        loaded = peft.PeftModel.from_pretrained(
             model, str(adapter), is_trainable=True, autocast_adapter_dtype=autocast, local_files_only=True
         )
         loaded.peft_config["default"].base_model_name_or_path = model.config.name_or_path  # models may have moved
         return loaded
     torch.manual_seed(seed)
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    fresh = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
-    return get_peft_model(model, fresh, autocast_adapter_dtype=autocast)
+    fresh = peft.LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    return peft.get_peft_model(model, fresh, autocast_adapter_dtype=autocast)
 
 
 def ban(model: Any, token_ids: Sequence[int]) -> None:
@@ -101,17 +104,22 @@ def _head(model: Any) -> Any:
     return getattr(model, "get_base_model", lambda: model)().get_output_embeddings()
 
 
-def load_initial_model(speaker: SpeakerConfig) -> Any:
+def load_initial(section: TrainedModelConfig) -> Any:
     """The run's initial model, frozen: the reference of full training. (With LoRA: the policy without its adapter.)"""
-    model = _load(str(speaker.path), speaker.dtype, speaker)
+    model = _load(str(section.path), section.dtype, section)
     return model.requires_grad_(False).eval()
 
 
-def _load(path: str, dtype: str, speaker: SpeakerConfig) -> Any:
+def auto_class(section: ModelConfig) -> Any:
+    """What loads a model of this section."""
+    return AutoModelForImageTextToText if isinstance(section, VisionModelConfig) else AutoModelForCausalLM
+
+
+def _load(path: str, dtype: str, section: TrainedModelConfig) -> Any:
     disable_progress_bar()  # logs are files
-    attention = choose_attention(speaker.attn_implementation, pick_device())
+    attention = choose_attention(section.attn_implementation, pick_device())
     log.info("%s in %s, attention %s", path, dtype, attention)  # L19
-    return AutoModelForImageTextToText.from_pretrained(
+    return auto_class(section).from_pretrained(
         path,
         dtype=getattr(torch, dtype),
         attn_implementation=attention,

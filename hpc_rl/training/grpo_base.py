@@ -1,0 +1,79 @@
+"""What GRPO on stored and on live rollouts have in common: TRL's settings, the KL term to the run's initial model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import is_peft_model
+
+from hpc_rl.config.training import GrpoTrainConfig
+from hpc_rl.training import settings
+from hpc_rl.training.base import Driven
+from hpc_rl.training.run import TrainRun
+from hpc_rl.training.trl_parts import GRPOConfig, GRPOTrainer, add_fused_lm_head, prepare_deepspeed
+
+
+def options_of(run: TrainRun) -> GrpoTrainConfig:
+    """The run's section for GRPO."""
+    options = run.task.settings
+    assert isinstance(options, GrpoTrainConfig)
+    return options
+
+
+def grpo_config(run: TrainRun, output: Path, **more: Any) -> GRPOConfig:
+    """Settings of TRL's trainer. Make them before the model: with ZeRO-3 they decide how models are loaded."""
+    options, sampling = options_of(run), run.task.sampling
+    return GRPOConfig(
+        **settings.common(run, output),
+        num_generations=sampling.samples_per_prompt,
+        max_completion_length=sampling.max_tokens,
+        temperature=sampling.temperature,
+        epsilon=options.epsilon,
+        beta=0.0,  # the trainer sets it later: TRL would take the round's first policy for the initial model
+        loss_type=options.loss_type,
+        scale_rewards=options.scale_rewards,
+        reward_weights=list(run.task.rewards.values()),
+        **more,
+    )
+
+
+class Grpo(Driven, GRPOTrainer):  # type: ignore[misc]
+    """TRL's trainer with a KL term to the run's initial model.
+
+    Parameters
+    ----------
+    parts
+        Names of the parts of the reward.
+    beta
+        Weight of the KL term.
+    initial_model
+        Loads the model that KL is measured to; not called where there is no KL, nor with LoRA, where it is the policy
+        without its adapter.
+    """
+
+    def __init__(
+        self, *, processor: Any, parts: list[str], beta: float, initial_model: Callable[[], Any], **others: Any
+    ) -> None:
+        super().__init__(processing_class=processor, reward_funcs=[_named(part) for part in parts], **others)
+        if beta:
+            self.beta = beta
+            if not is_peft_model(self.model):
+                self.ref_model = self._prepare_reference(initial_model())
+
+    def _prepare_reference(self, model: Any) -> Any:
+        add_fused_lm_head(model, temperature=self.temperature)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(model, self.accelerator)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def _named(part: str) -> Callable[..., list[float]]:
+    """A name for TRL's list of reward functions, which is never called: rewards are computed in other places."""
+
+    def never(**_: Any) -> list[float]:
+        raise AssertionError(f"the reward {part} is not computed here")
+
+    never.__name__ = part
+    return never

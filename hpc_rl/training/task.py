@@ -1,0 +1,66 @@
+"""What a recipe asks of a training stage: which algorithm, on which data, from which weights. No torch in here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hpc_rl.config.phases import SampleConfig
+from hpc_rl.config.training import TrainConfig
+from hpc_rl.engines.weights import Role
+from hpc_rl.orchestrate.graph import StageId
+
+
+@dataclass(frozen=True)
+class Data:
+    """The outputs of a finished stage whose names end with `file`, one of each shard."""
+
+    stage: StageId
+    file: str
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """One training of one role in one round.
+
+    Attributes
+    ----------
+    algorithm
+        Its name: see `hpc_rl.training.algorithms`.
+    settings
+        Its section of the config, and that section's name, for messages.
+    role, trained_rounds
+        What is trained, and for how many rounds it has been: 0 begins with the run's initial model.
+    data
+        What it is trained on.
+    sampling, groups
+        Of rollouts: how they were drawn, and of how many groups (prompts × roles).
+    rewards
+        Of rollouts: weights of the parts of the reward, by their names.
+    pictures
+        Of data with pictures: `module:function`, called with the job; it returns a function from a row's id to its
+        pictures, in the order in which the prompt has them. None: texts alone.
+    live
+        Of an algorithm that samples by itself: `module:function`, called with the run; a context manager that gives a
+        `hpc_rl.training.grpo_live.Game`.
+    """
+
+    algorithm: str
+    settings: TrainConfig
+    section: str
+    role: Role
+    trained_rounds: int
+    data: Data | None = None
+    sampling: SampleConfig = field(default_factory=SampleConfig)
+    groups: int = 0
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    pictures: str | None = None
+    live: str | None = None
+
+
+def find(name: str) -> Any:
+    """What `module:function` names."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
