@@ -79,10 +79,14 @@ def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, lea
     from hpc_rl.training.run import TrainRun
 
     _set_up_wandb(job)
-    weights = broadcast_object(weights_of(job.ws, task.role, task.trained_rounds) if world.is_main else None)
-    assert weights is not None
+    roles = [task.role, *([task.second] if task.second else [])]
+    starts = broadcast_object([weights_of(job.ws, r, task.trained_rounds) for r in roles] if world.is_main else None)
+    assert starts is not None
+    weights = starts[0]
     places = _places(job, task, shard, token, world.rank)
-    run = TrainRun(job, task, world, leaving, weights, places, shard.progress, shard.still_ours)
+    run = TrainRun(
+        job, task, world, leaving, weights, places, shard.progress, shard.still_ours, starts[1] if task.second else None
+    )
     try:
         trained = algorithms.load(task.algorithm).train(run)
     except ServiceUnavailable as error:
@@ -118,6 +122,7 @@ def _places(job: Job, task: TrainTask, shard: Shard, token: str, rank: int) -> P
         token=token,
         output=shard.output,
         debug=_debug_file(job, task, rank),
+        second=job.ws.checkpoint_dir(task.second.name, job.round) if task.second else None,
     )
 
 

@@ -20,6 +20,9 @@ Tensors = dict[str, Any]
 
 UNITS = "units"
 """Key of a batch: ids of what is in it, for messages. It goes no further than the trainer."""
+SHARE = "share"
+"""Key of a batch: what a mean over its rows is multiplied by, so that all rows of the optimizer step count alike. It is
+1 where every forward pass of the step is full, and 0 for one that has only a filler."""
 IN_MODEL_DTYPE = ("pixel_values",)
 """Keys of a batch that take the model's number type under DeepSpeed; log-probabilities need all of float32."""
 
@@ -40,8 +43,15 @@ class Driven:
         This rank's batches; None where TRL makes them (live rollouts).
     seal
         Called on all ranks after all have written their part of a checkpoint, with its folder.
+
+    Attributes
+    ----------
+    mean_over_rows
+        Whether TRL's loss of a forward pass is a mean over its rows (and not a sum over tokens of the whole step): then
+        it is multiplied by the batch's share.
     """
 
+    mean_over_rows = True
     args: Any
     state: Any
     accelerator: Any
@@ -49,6 +59,7 @@ class Driven:
     def __init__(self, *, batches: Loads | None, seal: Callable[[Path], None], **trl: Any) -> None:
         self._batches, self._seal = batches, seal
         self._units: tuple[str, ...] = ()
+        self._share = 1.0
         super().__init__(**trl)
         self.remove_callback(PrinterCallback)  # type: ignore[attr-defined]
 
@@ -71,7 +82,7 @@ class Driven:
             name: value.to(self.accelerator.device) if torch.is_tensor(value) else value
             for name, value in inputs.items()
         }
-        self._units = tuple(moved.pop(UNITS, ()))
+        self._units, self._share = tuple(moved.pop(UNITS, ())), float(moved.pop(SHARE, 1.0))
         if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
             dtype = self.args.hf_deepspeed_config.dtype()
             moved |= {name: moved[name].to(dtype) for name in IN_MODEL_DTYPE if name in moved}
@@ -92,7 +103,10 @@ class Driven:
             ours = f"; this rank's batch has {', '.join(self._units[:4])}" if self._units else ""
             ranks = ", ".join(str(rank) for rank, fine in enumerate(finite) if not fine)
             raise Diverged(f"the loss of step {self.state.global_step + 1} is not finite on rank {ranks}{ours}")
-        return found
+        if not self.mean_over_rows:
+            return found
+        scaled = loss * self._share
+        return (scaled, *found[1:]) if isinstance(found, tuple) else scaled
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """transformers' own: TRL's writes a model card first, for the hub. Then it is sealed."""

@@ -40,8 +40,8 @@ class Places:
 
     Attributes
     ----------
-    checkpoints, final, tensorboard
-        Folders.
+    checkpoints, final, second, tensorboard
+        Folders; `second` for the final weights of the task's second model.
     token
         Unique to the claim under which it runs.
     output
@@ -56,6 +56,7 @@ class Places:
     token: str
     output: Callable[[str], Path]
     debug: Path | None
+    second: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class TrainRun:
         The run, and what is asked of this stage.
     world, leaving
         Which rank this is, and whether it was told to leave.
-    start
-        The weights that it begins with.
+    start, second
+        The weights that it begins with, and those of the task's second model.
     places
         Where it writes.
     progress
@@ -95,6 +96,7 @@ class TrainRun:
     places: Places
     progress: Callable[[int, int], None]
     still_ours: Callable[[], bool]
+    second: Weights | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     resumed_from: int = 0
 

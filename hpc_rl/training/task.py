@@ -33,8 +33,12 @@ class TrainTask:
         Its section of the config, and that section's name, for messages.
     role, trained_rounds
         What is trained, and for how many rounds it has been: 0 begins with the run's initial model.
+    second
+        What is trained beside it, of an algorithm that trains two models; it has been trained for as many rounds.
     data
         What it is trained on.
+    reference
+        Log-probabilities under the reference model, where a stage of their own has computed them (`jobs.reference`).
     sampling, groups
         Of rollouts: how they were drawn, and of how many groups (prompts × roles).
     rewards
@@ -52,7 +56,9 @@ class TrainTask:
     section: str
     role: Role
     trained_rounds: int
+    second: Role | None = None
     data: Data | None = None
+    reference: Data | None = None
     sampling: SampleConfig = field(default_factory=SampleConfig)
     groups: int = 0
     rewards: Mapping[str, float] = field(default_factory=dict)
