@@ -1,14 +1,14 @@
-"""The model that is trained: number type, LoRA or all weights, frozen vision; and the one that KL is measured to."""
+"""The model that is trained: its head, number type, LoRA or all weights, frozen vision; and the run's initial model."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
 from transformers.utils.logging import disable_progress_bar
 
 from hpc_rl.config.modeling import LoraConfig, ModelConfig, SpeakerConfig, TrainedModelConfig, VisionModelConfig
@@ -20,8 +20,15 @@ log = logging.getLogger(__name__)
 VISION = frozenset({"visual", "vision_tower", "vision_model"})
 """What families call the vision part of the model."""
 
+Head = Literal["lm", "score"]
+"""What a model ends in: log-probabilities of tokens, or one number (a reward model's or verifier's)."""
+SCORE = "score"
+"""What transformers' decoder models call the head of one number."""
 
-def load(section: TrainedModelConfig, base: str, adapter: Path | None, *, deepspeed: bool, seed: int) -> Any:
+
+def load(
+    section: TrainedModelConfig, base: str, adapter: Path | None, *, deepspeed: bool, seed: int, head: Head = "lm"
+) -> Any:
     """The model to be trained, as the last round left it.
 
     Without DeepSpeed, trained weights are float32 whatever its `dtype` is (forward passes run in `dtype` by autocast):
@@ -35,7 +42,8 @@ def load(section: TrainedModelConfig, base: str, adapter: Path | None, *, deepsp
         Model folder, and the adapter to go on with. With `lora` and none a new one is put on, which changes
         nothing yet.
     seed
-        Of a new adapter's first weights.
+        Of the first weights of a new adapter, and of a head that `base` does not have. With LoRA a head of one number
+        is trained whole, and its weights are the adapter's.
 
     Returns
     -------
@@ -43,13 +51,14 @@ def load(section: TrainedModelConfig, base: str, adapter: Path | None, *, deepsp
     """
     lora = section.lora
     dtype = section.dtype if lora is not None or deepspeed else "float32"
-    model = _load(base, dtype, section)
+    torch.manual_seed(seed)
+    model = _load(base, dtype, section, head)
     if lora is None:
         if freezes_vision(section):
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(VISION.isdisjoint(name.split(".")))
     else:
-        model = _with_adapter(model, lora, adapter, deepspeed, seed)
+        model = _with_adapter(model, lora, adapter, deepspeed, seed, head)
     trained = sum(size(p) for p in model.parameters() if p.requires_grad)
     log.info("trained: %s of %s parameters", f"{trained:,}", f"{sum(size(p) for p in model.parameters()):,}")
     if not trained:
@@ -62,7 +71,7 @@ def freezes_vision(section: TrainedModelConfig) -> bool:
     return isinstance(section, SpeakerConfig) and section.freeze_vision
 
 
-def _with_adapter(model: Any, lora: LoraConfig, adapter: Path | None, deepspeed: bool, seed: int) -> Any:
+def _with_adapter(model: Any, lora: LoraConfig, adapter: Path | None, deepspeed: bool, seed: int, head: Head) -> Any:
     import peft
 
     # ZeRO gathers parameters of one number type only; without it PEFT keeps the adapter in float32
@@ -74,11 +83,19 @@ def _with_adapter(model: Any, lora: LoraConfig, adapter: Path | None, deepspeed:
             model, str(adapter), is_trainable=True, autocast_adapter_dtype=autocast, local_files_only=True
         )
         loaded.peft_config["default"].base_model_name_or_path = model.config.name_or_path  # models may have moved
-        return loaded
-    torch.manual_seed(seed)
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    fresh = peft.LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
-    return peft.get_peft_model(model, fresh, autocast_adapter_dtype=autocast)
+    else:
+        torch.manual_seed(seed)
+        targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+        fresh = peft.LoraConfig(
+            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
+            modules_to_save=[SCORE] if head == "score" else None,
+        )  # fmt: skip
+        loaded = peft.get_peft_model(model, fresh, autocast_adapter_dtype=autocast)
+    if autocast:  # PEFT leaves out a head that is trained whole
+        for parameter in loaded.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return loaded
 
 
 def ban(model: Any, token_ids: Sequence[int]) -> None:
@@ -106,24 +123,27 @@ def _head(model: Any) -> Any:
 
 def load_initial(section: TrainedModelConfig) -> Any:
     """The run's initial model, frozen: the reference of full training. (With LoRA: the policy without its adapter.)"""
-    model = _load(str(section.path), section.dtype, section)
+    model = _load(str(section.path), section.dtype, section, "lm")
     return model.requires_grad_(False).eval()
 
 
-def auto_class(section: ModelConfig) -> Any:
+def auto_class(section: ModelConfig, head: Head) -> Any:
     """What loads a model of this section."""
+    if head == "score":
+        return AutoModelForSequenceClassification
     return AutoModelForImageTextToText if isinstance(section, VisionModelConfig) else AutoModelForCausalLM
 
 
-def _load(path: str, dtype: str, section: TrainedModelConfig) -> Any:
+def _load(path: str, dtype: str, section: TrainedModelConfig, head: Head) -> Any:
     disable_progress_bar()  # logs are files
     attention = choose_attention(section.attn_implementation, pick_device())
     log.info("%s in %s, attention %s", path, dtype, attention)  # L19
-    return auto_class(section).from_pretrained(
+    return auto_class(section, head).from_pretrained(
         path,
         dtype=getattr(torch, dtype),
         attn_implementation=attention,
         local_files_only=True,
+        **({"num_labels": 1} if head == "score" else {}),
     )
 
 

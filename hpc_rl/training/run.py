@@ -122,14 +122,16 @@ class TrainRun:
         limits = (model.min_pixels, model.max_pixels) if isinstance(model, VisionModelConfig) else (None, None)
         return load_processor(self.start.base, *limits)
 
-    def model(self, tokenizer: Any) -> Any:
-        """The policy. The trainer's settings must have been made: with ZeRO-3 they decide how it is loaded."""
+    def model(self, tokenizer: Any, head: models.Head = "lm") -> Any:
+        """What is trained. The trainer's settings must have been made: with ZeRO-3 they decide how it is loaded."""
         seed = derive(self.job.config.run.seed, self.round, "adapter")
         set_seed(seed)
         model = models.load(
-            self.task.role.model, self.start.base, self.start.adapter, deepspeed=self.deepspeed is not None, seed=seed
-        )
-        models.ban(model, banned_ids(self.start.base, tokenizer))
+            self.task.role.model, self.start.base, self.start.adapter,
+            deepspeed=self.deepspeed is not None, seed=seed, head=head,
+        )  # fmt: skip
+        if head == "lm":
+            models.ban(model, banned_ids(self.start.base, tokenizer))
         return model
 
     def initial_model(self, tokenizer: Any) -> Any:
