@@ -5,11 +5,16 @@ Learning rate and batch stand here only; a DeepSpeed JSON says "auto" (L18).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hpc_rl.config.base import FilePath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from hpc_rl.config.base import Fault, FilePath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+Reference = Literal["pass", "stage", "live"]
+"""Where log-probabilities under the reference model come from. pass: it goes once over the data before training. stage:
+a stage of the recipe has done so. live: it is in memory beside the trained model and asked with each batch."""
 
 
 class TrainConfig(Section):
@@ -38,28 +43,97 @@ class TrainConfig(Section):
     """Recompute activations instead of storing them (L19)."""
     deepspeed: FilePath | None = None
     """DeepSpeed JSON, `configs/deepspeed/zero3_offload.json` (L18). null = plain data parallel."""
+    fsdp: FilePath | None = None
+    """FSDP JSON, `configs/fsdp/full_shard.json`, in place of DeepSpeed; on GPUs only. null = none."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """torch.distributed backend. auto: nccl on GPUs, gloo on CPUs."""
     save_steps: PositiveInt = 50
     """Optimizer steps between two checkpoints from which a killed training job goes on."""
+    save_minutes: PositiveFloat = 10
+    """Minutes after which a checkpoint is made although `save_steps` asks for none: what a kill costs at most. Longer
+    where saving is slow, so that it takes no more than 5 % of the time. One is also made when the job is told to leave,
+    and before its time limit when another step would not fit."""
     keep_checkpoints: PositiveInt = 2
     """Checkpoints of a training job that are kept; removed once its final weights are verified (L23)."""
+    export: Literal["adapter", "merged", "both"] = "adapter"
+    """What a round leaves of LoRA. adapter: a PEFT folder, with which the next round goes on. merged: a whole model,
+    which the next round puts a new adapter on; a reward model is served so. both: the adapter, and the whole model in
+    `merged` beside it. Without `lora` it is the whole model."""
+    fused_kernels: Literal["auto", "off"] = "auto"
+    """Liger's fused layers. auto: where liger_kernel is installed, on GPUs; the log says which."""
+    log_completions: NonNegativeInt = 4
+    """Texts of the step's first batch that go to TensorBoard with each logged step; 0 = none."""
 
 
-class GrpoTrainConfig(TrainConfig):
-    """GRPO (L15, L18; Shao et al. 2024, arXiv:2402.03300)."""
+class OnPolicyTrainConfig(TrainConfig):
+    """What GRPO and RLOO have in common. A batch is made of completions."""
 
     rollouts: Literal["round", "live"] = "round"
     """round: train on the round's graded samples. live: the trainer generates and asks for rewards by itself."""
     passes: PositiveInt = 1
     """Optimizer passes over the same rollouts before the next (num_iterations, μ in the GRPO paper)."""
-    epsilon: PositiveFloat = 0.2
-    """Clip range of the importance ratio."""
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Importance ratios count between 1 − ε and 1 + ε."""
+    epsilon_high: PositiveFloat | None = None
+    """The same for the upper end (DAPO, arXiv:2503.14476: 0.28). null = `epsilon`."""
     beta: NonNegativeFloat = 0.0
-    """Weight of the k3 KL estimate to the initial model (L15); 0 needs no reference model."""
+    """Weight of the KL divergence to the initial model (L15); 0 needs no reference model."""
+    reference: Reference = "pass"
+    """Where the initial model's log-probabilities come from, with `rollouts: round`; otherwise it is always live."""
+    drop_equal_groups: bool = True
+    """Leave out groups whose rewards are all equal: their advantages are 0. With `beta` they would still count for the
+    divergence. The number is reported either way."""
+    live_max_steps: PositiveInt | None = None
+    """Optimizer steps of a round with `rollouts: live`. null = one pass over the round's prompts."""
+
+    def faults(self) -> Iterator[Fault]:
+        """What has no meaning for samples that the trainer draws by itself."""
+        if self.rollouts == "live" and self.reference == "stage":
+            yield Fault(("reference",), "stage, but samples that do not exist yet cannot be scored", "pass or live")
+
+
+class GrpoTrainConfig(OnPolicyTrainConfig):
+    """GRPO (L15, L18; Shao et al. 2024, arXiv:2402.03300)."""
+
     loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo"] = "dapo"
     """How token losses are averaged."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What the advantage is divided by: the deviation of the group (L15), of the batch, or nothing."""
-    live_max_steps: PositiveInt | None = None
-    """Optimizer steps of a round with `rollouts: live`. null = one pass over the round's prompts."""
+    correction: Literal["clip", "truncate", "mask"] = "clip"
+    """What makes up for the difference between the engine that sampled and the one that trains. clip: the sampler's
+    log-probabilities are the old policy's, so the clip range holds for it too. truncate: the old policy is scored anew,
+    and each token weighs min(old / sampled, cap). mask: a completion beyond the cap, as a whole, does not count."""
+    correction_cap: PositiveFloat = 3.0
+    """The cap of `correction`."""
+
+    def faults(self) -> Iterator[Fault]:
+        """The same engine samples and trains."""
+        yield from super().faults()
+        if self.rollouts == "live" and self.correction != "clip":
+            yield Fault(("correction",), f"{self.correction}, but with rollouts: live one engine does both", "clip")
+
+
+class RlooTrainConfig(OnPolicyTrainConfig):
+    """RLOO, REINFORCE with a leave-one-out baseline (S10; Ahmadian et al. 2024, arXiv:2402.14740)."""
+
+    reward_clip: PositiveFloat | None = None
+    """Rewards count between minus this and this. null = as they are."""
+    normalize_advantages: bool = False
+    """Divide advantages by their deviation, after taking their mean away: of the round, or of a live step's samples."""
+
+
+SolutionLoss = Literal["pairs", "selected", "bce"]
+
+
+class RewardTrainConfig(TrainConfig):
+    """Reward models and verifiers (V9, V10, T9, A2). A batch is made of questions, each with all of its solutions."""
+
+    learning_rate: PositiveFloat = 2e-5
+    """Peak learning rate of AdamW (T9)."""
+    loss: SolutionLoss = "pairs"
+    """pairs: every right solution of a question against every wrong one (V10, A4). selected: the right one of the lowest
+    score against the wrong one of the highest, and one pair at random (A4). bce: each solution by itself (V10, T9)."""
+    penalty: NonNegativeFloat = 0.0
+    """Weight λ of the mean squared score, which keeps scores near 0 (V10)."""
+    system_prompt: str | None = None
+    """System message before each question of data that are texts; the same as the service's. null = none."""
