@@ -1,4 +1,4 @@
-"""The model that is trained: its head, number type, LoRA or all weights, frozen vision; and the run's initial model."""
+"""Models that are trained: head, number type, LoRA or all weights, frozen vision; and models that are only asked."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from hpc_rl.config.modeling import LoraConfig, ModelConfig, SpeakerConfig, TrainedModelConfig, VisionModelConfig
 from hpc_rl.engines.base import BAN_BIAS
 from hpc_rl.engines.loading import choose_attention, pick_device
+from hpc_rl.training import check_base
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +51,9 @@ def load(
     PeftModel or PreTrainedModel
     """
     lora = section.lora
-    dtype = section.dtype if lora is not None or deepspeed else "float32"
+    check_base.check(auto_class(section, head), base, adapter)
     torch.manual_seed(seed)
-    model = _load(base, dtype, section, head)
+    model = _load(base, section, deepspeed, head)
     if lora is None:
         if freezes_vision(section):
             for name, parameter in model.named_parameters():
@@ -113,7 +114,7 @@ def ban(model: Any, token_ids: Sequence[int]) -> None:
 
 def ban_parameter(model: Any) -> str | None:
     """Name of the parameter that `ban` added, None if there is none."""
-    bias = _head(model).bias
+    bias = getattr(_head(model), "bias", None)  # one that ends in a score has no such head
     return next((name for name, parameter in model.named_parameters() if parameter is bias), None)
 
 
@@ -121,9 +122,30 @@ def _head(model: Any) -> Any:
     return getattr(model, "get_base_model", lambda: model)().get_output_embeddings()
 
 
-def load_initial(section: TrainedModelConfig) -> Any:
-    """The run's initial model, frozen: the reference of full training. (With LoRA: the policy without its adapter.)"""
-    model = _load(str(section.path), section.dtype, section, "lm")
+def load_frozen(section: TrainedModelConfig, base: str, adapter: Path | None, *, deepspeed: bool) -> Any:
+    """A model that is only asked, as training has it: a reference of which log-probabilities are taken.
+
+    Its number type is that of the trained model, so that the two agree to the last bit where their weights do.
+
+    Parameters
+    ----------
+    section, base, adapter, deepspeed
+        As those of `load`.
+
+    Returns
+    -------
+    PreTrainedModel
+        The adapter's layers are in it.
+    """
+    check_base.check(auto_class(section, "lm"), base, adapter)
+    model = _load(base, section, deepspeed, "lm")
+    if adapter is not None:
+        import peft
+
+        loaded = peft.PeftModel.from_pretrained(
+            model, str(adapter), autocast_adapter_dtype=not deepspeed, local_files_only=True
+        )
+        model = loaded.get_base_model()
     return model.requires_grad_(False).eval()
 
 
@@ -134,17 +156,26 @@ def auto_class(section: ModelConfig, head: Head) -> Any:
     return AutoModelForImageTextToText if isinstance(section, VisionModelConfig) else AutoModelForCausalLM
 
 
-def _load(path: str, dtype: str, section: TrainedModelConfig, head: Head) -> Any:
+def _load(path: str, section: TrainedModelConfig, deepspeed: bool, head: Head) -> Any:
     disable_progress_bar()  # logs are files
+    dtype = section.dtype if section.lora is not None or deepspeed else "float32"
     attention = choose_attention(section.attn_implementation, pick_device())
     log.info("%s in %s, attention %s", path, dtype, attention)  # L19
-    return auto_class(section, head).from_pretrained(
+    model, found = auto_class(section, head).from_pretrained(
         path,
         dtype=getattr(torch, dtype),
         attn_implementation=attention,
         local_files_only=True,
+        output_loading_info=True,
         **({"num_labels": 1} if head == "score" else {}),
     )
+    missing = sorted(name for name in found["missing_keys"] if head == "lm" or not name.startswith(f"{SCORE}."))
+    if missing:
+        raise check_base.WrongBase(
+            f"{path} lacks {len(missing)} of the tensors that its config.json asks for, {', '.join(missing[:3])} among "
+            "them; they would be drawn at random. Is its download whole, and do its files belong together?"
+        )
+    return model
 
 
 def size(parameter: Any) -> int:
