@@ -65,6 +65,15 @@ class TrainConfig(Section):
     """Texts of the step's first batch that go to TensorBoard with each logged step; 0 = none."""
 
 
+class DataTrainConfig(TrainConfig):
+    """What algorithms have in common that train on texts, pairs or solutions from elsewhere."""
+
+    max_length: PositiveInt | None = None
+    """Tokens of the longest text, prompt included. null = whatever there is; with pictures it must be null."""
+    too_long: Literal["error", "drop"] = "error"
+    """What a longer text does: stop, with its name, or be left out and counted. Nothing is cut off."""
+
+
 class OnPolicyTrainConfig(TrainConfig):
     """What GRPO and RLOO have in common. A batch is made of completions."""
 
@@ -137,3 +146,37 @@ class RewardTrainConfig(TrainConfig):
     """Weight λ of the mean squared score, which keeps scores near 0 (V10)."""
     system_prompt: str | None = None
     """System message before each question of data that are texts; the same as the service's. null = none."""
+
+
+class SftTrainConfig(DataTrainConfig):
+    """Supervised fine-tuning on completions. A batch is made of texts."""
+
+    learning_rate: PositiveFloat = 2e-5
+    """Peak learning rate of AdamW."""
+    packing: bool = False
+    """Put several texts into one row of up to `max_length` tokens, in which none sees another. A batch is then made of
+    such rows. Language models without pictures only."""
+
+    def faults(self) -> Iterator[Fault]:
+        """Rows of no length."""
+        yield from super().faults()
+        if self.packing and self.max_length is None:
+            yield Fault(("max_length",), "null, and packing fills rows of that many tokens", "a number of tokens")
+
+
+class WeightedSftTrainConfig(SftTrainConfig):
+    """Supervised fine-tuning in which each text has a weight (S17). A batch is made of texts."""
+
+
+class DpoTrainConfig(DataTrainConfig):
+    """DPO (S5, S6; Rafailov et al. 2023, arXiv:2305.18290). A batch is made of pairs."""
+
+    beta: PositiveFloat = 0.1
+    """β: how far the policy may go from the reference, the model at the start of the round (S6); more is nearer."""
+    nll_weight: NonNegativeFloat = 0.0
+    """Weight of the chosen completions' mean negative log-likelihood per token, added to the loss (RPO,
+    arXiv:2404.19733)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Probability that a pair is the wrong way round; above 0 the loss is that of robust DPO (arXiv:2403.00409)."""
+    reference: Reference = "pass"
+    """Where the reference's log-probabilities come from."""
