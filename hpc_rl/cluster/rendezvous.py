@@ -3,16 +3,48 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+
+
+def hosts(node_list: str) -> Iterator[str]:
+    """The hosts of a Slurm node list (srun(1), SLURM_STEP_NODELIST): `gpu[03-04,9],cpu1` → gpu03, gpu04, gpu9, cpu1.
+
+    A name may hold several ranges: `rack[1-2]node[3-4]`.
+    """
+    for name in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", node_list):  # at commas outside of brackets
+        yield from _expanded(name)
+
+
+def _expanded(name: str) -> Iterator[str]:
+    head, _, rest = name.partition("[")
+    ranges, bracket, tail = rest.partition("]")
+    if not bracket:
+        yield name
+        return
+    for numbers in ranges.split(","):
+        first, _, last = numbers.partition("-")
+        for number in range(int(first), int(last or first) + 1):
+            for end in _expanded(tail):
+                yield f"{head}{number:0{len(first)}d}{end}"
 
 
 def first_host(node_list: str) -> str:
-    """The first host of a Slurm node list (srun(1), SLURM_STEP_NODELIST): `gpu[03-05,9],cpu1` → `gpu03`.
+    """The first host of a Slurm node list; "" of an empty one."""
+    return next(hosts(node_list), "")
 
-    A name may hold several ranges: `rack[1-2]node[3-4]` → `rack1node3`.
+
+def tasks_by_host(environ: Mapping[str, str]) -> dict[str, int]:
+    """How many tasks of this job step each of its nodes has (SLURM_STEP_TASKS_PER_NODE, `2(x3),1`); {} outside of one.
+
+    It says nothing of which: that is a matter of srun's --distribution.
     """
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)  # up to the first comma outside of brackets
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0]) if first else ""
+    names = hosts(environ.get("SLURM_STEP_NODELIST", ""))
+    counts = [
+        int(count)
+        for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        for _ in range(int(times or 1))
+    ]
+    return dict(zip(names, counts, strict=False))
 
 
 def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:

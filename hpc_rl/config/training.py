@@ -47,6 +47,9 @@ class TrainConfig(Section):
     """FSDP JSON, `configs/fsdp/full_shard.json`, in place of DeepSpeed; on GPUs only. null = none."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """torch.distributed backend. auto: nccl on GPUs, gloo on CPUs."""
+    preflight_s: PositiveFloat = 60
+    """How long the ranks wait for each other to come, and then again until all have talked with each other. Seconds;
+    the job leaves afterwards and names the node at fault."""
     save_steps: PositiveInt = 50
     """Optimizer steps between two checkpoints from which a killed training job goes on."""
     save_minutes: PositiveFloat = 10
@@ -134,20 +137,6 @@ class RlooTrainConfig(OnPolicyTrainConfig):
 SolutionLoss = Literal["pairs", "selected", "bce"]
 
 
-class RewardTrainConfig(TrainConfig):
-    """Reward models and verifiers (V9, V10, T9, A2). A batch is made of questions, each with all of its solutions."""
-
-    learning_rate: PositiveFloat = 2e-5
-    """Peak learning rate of AdamW (T9)."""
-    loss: SolutionLoss = "pairs"
-    """pairs: every right solution of a question against every wrong one (V10, A4). selected: the right one of the lowest
-    score against the wrong one of the highest, and one pair at random (A4). bce: each solution by itself (V10, T9)."""
-    penalty: NonNegativeFloat = 0.0
-    """Weight λ of the mean squared score, which keeps scores near 0 (V10)."""
-    system_prompt: str | None = None
-    """System message before each question of data that are texts; the same as the service's. null = none."""
-
-
 class SftTrainConfig(DataTrainConfig):
     """Supervised fine-tuning on completions. A batch is made of texts."""
 
@@ -180,3 +169,19 @@ class DpoTrainConfig(DataTrainConfig):
     """Probability that a pair is the wrong way round; above 0 the loss is that of robust DPO (arXiv:2403.00409)."""
     reference: Reference = "pass"
     """Where the reference's log-probabilities come from."""
+
+
+class RewardTrainConfig(DataTrainConfig):
+    """Reward models and verifiers (V9, V10, T9, A2). A batch is made of questions, each with all of its solutions."""
+
+    learning_rate: PositiveFloat = 2e-5
+    """Peak learning rate of AdamW (T9)."""
+    loss: SolutionLoss = "pairs"
+    """pairs: every right solution of a question against every wrong one (V10, A4). selected: the right one of the lowest
+    score against the wrong one of the highest, and one pair at random (A4). bce: each solution by itself (V10, T9)."""
+    penalty: NonNegativeFloat = 0.0
+    """Weight λ of the mean squared score, which keeps scores near 0 (V10)."""
+    system_prompt: str | None = None
+    """System message before each question of data that are texts; the same as the service's. null = none."""
+    export: Literal["adapter", "merged", "both"] = "merged"
+    """What a round leaves of LoRA, see above; a reward model is served as a whole."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from hpc_rl.orchestrate.job import parse_arguments
 from tests.waiting import PATIENCE_S
@@ -17,9 +19,30 @@ def meet(folder: Path) -> int:
     """Find the others, talk, part."""
     from hpc_rl.training.distributed import all_gather_objects, broadcast_object, process_group
 
-    with process_group(folder, patience_s=PATIENCE_S) as world:
+    with process_group(folder, preflight_s=PATIENCE_S) as world:
         everyone = all_gather_objects({"rank": world.rank, "pid": os.getpid()})
         print("HEARD", [one["rank"] for one in everyone], broadcast_object(f"from {world.rank}"), flush=True)
+    return 0
+
+
+def meet_two_nodes(folder: Path) -> int:
+    """Four ranks of two nodes talk; where the folder has a file `stops`, rank 3 is frozen once all have met."""
+    from hpc_rl.training import preflight
+    from hpc_rl.training.distributed import get_world_info, process_group
+
+    rank = get_world_info().rank
+    os.environ["SLURMD_NODENAME"] = f"node{rank // 2 + 1}"
+    stops, check = (folder / "stops").exists(), preflight.check
+
+    def check_briefly(*args: Any) -> Any:
+        if rank == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return check(*args[:-1], 3.0)
+
+    if stops:
+        preflight.check = check_briefly
+    with process_group(folder, preflight_s=PATIENCE_S) as world:
+        print(json.dumps(world.preflight), flush=True)
     return 0
 
 
@@ -28,7 +51,7 @@ def hang(folder: Path) -> int:
     from hpc_rl.training.distributed import broadcast_object, process_group
     from hpc_rl.training.leaving import Leaving
 
-    with Leaving(grace_s=1.0), process_group(folder, patience_s=PATIENCE_S) as world:
+    with Leaving(grace_s=1.0), process_group(folder, preflight_s=PATIENCE_S) as world:
         print("TOGETHER", flush=True)
         if world.is_main:
             broadcast_object(None, source=1)
@@ -71,7 +94,7 @@ def reward_live(folder: Path) -> int:
     rows = [GameRow("g", "a.png", ("b.png", "c.png"), ("A", "B"), "Describe.", "A", 0, "dogs", "dog")]
     with (
         ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server,
-        process_group(folder, patience_s=PATIENCE_S) as world,
+        process_group(folder, preflight_s=PATIENCE_S) as world,
     ):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         client = {"url": f"http://127.0.0.1:{server.server_port}", "deadline_s": PATIENCE_S}
@@ -97,12 +120,12 @@ def killed_while_saving(argv: list[str]) -> int:
 
     seal, count = Checkpoints.seal, 0
 
-    def dying_seal(self: Checkpoints, folder: Path, keep: int) -> None:
+    def dying_seal(self: Checkpoints, folder: Path, *more: Any) -> None:
         nonlocal count
         count += 1
         if count == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        seal(self, folder, keep)
+        seal(self, folder, *more)
 
     Checkpoints.seal = dying_seal  # type: ignore[method-assign]
     return train.main(argv)
@@ -112,4 +135,5 @@ if __name__ == "__main__":
     name, rest = sys.argv[1], sys.argv[2:]
     if name == "killed_while_saving":
         sys.exit(killed_while_saving(rest))
-    sys.exit({"meet": meet, "hang": hang, "reward_live": reward_live}[name](parse_arguments("train", rest).workspace))
+    programs = {"meet": meet, "meet_two_nodes": meet_two_nodes, "hang": hang, "reward_live": reward_live}
+    sys.exit(programs[name](parse_arguments("train", rest).workspace))
