@@ -38,7 +38,7 @@ GRACE_MARGIN_S = 5.0
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jobs.train --workspace W --round R [--stage NAME]`, once per rank.
 
-    75 when inputs or a service are missing, or when another rank was lost (its own log says why).
+    75 when inputs or a service are missing, or when another rank does not come or was lost (its own log says why).
     """
     # DeepSpeed calls collectives by their old names, which torch notes at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             backend=task.settings.backend,
             interface=config.cluster.network_interface,
             deepspeed=task.settings.deepspeed is not None,
+            preflight_s=task.settings.preflight_s,
             timeout_s=max(1800.0, config.run.linger_s + 600.0, longest_call_s + 600.0),
         ) as world,
     ):
@@ -72,9 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, leaving: Leaving) -> None:
     """Do the training of this stage and, on rank 0, commit it."""
+    from hpc_rl.engines.memory import notches_of
     from hpc_rl.engines.weights import weights_of
     from hpc_rl.services.calling import ServiceUnavailable
-    from hpc_rl.training import algorithms
+    from hpc_rl.training import algorithms, memory
     from hpc_rl.training.distributed import broadcast_object
     from hpc_rl.training.run import TrainRun
 
@@ -84,9 +86,11 @@ def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, lea
     assert starts is not None
     weights = starts[0]
     places = _places(job, task, shard, token, world.rank)
+    notches = broadcast_object(notches_of(job.ws, job.round, job.stage.name) if world.is_main else 0)
     run = TrainRun(
-        job, task, world, leaving, weights, places, shard.progress, shard.still_ours, starts[1] if task.second else None
-    )
+        job, memory.lowered_task(task, notches), world, leaving, weights, places, shard.progress, shard.still_ours,
+        starts[1] if task.second else None, notches,
+    )  # fmt: skip
     try:
         trained = algorithms.load(task.algorithm).train(run)
     except ServiceUnavailable as error:
@@ -102,7 +106,7 @@ def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, lea
             return
         raise SystemExit(EXIT_BLOCKED)
     done = shard.commit(
-        [*trained.outputs, *sorted(path for path in places.final.iterdir() if path.is_file())],
+        [*trained.outputs, *sorted(path for path in places.final.rglob("*") if path.is_file())],
         made_from={"weights": weights.hash, "weights_out": trained.weights, "base": weights.base},
         metrics=trained.metrics,
     )
@@ -170,9 +174,14 @@ def _claims(job: Job, leader: bool) -> Iterator[tuple[Shard, str]]:
 
 @contextmanager
 def _blocked_by_lost_rank() -> Iterator[None]:
-    """A rank that lost another one is not to blame: it exits as blocked. The lost rank's own end says what happened."""
+    """A rank that lost another one, or did not find it, is not to blame: it exits as blocked. Others' logs say more."""
+    from hpc_rl.training.meeting import MeetingFailed
+
     try:
         yield
+    except MeetingFailed as error:
+        log.error("%s", error)
+        raise SystemExit(EXIT_BLOCKED) from error
     except RuntimeError as error:
         if not _LOST_RANK.search(str(error)):
             raise

@@ -38,7 +38,7 @@ CIRCUMSTANCES: tuple[str, ...] = (
     "evaluate.batch_size",
     "evaluate.sample_texts_to_log",
 )
-OF_TRAINING = ("deepspeed", "backend", "save_steps", "keep_checkpoints")
+OF_TRAINING = ("deepspeed", "backend", "preflight_s", "save_steps", "save_minutes", "keep_checkpoints")
 """The same of each section in `Config.train_sections`."""
 """What may change while a run goes on: where and how patiently it runs, not what it computes.
 

@@ -33,6 +33,8 @@ USUAL_SEQUENCES = {"vllm": 256, "transformers": 32}
 """Sequences at once where the config says null. vLLM has 1024 on GPUs of 70 GiB and more (vllm/engine/arg_utils.py)."""
 CPU_NOTCHES = 4
 """Halvings of a KV cache on CPUs before the run stops."""
+WAY_OUT = "Lower sample.max_model_len or sample.min_gpu_memory_utilization, or give it more memory or more GPUs"
+"""What else a person may do about an engine; other stages have a way out of their own (`Stage.way_out`)."""
 TAKEN = ".taken-"
 """In the name of the note of an engine that works with less memory."""
 

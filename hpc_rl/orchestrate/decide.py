@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from hpc_rl.cluster.base import Queued
 from hpc_rl.cluster.entry import EndRecord
 from hpc_rl.cluster.failures import Outcome, fingerprint
-from hpc_rl.engines.memory import count_notches
+from hpc_rl.engines.memory import WAY_OUT, count_notches
 from hpc_rl.orchestrate.graph import Graph, Kind, Stage, StageId
 from hpc_rl.run.ledger import Attempt, History
 
@@ -265,9 +265,8 @@ def _out_of_memory(stage: Stage, ends: Sequence[EndRecord], times: int) -> str:
     last = max((e for e in ends if e.outcome == Outcome.OUT_OF_MEMORY.value), key=lambda end: end.ended)
     often = "once" if times == 1 else f"{times} times, the last time"
     return (
-        f"{stage.id} ran out of memory {often} with settings that go no lower. Lower "
-        "sample.max_model_len or sample.min_gpu_memory_utilization, or give it more memory or more GPUs; "
-        f"the last one: {last.error} (log: {last.log})"
+        f"{stage.id} ran out of memory {often} with settings that go no lower. "
+        f"{stage.way_out or WAY_OUT}; the last one: {last.error} (log: {last.log})"
     )
 
 

@@ -59,6 +59,8 @@ class Stage:
     notches
         How often it takes less memory after running out of it (`hpc_rl.engines.memory`), before that stops the run.
         None: it takes as much each time, and that is an attempt like others.
+    way_out
+        What a person may do when it runs out of memory and takes no less any more: a sentence for the message.
     """
 
     id: StageId
@@ -70,6 +72,7 @@ class Stage:
     serves: tuple[StageId, ...] = ()
     beside: tuple[StageId, ...] = ()
     notches: int | None = None
+    way_out: str = ""
 
     @property
     def round(self) -> int:

@@ -18,6 +18,7 @@ from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.engines.memory import most_notches
 from hpc_rl.engines.weights import Role
 from hpc_rl.orchestrate.graph import Kind, Stage, StageId
+from hpc_rl.training import memory
 from hpc_rl.training.task import Data, TrainTask
 
 
@@ -54,7 +55,10 @@ def stages(config: LewisConfig, round: int) -> Iterable[Stage]:
         )
         inputs = StageId(round, "grade")
         yield from _with_listener(config, Stage(inputs, "jobs.grade", Kind.ARRAY, needs=(sample,), shards=shards))
-    train = Stage(StageId(round, "train"), "jobs.train", Kind.MULTINODE, needs=(inputs,))
+    train = Stage(
+        StageId(round, "train"), "jobs.train", Kind.MULTINODE, needs=(inputs,),
+        notches=memory.most_notches(config.train), way_out=memory.way_out("train"),
+    )  # fmt: skip
     yield from _with_listener(config, train) if live else (train,)
     yield from _with_listener(config, _evaluate(config, round, train.id))
 

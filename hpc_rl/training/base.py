@@ -6,15 +6,19 @@ so `Driven` puts its batches in the place of theirs; losses, optimizers and Deep
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 
-from hpc_rl.training.errors import Diverged
+from hpc_rl.training.distributed import all_gather_objects
+from hpc_rl.training.errors import CheckpointFailed, Diverged
 
 Tensors = dict[str, Any]
 
@@ -25,6 +29,8 @@ SHARE = "share"
 1 where every forward pass of the step is full, and 0 for one that has only a filler."""
 IN_MODEL_DTYPE = ("pixel_values",)
 """Keys of a batch that take the model's number type under DeepSpeed; log-probabilities need all of float32."""
+NAMED = 8
+"""Units of a rank that a message names at most."""
 
 
 class Loads(Protocol):
@@ -60,6 +66,7 @@ class Driven:
         self._batches, self._seal = batches, seal
         self._units: tuple[str, ...] = ()
         self._share = 1.0
+        self._passes: list[tuple[torch.Tensor, tuple[str, ...]]] = []
         super().__init__(**trl)
         self.remove_callback(PrinterCallback)  # type: ignore[attr-defined]
 
@@ -89,26 +96,78 @@ class Driven:
         return moved
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss, and on no rank one that is not finite: DeepSpeed would take the step within `backward`.
+        """TRL's loss; before the last pass of an optimizer step goes backward, all of its losses are finite.
+
+        DeepSpeed takes the step within that `backward`. Nothing is asked of other ranks before: once a step is enough.
 
         Raises
         ------
         Diverged
-            On all ranks, before anything was changed.
+            On all ranks, before any weight was changed.
         """
         found = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         loss = found[0] if isinstance(found, tuple) else found
-        finite = self.accelerator.gather(torch.isfinite(loss.detach()).all().reshape(1)).tolist()
-        if not all(finite):
-            ours = f"; this rank's batch has {', '.join(self._units[:4])}" if self._units else ""
-            ranks = ", ".join(str(rank) for rank, fine in enumerate(finite) if not fine)
-            raise Diverged(f"the loss of step {self.state.global_step + 1} is not finite on rank {ranks}{ours}")
+        self._passes.append((torch.isfinite(loss.detach()).all(), self._units))
+        if self.accelerator.sync_gradients:
+            self._check_losses()
         if not self.mean_over_rows:
             return found
         scaled = loss * self._share
         return (scaled, *found[1:]) if isinstance(found, tuple) else scaled
 
+    def _check_losses(self) -> None:
+        passes, self._passes = self._passes, []
+        fine = torch.stack([finite for finite, _ in passes]).all()
+        if bool(self.accelerator.gather(fine.reshape(1)).all()):
+            return
+        ours = [f"forward pass {n}: {_named(units)}" for n, (finite, units) in enumerate(passes) if not finite]
+        ranks = [f"rank {rank}, {'; '.join(said)}" for rank, said in enumerate(all_gather_objects(ours)) if said]
+        raise Diverged(f"the loss of step {self.state.global_step + 1} is not finite on {' | '.join(ranks)}")
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm of the step's gradients, the same on all ranks; a step along what is no number is not saved.
+
+        Without DeepSpeed they are found before the step. DeepSpeed's own ZeRO leaves such a step out and goes on, for
+        ever if need be, with the norm of the one before: for float16 that is how the loss scale is found, else it ends
+        here.
+
+        Raises
+        ------
+        Diverged
+            On all ranks.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
+        if self.args.fp16:
+            return norm
+        skipped = self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped  # type: ignore[attr-defined]
+        if skipped or not math.isfinite(float(norm)):
+            raise Diverged(
+                f"the gradients of step {self.state.global_step + 1} are not finite, though its losses are. This "
+                f"rank's last batch has {_named(self._units)}"
+            )
+        return norm
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """transformers' own: TRL's writes a model card first, for the hub. Then it is sealed."""
-        Trainer._save_checkpoint(self, model, trial)
-        self._seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        """transformers' own: TRL's writes a model card first, for the hub. Then it is sealed.
+
+        Raises
+        ------
+        CheckpointFailed
+            When a file cannot be written, on the rank that cannot; the others find that it is gone.
+        """
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            Trainer._save_checkpoint(self, model, trial)
+            self._save_more(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            free = shutil.disk_usage(self.args.output_dir).free / 1e9
+            raise CheckpointFailed(f"{folder} cannot be written, with {free:.3g} GB free: {error}") from error
+        self._seal(folder)
+
+    def _save_more(self, folder: Path) -> None:
+        """For trainers with more state than transformers knows of: write it below `folder`, on all ranks."""
+
+
+def _named(units: tuple[str, ...]) -> str:
+    more = f" and {len(units) - NAMED} more" if len(units) > NAMED else ""
+    return f"{', '.join(units[:NAMED])}{more}" if units else "no named units"

@@ -22,11 +22,18 @@ class Leaving:
     leaves at its next step. Either way the process ends after `grace_s`: Python runs signal handlers between its own
     instructions, so a rank that waits inside a collective for a rank that is gone would never hear one. A second thread
     does, through the descriptor that the C-level handler writes to (signal.set_wakeup_fd).
+
+    Attributes
+    ----------
+    asked
+        SIGTERM came.
+    grace_s
+        Seconds from then to the end of the process.
     """
 
     def __init__(self, grace_s: float = EXIT_GRACE_S) -> None:
         self.asked = False
-        self._grace_s = grace_s
+        self.grace_s = grace_s
         self._deferred = False
         self._timers: list[threading.Timer] = []
 
@@ -64,7 +71,7 @@ class Leaving:
         with suppress(OSError):
             while heard := self._reader.recv(1):
                 if heard[0] == signal.SIGTERM:
-                    self._timers.append(_exit_later(self._grace_s, EXIT_TERMINATED))
+                    self._timers.append(_exit_later(self.grace_s, EXIT_TERMINATED))
 
     def __exit__(self, *_: object) -> None:
         if not self._hears:

@@ -1,4 +1,4 @@
-"""What a training job says while it works: TensorBoard, the log, progress for `status`; when it saves and leaves."""
+"""What a training job says while it works: TensorBoard, the log, progress for `status`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from hpc_rl.training.leaving import Leaving
 
 log = logging.getLogger(__name__)
 
@@ -77,38 +73,3 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         """Close TensorBoard."""
         if self._writer is not None:
             self._writer.close()
-
-
-class Saving(TrainerCallback):  # type: ignore[misc]
-    """Asks for a checkpoint every so many steps, and, once any rank was told to leave, for one and the end (all ranks).
-
-    After the last step there is none: the final weights follow at once.
-
-    Attributes
-    ----------
-    leave
-        Training ended before its last step because a rank was told to leave.
-    """
-
-    def __init__(self, every: int, leaving: Leaving, device: torch.device) -> None:
-        self._every, self._leaving, self._device = every, leaving, device
-        self.leave = False
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        """Decide, the same on every rank."""
-        self.leave = self._any_rank(self._leaving.asked) and state.global_step < state.max_steps
-        if self.leave:
-            control.should_training_stop = True
-            log.info("told to leave; saving at step %d", state.global_step)
-        due = state.global_step % self._every == 0 and state.global_step < state.max_steps
-        control.should_save = self.leave or due
-        return control
-
-    def _any_rank(self, asked: bool) -> bool:
-        if not (dist.is_initialized() and dist.get_world_size() > 1):
-            return asked
-        flag = torch.tensor(int(asked), device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())

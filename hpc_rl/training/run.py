@@ -5,33 +5,43 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import set_seed
 
+from hpc_rl.cluster.failures import EXIT_OUT_OF_TIME
+from hpc_rl.cluster.walltime import Deadline
 from hpc_rl.config.modeling import VisionModelConfig
 from hpc_rl.engines.base import banned_ids
 from hpc_rl.engines.loading import load_processor
+from hpc_rl.engines.memory import note_notches
 from hpc_rl.engines.weights import Weights, weights_hash
 from hpc_rl.orchestrate.job import Job
 from hpc_rl.run.seeds import derive
 from hpc_rl.training import export, models, settings
-from hpc_rl.training.checkpoints import Checkpoints, sync_files
+from hpc_rl.training.checkpoints import Checkpoint, Checkpoints
 from hpc_rl.training.distributed import World, barrier, broadcast_object
-from hpc_rl.training.leaving import EXIT_TERMINATED, Leaving
+from hpc_rl.training.errors import CheckpointFailed, Diverged
+from hpc_rl.training.leaving import EXIT_GRACE_S, Leaving
 from hpc_rl.training.plan import Shape
-from hpc_rl.training.reporting import Reporter, Saving
+from hpc_rl.training.reporting import Reporter
+from hpc_rl.training.saving import Saving
+from hpc_rl.training.sealing import Sealing
 from hpc_rl.training.task import TrainTask
 
 log = logging.getLogger(__name__)
 
-NOT_IN_A_CHECKPOINT = {"save_steps", "keep_checkpoints", "backend"}
-"""Settings that may change between a checkpoint and its continuation."""
+NOT_IN_A_CHECKPOINT = {
+    "save_steps", "save_minutes", "keep_checkpoints", "backend", "preflight_s",
+    "per_device_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
+"""Settings that may change between a checkpoint and its continuation; of the last two only their product counts."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,10 @@ class TrainRun:
         Called with optimizer steps done and in all.
     still_ours
         Whether the claim holds and nobody has committed the stage.
+    notches
+        After how many times of running out of memory the task's settings are what they are.
+    deadline
+        When the job must have left.
     """
 
     job: Job
@@ -97,8 +111,11 @@ class TrainRun:
     progress: Callable[[int, int], None]
     still_ours: Callable[[], bool]
     second: Weights | None = None
+    notches: int = 0
+    deadline: Deadline = field(default_factory=lambda: Deadline.of(os.environ))
     seconds: dict[str, float] = field(default_factory=dict)
     resumed_from: int = 0
+    _noted: bool = False
 
     @property
     def round(self) -> int:
@@ -116,45 +133,61 @@ class TrainRun:
         options = self.task.settings
         return Shape(self.world.size, options.gradient_accumulation_steps, options.per_device_batch_size)
 
+    def files(self) -> Iterator[Path]:
+        """The task's data, shard by shard. A generator: only the rank of a node that goes through it reads manifests."""
+        data = self.task.data
+        assert data is not None
+        for manifest in self.job.inputs(data.stage.round, data.stage.name):
+            yield manifest.path(data.file)
+
     def processor(self) -> Any:
         """Tokenizer, or processor with the run's pixel limits (L19) of a model that sees."""
         model = self.task.role.model
         limits = (model.min_pixels, model.max_pixels) if isinstance(model, VisionModelConfig) else (None, None)
         return load_processor(self.start.base, *limits)
 
-    def model(self, tokenizer: Any, head: models.Head = "lm") -> Any:
-        """What is trained. The trainer's settings must have been made: with ZeRO-3 they decide how it is loaded."""
+    def model(self, tokenizer: Any | None, head: models.Head = "lm") -> Any:
+        """What is trained. The trainer's settings must have been made: with ZeRO-3 they decide how it is loaded.
+
+        Parameters
+        ----------
+        tokenizer
+            Of a policy whose samples are trained on: what sampling bans (L26) is banned here. None: nothing is.
+        """
         seed = derive(self.job.config.run.seed, self.round, "adapter")
         set_seed(seed)
         model = models.load(
             self.task.role.model, self.start.base, self.start.adapter,
             deepspeed=self.deepspeed is not None, seed=seed, head=head,
         )  # fmt: skip
-        if head == "lm":
+        if tokenizer is not None and head == "lm":
             models.ban(model, banned_ids(self.start.base, tokenizer))
         return model
 
     def initial_model(self, tokenizer: Any) -> Any:
         """The model that KL is measured to, where it is not the policy without its adapter."""
-        model = models.load_initial(self.task.role.model)
+        section = self.task.role.model
+        model = models.load_frozen(section, str(section.path), None, deepspeed=self.deepspeed is not None)
         models.ban(model, banned_ids(self.start.base, tokenizer))
         return model
 
     def driving(self, checkpoints: Checkpoints) -> dict[str, Any]:
         """Arguments that every trainer takes, `batches` apart (`hpc_rl.training.base.Driven`)."""
         options = self.task.settings
-        self._reporter = Reporter(self.places.tensorboard if self.world.is_main else None, self.progress)
+        self._reporter = Reporter(self.places.tensorboard if self.world.is_main else None, self._progressed)
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self._saving = Saving(options.save_steps, self.leaving, device)
-
-        def seal(folder: Path) -> None:
-            sync_files(folder)
-            barrier()
-            if self.world.is_main:
-                checkpoints.seal(folder, options.keep_checkpoints)
-            barrier()  # a rank that leaves now would take rank 0 with it (srun --kill-on-bad-exit)
-
+        seal = Sealing(checkpoints, self.world.is_main, self.job.config.cluster.file_system_lag_s)
+        self._saving = Saving(
+            options, self.leaving, self.deadline, seal.check_room, stage=self.job.stage.name, device=device
+        )
         return {"seal": seal, "callbacks": [self._reporter, self._saving]}
+
+    def _progressed(self, done: int, total: int) -> None:
+        """Tell `status`; and, where a step went well with less memory, the next rounds, which begin with it."""
+        self.progress(done, total)
+        if self.notches and self.world.is_main and not self._noted:
+            self._noted = True
+            note_notches(self.job.ws, self.round, self.job.stage.name, {"notches": self.notches})
 
     def remove_checkpoints(self) -> None:
         """Remove the intermediate checkpoints: the final weights are verified and have their manifest (L23)."""
@@ -165,12 +198,15 @@ class TrainRun:
         task, config = self.task, self.job.config
         same = {
             "work": work, "round": self.round, "weights": self.start.hash, "ranks": self.world.size,
-            "algorithm": task.algorithm, "settings": task.settings.model_dump(mode="json", exclude=NOT_IN_A_CHECKPOINT),
+            "units_of_a_step": self.shape.accumulation * self.shape.batch, "algorithm": task.algorithm,
+            "settings": task.settings.model_dump(mode="json", exclude=NOT_IN_A_CHECKPOINT),
             "model": task.role.model.model_dump(mode="json", exclude={"path"}), "deepspeed": self.deepspeed,
             "seed": config.run.seed, "temperature": task.sampling.temperature,
         }  # fmt: skip
         fingerprint = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
-        checkpoints = Checkpoints(self.places.checkpoints, self.places.token, fingerprint)
+        checkpoints = Checkpoints(
+            self.places.checkpoints, self.places.token, fingerprint, task.settings.keep_checkpoints, self.still_ours
+        )
         if self.world.is_main:
             checkpoints.create()
         barrier()
@@ -183,21 +219,32 @@ class TrainRun:
 
         Raises
         ------
+        Diverged, CheckpointFailed
+            The message names the checkpoint that the next attempt goes on from.
         SystemExit
-            When told to leave before the last step; a checkpoint was made.
+            When it had to leave before the last step; a checkpoint was made.
         """
         found = broadcast_object(checkpoints.latest() if self.world.is_main else None)
         if found is not None:
             self.resumed_from = found.step
-            log.info("continuing after step %d: %s", found.step, found.folder)
+            ago_s = time.time() - found.written
+            log.info("continuing after step %d, saved %.0f s ago: %s", found.step, ago_s, found.folder)
         began = time.monotonic()
-        with self.leaving.deferred():
-            trainer.train(resume_from_checkpoint=str(found.folder) if found else None)
-        if self._saving.leave:
-            raise SystemExit(EXIT_TERMINATED)
+        try:
+            with self.leaving.deferred():
+                trainer.train(resume_from_checkpoint=str(found.folder) if found else None)
+        except (Diverged, CheckpointFailed) as error:
+            raise type(error)(f"{error}. {_kept(checkpoints.latest())}") from error
+        if self._saving.exit_code is not None:
+            self._leave(self._saving.exit_code)
         self.leaving.leave_if_asked()
         self.seconds["training"] = time.monotonic() - began
         return self._finish(trainer)
+
+    def _leave(self, code: int) -> NoReturn:
+        if code == EXIT_OUT_OF_TIME and not self.world.is_main:
+            time.sleep(EXIT_GRACE_S)  # the first to leave ends all (srun), and rank 0's entry has yet to requeue
+        raise SystemExit(code)
 
     def _finish(self, trainer: Any) -> Trained | None:
         began = time.monotonic()
@@ -240,6 +287,11 @@ class TrainRun:
             "steps": trainer.state.global_step,
             "resumed_from_step": self.resumed_from,
             "ranks": self.world.size,
+            "preflight": self.world.preflight,
+            "memory_notches": self.notches,
+            "per_device_batch_size": self.shape.batch,
+            "gradient_accumulation_steps": self.shape.accumulation,
+            "checkpoints": self._saving.numbers(),
             **{ours: means[theirs] for theirs, ours in kept.items() if theirs in means},
             **{ours: float(steps[0][theirs]) for theirs, ours in at_first.items() if steps and theirs in steps[0]},
             "last_learning_rate": float(steps[-1]["learning_rate"]) if steps else 0.0,
@@ -247,3 +299,10 @@ class TrainRun:
             "trained_parameters": sum(models.size(p) for p in trainer.model.parameters() if p.requires_grad),
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
         }
+
+
+def _kept(checkpoint: Checkpoint | None) -> str:
+    """What is left to go on from, for messages."""
+    if checkpoint is None:
+        return "There is no checkpoint before it: the next attempt begins anew"
+    return f"The last good checkpoint is kept, and the next attempt goes on after its step: {checkpoint.folder}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,51 +19,101 @@ from hpc_rl.run import atomic, manifest
 from hpc_rl.run.private import untrusted
 from hpc_rl.training import checkpoints, export
 from hpc_rl.training.checkpoints import COMPLETE, Checkpoints
+from hpc_rl.training.damage import sizes
+from hpc_rl.training.errors import CheckpointFailed
+from tests.waiting import PATIENCE_S
 
 
-def made(folder: Path, token: str = "a", fingerprint: str = "f") -> Checkpoints:
-    found = Checkpoints(folder, token, fingerprint)
+def made(folder: Path, token: str = "a", fingerprint: str = "f", keep: int = 2, ours: bool = True) -> Checkpoints:
+    found = Checkpoints(folder, token, fingerprint, keep, lambda: ours)
     found.create()
     return found
 
 
-def save(own: Checkpoints, step: int, seal: bool = True, keep: int = 2) -> Path:
+def write(own: Checkpoints, step: int) -> Path:
+    """A checkpoint as transformers writes it, not yet sealed."""
     folder = own.own / f"checkpoint-{step}"
     folder.mkdir()
-    (folder / "optimizer.pt").write_bytes(b"x" * 100)
+    torch.save({"state": torch.ones(10)}, folder / "optimizer.pt")
+    save_file({"w": torch.ones(3)}, folder / "adapter_model.safetensors")
     (folder / checkpoints.PICKLED_ARGUMENTS).write_bytes(b"pickle")
-    if seal:
-        own.seal(folder, keep)
+    (folder / "zero_to_fp32.py").write_text("import this")
+    (folder / checkpoints.STATE).write_text(f'{{"global_step": {step}}}')
     return folder
+
+
+def save(own: Checkpoints, step: int) -> Path:
+    folder = write(own, step)
+    own.seal(folder)
+    return folder
+
+
+def cut(path: Path, by: int = 1) -> None:
+    """What a write that ran into a full disk leaves."""
+    os.truncate(path, path.stat().st_size - by)
 
 
 def test_the_latest_whole_checkpoint_is_continued_whoever_made_it(tmp_path: Path) -> None:
     first, second = made(tmp_path, "a"), made(tmp_path, "b")
     save(first, 10)
     save(second, 9)
-    assert second.latest() == checkpoints.Checkpoint(first.own / "checkpoint-10", 10)
+    found = second.latest()
+    assert found is not None and (found.folder, found.step) == (first.own / "checkpoint-10", 10)
     assert not (first.own / "checkpoint-10" / checkpoints.PICKLED_ARGUMENTS).exists()
 
 
-def test_one_that_was_killed_while_saving_is_ignored(tmp_path: Path) -> None:
+def test_one_that_was_killed_while_saving_is_ignored_and_the_next_attempt_removes_it(tmp_path: Path) -> None:
     own = made(tmp_path)
-    whole = save(own, 10)
-    save(own, 20, seal=False)
+    whole, half = save(own, 10), write(own, 20)
+    (own.own / "scores-abc").mkdir()
     found = own.latest()
     assert found is not None and found.folder == whole
+    after = made(tmp_path, "b")
+    assert not half.exists(), "it may be what fills the disk"
+    found = after.latest()
+    assert found is not None and found.folder == whole and (own.own / "scores-abc").exists()
 
 
-@pytest.mark.parametrize("damage", ["shorter", "gone", "marker"])
-def test_a_damaged_one_is_ignored(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("what", ["shorter", "gone", "marker", "same size", "another step"])
+def test_a_damaged_one_is_ignored(tmp_path: Path, what: str) -> None:
     own = made(tmp_path)
     folder = save(own, 10)
-    if damage == "shorter":
-        (folder / "optimizer.pt").write_bytes(b"x")
-    elif damage == "gone":
+    if what == "shorter":
+        cut(folder / "optimizer.pt")
+    elif what == "gone":
         (folder / "optimizer.pt").unlink()
-    else:
+    elif what == "marker":
         (folder / COMPLETE).write_text("{")
+    elif what == "same size":  # blocks that never reached a disk come back as zeros
+        (folder / "optimizer.pt").write_bytes(b"\0" * (folder / "optimizer.pt").stat().st_size)
+    else:
+        (folder / checkpoints.STATE).write_text('{"global_step": 11}')
     assert own.latest() is None
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors", checkpoints.STATE])
+def test_one_that_cannot_be_read_back_does_not_count_and_those_before_it_stay(tmp_path: Path, name: str) -> None:
+    own = made(tmp_path, keep=1)
+    before, folder = save(own, 10), write(own, 20)
+    cut(folder / name, 2)
+    with pytest.raises(CheckpointFailed, match=f"checkpoint-20 was written and cannot be read back: {name} is not who"):
+        own.seal(folder)
+    found = own.latest()
+    assert found is not None and found.folder == before
+    assert not (folder / COMPLETE).exists()
+
+
+def test_files_of_other_hosts_are_waited_for_and_missed_by_name(tmp_path: Path) -> None:
+    own = made(tmp_path)
+    folder = write(own, 10)
+    there = sizes(folder)
+    with pytest.raises(CheckpointFailed, match=r"rng_state_1.pth is missing"):
+        own.seal(folder, {**there, "rng_state_1.pth": 900}, patience_s=0.1)
+    torch.save({}, tmp_path / "late")
+    arrives = threading.Timer(0.5, lambda: (tmp_path / "late").rename(folder / "rng_state_1.pth"))
+    arrives.start()
+    own.seal(folder, {**there, "rng_state_1.pth": (tmp_path / "late").stat().st_size}, patience_s=PATIENCE_S)
+    assert "rng_state_1.pth" in atomic.read_json(folder / COMPLETE)["files_bytes"]
 
 
 def test_one_of_other_samples_or_settings_is_ignored_and_not_counted(tmp_path: Path) -> None:
@@ -76,12 +127,19 @@ def test_one_of_other_samples_or_settings_is_ignored_and_not_counted(tmp_path: P
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    own = made(tmp_path)
+    own = made(tmp_path, keep=2)
     for step in (2, 4, 6):
-        save(own, step, keep=2)
+        save(own, step)
     assert sorted(path.name for path in own.own.iterdir()) == ["checkpoint-4", "checkpoint-6"]
     own.remove()
     assert not tmp_path.exists()
+
+
+def test_a_job_that_was_taken_for_dead_removes_nothing_that_its_successor_may_be_reading(tmp_path: Path) -> None:
+    late = made(tmp_path, "late", keep=1, ours=False)
+    for step in (2, 4):
+        save(late, step)
+    assert sorted(path.name for path in late.own.iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_pickles_that_others_may_have_written_are_not_read(tmp_path: Path) -> None:
@@ -192,14 +250,9 @@ def write_weights(target: Path, shard: Shard, number: float) -> Path:
     return folder
 
 
-def test_weights_that_are_no_numbers_get_no_folder_of_their_own(tmp_path: Path) -> None:
-    state = {"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])}
-    with pytest.raises(export.BadExport, match="diverged: 1 tensors are not finite, b among them"):
-        export.write(None, None, state, tmp_path / "round_01", "t", "float32")
-    assert not (tmp_path / "round_01").exists()
-
-
-def test_the_marker_names_what_was_there(tmp_path: Path) -> None:
+def test_the_marker_names_what_is_there(tmp_path: Path) -> None:
     folder = save(made(tmp_path), 10)
-    marker = atomic.read_json(folder / COMPLETE)
-    assert marker["step"] == 10 and marker["files_bytes"] == {"optimizer.pt": 100}
+    marker, there = atomic.read_json(folder / COMPLETE), sizes(folder)
+    del there[COMPLETE]
+    assert marker["step"] == 10 and marker["files_bytes"] == there
+    assert sorted(there) == ["adapter_model.safetensors", "optimizer.pt", checkpoints.STATE], "no pickles, no programs"
