@@ -50,7 +50,8 @@ def weights_of(ws: Workspace, role: Role, round: int) -> Weights:
     made = manifest.read(ws, round, role.stage, 0)
     folder = ws.checkpoint_dir(role.name, round)
     digest = str(made.made_from["weights_out"])
-    return Weights(str(folder), None, digest) if role.model.lora is None else Weights(base, folder, digest)
+    has_adapter = any(output.path.endswith("/adapter_config.json") for output in made.outputs)
+    return Weights(base, folder, digest) if has_adapter else Weights(str(folder), None, digest)
 
 
 def speaker_weights(ws: Workspace, config: LewisConfig, round: int) -> Weights:

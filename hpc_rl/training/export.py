@@ -1,102 +1,176 @@
-"""A round's final weights: gathered from all ranks, written as a Hugging Face folder, loaded once before they count."""
+"""A round's final weights on disk: adapter, merged model or both, in Hugging Face folders that count once verified."""
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from accelerate.utils import is_peft_model
+from safetensors import SafetensorError
+from transformers import AutoModelForSequenceClassification, GenerationConfig
 
+from hpc_rl.engines.merging import WEIGHTS
+from hpc_rl.engines.model_files import copy_files, model_files
 from hpc_rl.run import atomic
 from hpc_rl.training.checkpoints import sync_files
-from hpc_rl.training.models import ban_parameter
+from hpc_rl.training.consolidate import Consolidated, State
+from hpc_rl.training.export_verify import BadExport, Probe, auto_class, verify_adapter, verify_full
+from hpc_rl.training.models import size
 
 log = logging.getLogger(__name__)
 
+Export = Literal["adapter", "merged", "both"]
+
 ADAPTER = "adapter_model.safetensors"
-State = dict[str, torch.Tensor]
+MERGED = "merged"
+"""Folder of the merged model in that of its adapter, with `export: both`."""
+CONFIG, GENERATION = "config.json", "generation_config.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class BadExport(RuntimeError):
-    """Weights that were written but cannot be used; the message says why. They get no manifest."""
-
-
-def gather(trainer: Any) -> State | None:
-    """The trained weights as one state dict on rank 0; None on the others. All ranks must call it.
-
-    With LoRA they are the adapter's. Under ZeRO-3 each is brought together from the ranks that hold its parts.
-    """
-    from accelerate.utils import is_peft_model
-
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    adapter_only = is_peft_model(model)
-    if trainer.is_deepspeed_enabled and trainer.deepspeed.zero_optimization_partition_weights():
-        state = trainer.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapter_only)
-    else:
-        state = model.state_dict()
-    if not trainer.accelerator.is_main_process:
-        return None
-    state.pop(ban_parameter(model), None)
-    if adapter_only:
-        from peft import get_peft_model_state_dict
-
-        state = get_peft_model_state_dict(model, state_dict=state)
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-
-
-def write(model: Any, processor: Any, state: State, target: Path, token: str, dtype: str) -> Path:
+def write(trained: Consolidated, target: Path, token: str, *, dtype: str, export: Export = "adapter") -> Path:
     """Write and verify the folder under a temporary name; returns it. `put_in_place` gives it its own.
 
     Parameters
     ----------
-    model, state
-        The trained model, and its weights from `gather`.
-    processor
-        Written beside a full model; an adapter uses its base's.
+    trained
+        From `consolidate.gather`.
     target
         Where the folder will be.
     token
         Unique to this claim of the stage.
     dtype
-        Number type of a full model on disk: the one that the next round samples with. An adapter keeps its own.
+        Number type of a whole model on disk: the one that the next round samples with. An adapter keeps its own.
+    export
+        What becomes of LoRA. adapter: a PEFT folder. merged: a whole model. both: the adapter, and the whole model in
+        `merged` beside it. Without LoRA it is the whole model.
 
     Raises
     ------
     BadExport
-        When it cannot be loaded in the documented way, or what is loaded is not what was trained.
+        When there are empty tensors or such as are no numbers; when what was written cannot be loaded in the documented
+        way, is not what was trained, or does not answer a question as the trained model did.
+    OSError
+        When the disk is full.
     """
-    from accelerate.utils import is_peft_model
-
     folder = _temporary(target, token)
-    folder.mkdir(parents=True)
-    not_finite = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if not_finite:
-        raise BadExport(f"training diverged: {len(not_finite)} tensors are not finite, {not_finite[0]} among them")
-    if is_peft_model(model):
-        _write_adapter(model, state, folder)
-        verify_adapter(folder, state)
-    else:
-        number_type = getattr(torch, dtype)
-        model.config.dtype = number_type
-        state = {name: t.to(number_type) if t.is_floating_point() else t for name, t in state.items()}
-        model.save_pretrained(folder, state_dict=state)
-        processor.save_pretrained(folder)
-        verify_full(folder, state)
-    sync_files(folder)
+    _check(trained.state)
+    number_type: torch.dtype = getattr(torch, dtype)
+    model, probe, adapter_only = trained.model, trained.probe, is_peft_model(trained.model)
+    needed = sum(tensor.nbytes for tensor in trained.state.values()) if adapter_only and export != "merged" else 0
+    if not adapter_only or export != "adapter":
+        needed += sum(size(parameter) for parameter in model.parameters()) * number_type.itemsize
+    with _room(target, needed):
+        folder.mkdir(parents=True)
+        if not adapter_only:
+            _write_full(model, _of_type(trained.state, number_type), folder, probe, dtype)
+        else:
+            whole = {"adapter": None, "merged": folder, "both": folder / MERGED}[export]
+            _write_adapter(trained, folder, dtype, whole)
+        sync_files(folder)
     return folder
 
 
-def _write_adapter(model: Any, state: State, folder: Path) -> None:
+def _write_adapter(trained: Consolidated, folder: Path, dtype: str, merged: Path | None) -> None:
+    """Write an adapter to `folder`, and its base with it merged in to `merged`, which may be the same folder: then
+    that alone stays."""
     from safetensors.torch import save_file
 
-    save_file(state, folder / ADAPTER, metadata={"format": "pt"})
-    config = model.peft_config["default"]
+    save_file(trained.state, folder / ADAPTER, metadata={"format": "pt"})
+    config = trained.model.peft_config["default"]
     trained_before, config.inference_mode = config.inference_mode, True  # as PEFT's own save_pretrained does
     config.save_pretrained(folder)
     config.inference_mode = trained_before
+    loaded = verify_adapter(folder, trained.model, trained.state, trained.probe, dtype)
+    if merged is None:
+        return
+    if merged == folder:
+        for path in list(folder.iterdir()):
+            path.unlink()
+    model = loaded.merge_and_unload()
+    state = _of_type(model.state_dict(), getattr(torch, dtype))
+    _write_full(model, state, merged, trained.probe, dtype)
+
+
+def _write_full(model: Any, state: State, folder: Path, probe: Probe, dtype: str) -> None:
+    """Write a whole model with what its base has beside the weights.
+
+    Which tokens begin, end and pad a text stays as it was in the base: transformers' trainer and TRL's set these in the
+    model's config by the tokenizer, and generation would stop at others than before. A model that ends in a score finds
+    its place by the padding token, so that one is as in training.
+    """
+    base = Path(model.config.name_or_path)
+    beside = {
+        name: status
+        for name, status in model_files(base).items()
+        if not name.endswith(WEIGHTS) and name not in (CONFIG, ADAPTER)
+    }
+    model.config.dtype = getattr(torch, dtype)
+    model.generation_config = GenerationConfig()  # it is copied: one that transformers finds fault with is not saved
+    model.save_pretrained(folder, state_dict=dict(state))  # it takes tied weights out of what it is given
+    (folder / GENERATION).unlink(missing_ok=True)
+    copy_files(base, beside, folder)
+    written, before = (json.loads((where / CONFIG).read_text()) for where in (folder, base))
+    scores = auto_class(model) is AutoModelForSequenceClassification
+    for name in ("bos_token_id", "eos_token_id") if scores else ("bos_token_id", "eos_token_id", "pad_token_id"):
+        written.pop(name, None)
+        if name in before:
+            written[name] = before[name]
+    (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    verify_full(folder, model, state, probe, dtype)
+
+
+def _check(state: State) -> None:
+    """Raise BadExport unless all tensors hold something, and only finite numbers."""
+    empty = [name for name, tensor in state.items() if not tensor.numel()]
+    if empty or not state:
+        named = f"{len(empty)} tensors are empty, {empty[0]} among them" if empty else "there are no tensors"
+        raise BadExport(f"{named}: the ranks' parts were not brought together")
+    not_finite = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if not_finite:
+        raise BadExport(f"training diverged: {len(not_finite)} tensors are not finite, {not_finite[0]} among them")
+
+
+def _of_type(state: State, dtype: torch.dtype) -> State:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+@contextmanager
+def _room(target: Path, needed_bytes: int) -> Iterator[None]:
+    """Says so when the disk of `target` has, or turns out to have, no room for the weights.
+
+    Raises
+    ------
+    OSError
+        ENOSPC; the message says how much is needed, and what to do.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    no_room = OSError(
+        errno.ENOSPC,
+        f"no room for the final weights in {target.parent}: they take {needed_bytes / 1e9:.3f} GB, and "
+        f"{free / 1e9:.3f} GB are free there (a quota may leave less). Make room and launch again: training goes on "
+        "from its last checkpoint",
+    )
+    if free < needed_bytes:
+        raise no_room
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors has no exception of its own for a full disk; its message ends in "(os error 28)"
+        said = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+        if number in FULL:
+            raise no_room from error
+        raise
 
 
 def put_in_place(folder: Path, target: Path, token: str, still_ours: Callable[[], bool]) -> bool:
@@ -131,60 +205,3 @@ def _temporary(target: Path, token: str) -> Path:
 
 def _replaced(target: Path, token: str) -> Path:
     return target.with_name(f".old-{target.name}-{token}")
-
-
-def verify_adapter(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Load an adapter as PEFT's documentation says, on its base, and compare.
-
-    Raises
-    ------
-    BadExport
-        When it does not load, or what is loaded is not `state`.
-    """
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-    from transformers import AutoModelForImageTextToText
-
-    _forget_deepspeed()
-    config = PeftConfig.from_pretrained(str(folder))
-    base = AutoModelForImageTextToText.from_pretrained(
-        config.base_model_name_or_path, dtype="auto", local_files_only=True
-    )
-    loaded = get_peft_model_state_dict(PeftModel.from_pretrained(base, str(folder)))
-    _compare(loaded, state, folder)
-
-
-def verify_full(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Load a full model as transformers' documentation says, and compare.
-
-    Raises
-    ------
-    BadExport
-        When it does not load, or what is loaded is not `state`.
-    """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    _forget_deepspeed()
-    model, report = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype="auto", local_files_only=True, output_loading_info=True
-    )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(kind):
-            raise BadExport(f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, report[kind]))[:5]}")
-    AutoProcessor.from_pretrained(folder, local_files_only=True)
-    _compare(model.state_dict(), state, folder)
-
-
-def _compare(loaded: Mapping[str, torch.Tensor], trained: Mapping[str, torch.Tensor], folder: Path) -> None:
-    if loaded.keys() != trained.keys():
-        differ = sorted(loaded.keys() ^ trained.keys())
-        raise BadExport(f"{folder} holds other tensors than were trained: {', '.join(differ[:5])}")
-    for name, tensor in trained.items():
-        if not torch.equal(loaded[name].to(tensor.dtype), tensor):
-            raise BadExport(f"{folder}: {name} is not what was trained")
-
-
-def _forget_deepspeed() -> None:
-    """Rank 0 alone loads the weights; with ZeRO-3 still set, transformers would wait for the others to load with it."""
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()

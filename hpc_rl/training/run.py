@@ -24,7 +24,7 @@ from hpc_rl.engines.memory import note_notches
 from hpc_rl.engines.weights import Weights, weights_hash
 from hpc_rl.orchestrate.job import Job
 from hpc_rl.run.seeds import derive
-from hpc_rl.training import export, models, settings
+from hpc_rl.training import consolidate, export, models, settings
 from hpc_rl.training.checkpoints import Checkpoint, Checkpoints
 from hpc_rl.training.distributed import World, barrier, broadcast_object
 from hpc_rl.training.errors import CheckpointFailed, Diverged
@@ -248,14 +248,12 @@ class TrainRun:
 
     def _finish(self, trainer: Any) -> Trained | None:
         began = time.monotonic()
-        state = export.gather(trainer)
+        trained = consolidate.gather(trainer.accelerator, trainer.model_wrapped, trainer.processing_class)
         result = None
-        if state is not None:
-            final, token = self.places.final, self.places.token
-            model = trainer.accelerator.unwrap_model(trainer.model)
+        if trained is not None:
+            final, token, options = self.places.final, self.places.token, self.task.settings
             try:
-                dtype = self.task.role.model.dtype
-                folder = export.write(model, trainer.processing_class, state, final, token, dtype)
+                folder = export.write(trained, final, token, dtype=self.task.role.model.dtype, export=options.export)
                 weights = weights_hash(folder)
                 if export.put_in_place(folder, final, token, self.still_ours):
                     self.seconds["exporting"] = time.monotonic() - began
