@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
-from hpc_rl.cluster import ending, walltime
+from hpc_rl.cluster import ending, memory_killer, walltime
 from hpc_rl.cluster.failures import EXIT_NEVER_FITS, EXIT_OUT_OF_TIME, Outcome, classify, last_error
 from hpc_rl.cluster.rendezvous import rank_environment
 from hpc_rl.run import atomic, manifest
@@ -162,6 +162,7 @@ class Runner:
         self.asked_to_leave = False
         self.requeue = False
         self.cpu_before_s = 0.0
+        self.kills_before = 0
         self.log_before_bytes = 0
         job, restart, rank = self.ranks["HPC_RL_JOB_ID"], self.ranks["HPC_RL_RESTART"], self.ranks["RANK"]
         self.tag = f"{job}-{restart}" + (f"-rank{rank}" if self.ranks["WORLD_SIZE"] != "1" else "")
@@ -199,6 +200,7 @@ class Runner:
         left = RESTARTS_IN_PLACE if self.spec.service else 0
         while True:
             started, self.cpu_before_s = time.time(), _cpu_of_children_s()
+            self.kills_before = memory_killer.kills()
             environment[STARTED] = repr(started)
             with self.log.open("ab") as log:
                 self.log_before_bytes = log.tell()
@@ -242,6 +244,8 @@ class Runner:
         outcome = classify(code, tail, self.asked_to_leave)
         ended = time.time()
         error = "" if outcome is Outcome.DONE else last_error(tail)
+        if outcome is Outcome.KILLED and memory_killer.kills() > self.kills_before:
+            outcome, error = Outcome.OUT_OF_MEMORY, memory_killer.SAID
         spec = self.spec
         record = EndRecord(
             spec.name, self.ranks["HPC_RL_JOB_ID"], int(self.ranks["HPC_RL_RESTART"]), int(self.ranks["RANK"]),

@@ -20,8 +20,8 @@ class Outcome(StrEnum):
     DONE = "done"
     BLOCKED = "blocked"
     LEFT = "left"  # asked to: walltime, preemption, cancellation
-    KILLED = "killed"  # by a signal nobody announced: the kernel's memory killer, an administrator
-    OUT_OF_MEMORY = "out of memory"  # and it could say so; the kernel's memory killer leaves no time for that
+    KILLED = "killed"  # by a signal nobody announced: another process, an administrator
+    OUT_OF_MEMORY = "out of memory"  # it said so, or the kernel's memory killer ended it (`memory_killer`)
     ERROR = "error"
     LOST = "lost"  # no record of an end: the node died, or the job never started
 

@@ -99,6 +99,27 @@ def test_how_a_body_ended_is_its_exit_code_and_is_written_down(
     assert made.ws.resolve(end.log) == log_of(made)
 
 
+@pytest.mark.parametrize(("kills", "outcome"), [(5, "killed"), (6, "out of memory")])
+def test_a_body_that_the_kernels_memory_killer_ended_ran_out_of_memory(
+    tmp_path: Path, kills: int, outcome: str
+) -> None:
+    (tmp_path / "proc").write_text("0::/step\n")
+    events = tmp_path / "step/memory.events"
+    events.parent.mkdir()
+    events.write_text("oom_kill 5\n")
+    made = spec(tmp_path, f"import os; open({str(events)!r}, 'w').write('oom_kill {kills}'); os.kill(os.getpid(), 9)")
+    program = (  # the entry in a control group of its own, as far as it can tell
+        "import functools, pathlib, sys; from hpc_rl.cluster import entry, memory_killer; "
+        "spec, *group = map(pathlib.Path, sys.argv[1:]); "
+        "memory_killer.kills = functools.partial(memory_killer.kills, *group); sys.exit(entry.run_spec(spec))"
+    )
+    command = [sys.executable, "-c", program, made.path, tmp_path / "proc", tmp_path]
+    done = subprocess.run(command, cwd=source_root(), env=environment(), timeout=PATIENCE_S, check=False)
+    (end,) = ends(made)
+    assert (done.returncode, end.outcome) == (137, outcome)
+    assert ("memory killer" in end.error) == (outcome == "out of memory")
+
+
 def test_an_end_record_says_what_the_job_cost(tmp_path: Path) -> None:
     made = spec(tmp_path, "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass", gpus=2)
     run(made)

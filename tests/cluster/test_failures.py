@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from hpc_rl.cluster import memory_killer
 from hpc_rl.cluster.failures import (
     Outcome,
     classify,
@@ -197,3 +200,32 @@ def test_a_pool_without_workers_says_itself_that_they_ran_out_of_memory() -> Non
     lost = f"Traceback (most recent call last):\n{said}"
     assert is_out_of_memory(WORKER_REPLACED + lost)
     assert not is_out_of_memory(WORKER_REPLACED + lost.replace(GPU, "RuntimeError: NCCL is broken\n"))
+
+
+@pytest.mark.parametrize(
+    ("groups", "file", "text", "kills"),
+    [
+        (
+            "0::/slurm/job_7/step_0\n",
+            "slurm/job_7/step_0/memory.events",
+            "low 0\noom 3\noom_kill 2\noom_group_kill 1",
+            2,
+        ),
+        ("1:cpu:/a\n4:memory:/slurm/job_7\n0::/\n", "memory/slurm/job_7/memory.oom_control", "oom_kill 1\n", 1),
+        (
+            "4:memory,hugetlb:/x\n",
+            "memory/x/memory.oom_control",
+            "oom_kill_disable 0\nunder_oom 0\n",
+            0,
+        ),  # Linux < 4.13
+        ("0::/elsewhere\n", "here/memory.events", "oom_kill 5\n", 0),
+    ],
+)
+def test_the_kernels_memory_killer_leaves_a_count(
+    tmp_path: Path, groups: str, file: str, text: str, kills: int
+) -> None:
+    (tmp_path / "cgroup").write_text(groups)
+    path = tmp_path / "sys" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert memory_killer.kills(tmp_path / "cgroup", tmp_path / "sys") == kills
