@@ -167,15 +167,15 @@ def train(root: Path, ready: Callable[[], None]) -> dict[str, Any]:
     rollouts = store.read(graded, ("accuracy", "format", "length"), *sizes)
     reading_s = time.monotonic() - began
     shape = plan.Shape(ranks=8, accumulation=4, batch=8)
-    made = plan.make(rollouts, shape, epochs=1, passes=1, scale="group", run_seed=0, round=ROUND)
+    made = plan.make(rollouts, shape, epochs=1, run_seed=0, round=ROUND)
     made.fingerprint()
     planned_s = time.monotonic() - began - reading_s
     tokens = 0
     for step in made:
         for number in range(shape.accumulation):
             for item in step.batch(0, number):
-                tokens += len(item.rollout.token_ids)
-                assert rows[places[item.rollout.row_id]].id == item.rollout.row_id
+                tokens += len(item.unit.token_ids)
+                assert rows[places[item.unit.row_id]].id == item.unit.row_id
     return {
         "samples": len(rollouts), "steps": len(made), "tokens": tokens, "reading_s": round(reading_s, 1),
         "planning_s": round(planned_s, 1), "batches_s": round(time.monotonic() - began - reading_s - planned_s, 1),

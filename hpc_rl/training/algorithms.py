@@ -10,6 +10,13 @@ from hpc_rl.training.run import Trained, TrainRun
 MODULES = {
     "grpo": "grpo",
     "grpo_live": "grpo_live",
+    "reward_model": "reward_model",
+    "verifier": "reward_model",
+    "rloo": "rloo",
+    "rloo_live": "rloo_live",
+    "sft": "sft",
+    "weighted_sft": "weighted_sft",
+    "dpo": "dpo",
 }
 """Module of this package, by the name of its algorithm."""
 

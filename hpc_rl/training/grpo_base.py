@@ -1,4 +1,4 @@
-"""What GRPO on stored and on live rollouts have in common: TRL's settings, the KL term to the run's initial model."""
+"""What GRPO and RLOO, on stored and on live rollouts, have in common: TRL's settings, and the initial model of KL."""
 
 from __future__ import annotations
 
@@ -8,39 +8,44 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 
-from hpc_rl.config.training import GrpoTrainConfig
+from hpc_rl.config.training import GrpoTrainConfig, OnPolicyTrainConfig
 from hpc_rl.training import settings
 from hpc_rl.training.base import Driven
 from hpc_rl.training.run import TrainRun
 from hpc_rl.training.trl_parts import GRPOConfig, GRPOTrainer, add_fused_lm_head, prepare_deepspeed
 
 
-def options_of(run: TrainRun) -> GrpoTrainConfig:
-    """The run's section for GRPO."""
+def options_of(run: TrainRun) -> OnPolicyTrainConfig:
+    """The run's section for GRPO or RLOO."""
     options = run.task.settings
-    assert isinstance(options, GrpoTrainConfig)
+    assert isinstance(options, OnPolicyTrainConfig)
     return options
+
+
+def common(run: TrainRun, output: Path) -> dict[str, Any]:
+    """Settings of TRL's trainers for both."""
+    options, sampling = options_of(run), run.task.sampling
+    return {
+        **settings.common(run, output),
+        "num_generations": sampling.samples_per_prompt,
+        "max_completion_length": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "epsilon": options.epsilon,
+        "epsilon_high": options.epsilon_high,
+        "beta": 0.0,  # the trainer sets it later: TRL would take the round's first policy for the initial model
+        "reward_weights": list(run.task.rewards.values()),
+    }
 
 
 def grpo_config(run: TrainRun, output: Path, **more: Any) -> GRPOConfig:
     """Settings of TRL's trainer. Make them before the model: with ZeRO-3 they decide how models are loaded."""
-    options, sampling = options_of(run), run.task.sampling
-    return GRPOConfig(
-        **settings.common(run, output),
-        num_generations=sampling.samples_per_prompt,
-        max_completion_length=sampling.max_tokens,
-        temperature=sampling.temperature,
-        epsilon=options.epsilon,
-        beta=0.0,  # the trainer sets it later: TRL would take the round's first policy for the initial model
-        loss_type=options.loss_type,
-        scale_rewards=options.scale_rewards,
-        reward_weights=list(run.task.rewards.values()),
-        **more,
-    )
+    options = options_of(run)
+    assert isinstance(options, GrpoTrainConfig)
+    return GRPOConfig(**common(run, output), loss_type=options.loss_type, scale_rewards=options.scale_rewards, **more)
 
 
-class Grpo(Driven, GRPOTrainer):  # type: ignore[misc]
-    """TRL's trainer with a KL term to the run's initial model.
+class OnPolicy(Driven):
+    """Before TRL's trainer in the list of bases: gives it a KL term to the run's initial model.
 
     Parameters
     ----------
@@ -50,23 +55,33 @@ class Grpo(Driven, GRPOTrainer):  # type: ignore[misc]
         Weight of the KL term.
     initial_model
         Loads the model that KL is measured to; not called where there is no KL, nor with LoRA, where it is the policy
-        without its adapter.
+        without its adapter. None where batches come with its log-probabilities.
     """
 
+    model: Any
+    temperature: float
+
     def __init__(
-        self, *, processor: Any, parts: list[str], beta: float, initial_model: Callable[[], Any], **others: Any
+        self, *, processor: Any, parts: list[str], beta: float, initial_model: Callable[[], Any] | None, **others: Any
     ) -> None:
         super().__init__(processing_class=processor, reward_funcs=[_named(part) for part in parts], **others)
-        if beta:
-            self.beta = beta
-            if not is_peft_model(self.model):
-                self.ref_model = self._prepare_reference(initial_model())
+        self.beta, self.ref_model = beta, None
+        if beta and initial_model is not None and not is_peft_model(self.model):
+            self.ref_model = self._prepare_reference(initial_model())
 
     def _prepare_reference(self, model: Any) -> Any:
         add_fused_lm_head(model, temperature=self.temperature)
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
             return prepare_deepspeed(model, self.accelerator)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+
+class Grpo(OnPolicy, GRPOTrainer):  # type: ignore[misc]
+    """TRL's GRPO trainer. Some of its losses are sums over tokens of the whole step, the others means over rows."""
+
+    def __init__(self, **others: Any) -> None:
+        super().__init__(**others)
+        self.mean_over_rows = self.loss_type in ("grpo", "dr_grpo")
 
 
 def _named(part: str) -> Callable[..., list[float]]:

@@ -1,5 +1,6 @@
 """GRPO on samples that the trainer draws by itself, as TRL's does (L12–L14; Shao et al. 2024, arXiv:2402.03300).
 
+The loss is that of `hpc_rl.training.grpo`; importance ratios are 1 in the first pass, as one engine samples and trains.
 What completions are worth is a recipe's to say (`Game`). All ranks send what they sampled to rank 0, which alone asks,
 so there is one cache for all ranks; the verdicts go back to everybody. A completion without a score is no part of its
 group (L11): TRL takes its NaN rewards out of mean and deviation and gives it advantage 0.
@@ -20,7 +21,7 @@ from PIL import Image
 
 from hpc_rl.services.calling import ServiceRefused, ServiceUnavailable
 from hpc_rl.training.distributed import World, all_gather_objects, broadcast_object
-from hpc_rl.training.grpo_base import Grpo, grpo_config, options_of
+from hpc_rl.training.grpo_base import Grpo, OnPolicy, grpo_config, options_of
 from hpc_rl.training.run import Trained, TrainRun
 from hpc_rl.training.task import find
 
@@ -127,8 +128,8 @@ class LiveRewards:
         return mine
 
 
-class LiveRollouts(Grpo):
-    """GRPO on samples that the trainer draws by itself.
+class Live(OnPolicy):
+    """Before TRL's trainer in the list of bases: it is trained on samples that it draws by itself.
 
     Parameters
     ----------
@@ -137,6 +138,9 @@ class LiveRollouts(Grpo):
     rewards
         What completions are worth.
     """
+
+    reward_funcs: list[Any]
+    _buffered_inputs: Any
 
     def __init__(self, *, game: Game, rewards: LiveRewards, **others: Any) -> None:
         prompts = [[{"role": "user", "content": prompt}] for prompt in game.prompts]
@@ -155,7 +159,7 @@ class LiveRollouts(Grpo):
         picture = self._game.picture
         if picture is not None:
             inputs = [{**row, "image": picture(row["row"])} for row in inputs]
-        return super()._generate_and_score_completions(inputs)
+        return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: Any, completions: Any, completion_ids_list: Any
@@ -169,6 +173,10 @@ class LiveRollouts(Grpo):
         return gathered
 
 
+class LiveGrpo(Live, Grpo):
+    """GRPO on samples that the trainer draws by itself."""
+
+
 def train(run: TrainRun) -> Trained | None:
     """See `hpc_rl.training.algorithms.Algorithm`.
 
@@ -177,32 +185,33 @@ def train(run: TrainRun) -> Trained | None:
     ServiceUnavailable
         When nobody judged until the deadline.
     """
-    assert run.task.live is not None
+    return train_live(run, LiveGrpo, grpo_config)
+
+
+def train_live(run: TrainRun, trainer_class: Callable[..., Live], config: Callable[..., Any]) -> Trained | None:
+    """Train with a trainer that draws its samples, and the function that makes its settings."""
+    assert run.task.live is not None, "a recipe whose rollouts are live says what is played"
     with find(run.task.live)(run) as game:
-        return _train(run, game)
-
-
-def _train(run: TrainRun, game: Game) -> Trained | None:
-    began = time.monotonic()
-    options = options_of(run)
-    steps = _steps(run, len(game.prompts))
-    checkpoints = run.checkpoints(f"live {steps} {' '.join(game.ids)}")
-    args = grpo_config(run, checkpoints.own, max_steps=steps, num_iterations=options.passes)
-    processor = run.processor()
-    tokenizer = getattr(processor, "tokenizer", processor)
-    model = run.model(tokenizer)
-    parts = list(run.task.rewards)
-    rewards = LiveRewards(run.world, game, parts, run.places.debug)
-    trainer = LiveRollouts(
-        game=game, rewards=rewards, parts=parts, args=args, model=model, processor=processor, beta=options.beta,
-        initial_model=lambda: run.initial_model(tokenizer), **run.driving(checkpoints),
-    )  # fmt: skip
-    run.seconds["loading"] = time.monotonic() - began
-    result = run.train(trainer, checkpoints)
-    if result is None:
-        return None
-    numbers: Mapping[str, Any] = {"samples": rewards.samples, "left_out": rewards.left_out, **result.metrics}
-    return Trained(result.weights, numbers, game.outputs)
+        began = time.monotonic()
+        options = options_of(run)
+        steps = _steps(run, len(game.prompts))
+        checkpoints = run.checkpoints(f"live {steps} {' '.join(game.ids)}")
+        args = config(run, checkpoints.own, max_steps=steps, num_iterations=options.passes)
+        processor = run.processor()
+        tokenizer = getattr(processor, "tokenizer", processor)
+        model = run.model(tokenizer)
+        parts = list(run.task.rewards)
+        rewards = LiveRewards(run.world, game, parts, run.places.debug)
+        trainer = trainer_class(
+            game=game, rewards=rewards, parts=parts, args=args, model=model, processor=processor, beta=options.beta,
+            initial_model=lambda: run.initial_model(tokenizer), **run.driving(checkpoints),
+        )  # fmt: skip
+        run.seconds["loading"] = time.monotonic() - began
+        result = run.train(trainer, checkpoints)
+        if result is None:
+            return None
+        numbers: Mapping[str, Any] = {"samples": rewards.samples, "left_out": rewards.left_out, **result.metrics}
+        return Trained(result.weights, numbers, game.outputs)
 
 
 def _steps(run: TrainRun, prompts: int) -> int:

@@ -5,18 +5,23 @@ grading failed is left out (L11). Its group keeps the others: mean and deviation
 one simply is no row of any batch, since batches are made of samples and not of whole groups (`hpc_rl.training.plan`). A
 group with fewer than two samples left says nothing about better or worse and is dropped.
 
-A round may have a million samples. What planning needs of each is a row of one array (`index_dtype`); its tokens stay
-on disk until its batch comes (`hpc_rl.training.store`).
+A round may have a million samples. What planning needs of each is a row of one array (`index_columns`); its tokens stay
+on disk until its batch comes (`hpc_rl.training.rows`).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hpc_rl.training.errors import NothingToLearn
+from hpc_rl.training.rows import Units
 
 EPSILON = 1e-4
 """Added to the deviation that rewards are divided by (L15)."""
@@ -27,18 +32,16 @@ EQUAL = 1e-8
 Scale = Literal["group", "batch", "none"]
 
 
-def index_dtype(parts: Sequence[str]) -> np.dtype[Any]:
-    """What is known of a sample without reading it: a row of the index.
+def index_columns(parts: Sequence[str]) -> list[Any]:
+    """What the index has of a sample besides `rows.INDEX`.
 
-    Numbers of the prompt, the role (`Rollouts.roles`) and the attempt, lengths, what it is worth, by part too; a hash
-    of its id, and where it lies.
+    Numbers of the prompt, the role (`Rollouts.roles`) and the attempt, lengths, what it is worth, by part too.
     """
-    return np.dtype([
+    return [
         ("group", np.int32), ("role", np.int16), ("attempt", np.int32), ("prompt_tokens", np.int32),
         ("tokens", np.int32), ("finished", np.bool_), ("reward", np.float32),
         *((f"reward_{part}", np.float32) for part in parts),
-        ("id_hash", np.uint64), ("chunk", np.int32), ("row", np.int32),
-    ])  # fmt: skip
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +105,7 @@ def advantages(rewards: NDArray[np.float64], starts: NDArray[np.int64], scale: S
 
 
 def by_batch(centred: NDArray[np.float64], rewards: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Advantages of the samples of one optimizer step, divided by the deviation of its rewards."""
+    """Advantages of some samples of an optimizer step, divided by the deviation of all its rewards."""
     return centred / ((float(np.std(rewards, ddof=1)) if len(rewards) > 1 else 0.0) + EPSILON)
 
 
@@ -142,43 +145,24 @@ class Counts:
     equal_groups: int
 
 
-class Rows(Protocol):
-    """Where samples lie."""
-
-    def __call__(self, places: NDArray[Any]) -> list[Rollout]:
-        """The samples of some rows of the index, in their order."""
-
-
 @dataclass(frozen=True, eq=False)
-class Rollouts:
-    """All that a round trains on.
+class Rollouts(Units[Rollout]):
+    """All that a round trains on: samples, ordered by prompt, role and attempt; a group is a prompt and a role.
 
     Attributes
     ----------
-    index
-        (N,) of `index_dtype(parts)`: the samples, ordered by prompt, role and attempt.
     roles
         Names of the roles, by number.
     parts
         Names of the parts of the reward (L10).
-    starts
-        (G + 1,) where each group starts in it, and N.
-    rows
-        Reads samples.
     counts, weights_hash
         What became of all samples; what they were drawn with.
     """
 
-    index: NDArray[Any]
     roles: Sequence[str]
     parts: Sequence[str]
-    starts: NDArray[np.int64]
-    rows: Rows
     counts: Counts
     weights_hash: str
-
-    def __len__(self) -> int:
-        return len(self.index)
 
     @property
     def rewards(self) -> NDArray[np.float64]:
@@ -189,8 +173,53 @@ class Rollouts:
     def groups(self) -> Iterator[Sequence[Rollout]]:
         """The samples of one prompt and role after the other, two or more each, read as they are asked for."""
         for start, end in zip(self.starts[:-1], self.starts[1:], strict=True):
-            yield self.rows(self.index[start:end])
+            yield self.rows(slice(start, end))
 
     def mean(self, part: str | None = None) -> float:
         """Mean of a part of the reward, or of its total."""
         return float(self.index["reward" if part is None else f"reward_{part}"].mean(dtype=np.float64))
+
+    def share_of_equal(self, places: NDArray[np.int64]) -> float:
+        """Share of groups whose rewards are all equal, among the groups that some samples are of."""
+        groups = np.unique(np.searchsorted(self.starts, places, side="right") - 1)
+        return float(self._equal[groups].mean())
+
+    @cached_property
+    def _equal(self) -> NDArray[np.bool_]:
+        return have_equal_rewards(self.rewards, self.starts)
+
+    def with_rewards(self, rewards: NDArray[Any]) -> Rollouts:
+        """The same samples, worth something else.
+
+        Parameters
+        ----------
+        rewards
+            (N,) of them.
+        """
+        index = self.index.copy()
+        index["reward"] = rewards
+        equal = int(have_equal_rewards(index["reward"].astype(np.float64), self.starts).sum())
+        digest = hashlib.sha256(self.digest.encode() + index["reward"].tobytes()).hexdigest()
+        return replace(self, index=index, digest=digest, counts=replace(self.counts, equal_groups=equal))
+
+    def without_equal_groups(self) -> Rollouts:
+        """Only the groups in which some sample is better than another; `counts.equal_groups` says how many others.
+
+        Raises
+        ------
+        NothingToLearn
+            When there is none.
+        """
+        equal = self._equal
+        if not equal.any():
+            return self
+        if equal.all():
+            raise NothingToLearn(
+                f"the rewards are equal within each of the {len(equal)} groups, so no sample is better than another: "
+                f"mean reward {self.mean():.4g}, "
+                + ", ".join(f"{part} {self.mean(part):.4g}" for part in self.parts)
+                + ". Look at the samples: are the tasks too hard or too easy, or is the grading broken?"
+            )
+        sizes = np.diff(self.starts)
+        starts = np.concatenate(([0], np.cumsum(sizes[~equal])))
+        return replace(self, index=self.index[np.repeat(~equal, sizes)], starts=starts)

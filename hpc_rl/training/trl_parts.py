@@ -12,8 +12,36 @@ from trl import import_utils
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import_utils.is_vllm_available = lambda *_, **__: False
 
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl import (  # noqa: E402
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl.models import prepare_deepspeed  # noqa: E402
+from trl.trainer import dpo_trainer  # noqa: E402
 from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
-__all__ = ["GRPOConfig", "GRPOTrainer", "add_fused_lm_head", "prepare_deepspeed"]
+assert hasattr(dpo_trainer, "hash_module")
+dpo_trainer.hash_module = lambda _: ""  # SHA-256 over all weights, to name a cache of log-probabilities: not used
+
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "RLOOConfig",
+    "RLOOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "add_fused_lm_head",
+    "prepare_deepspeed",
+]

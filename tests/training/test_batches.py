@@ -12,9 +12,11 @@ from PIL import Image
 
 from hpc_rl.engines.base import Prompt, render
 from hpc_rl.engines.loading import load_processor
-from hpc_rl.training.batches import Batches, Pixels
+from hpc_rl.training import collate
+from hpc_rl.training.base import Tensors
 from hpc_rl.training.errors import UnusableData
-from hpc_rl.training.plan import Item, Shape
+from hpc_rl.training.pixels import Pictures
+from hpc_rl.training.plan import Item
 from hpc_rl.training.rollouts import Rollout
 
 LIMITS = (3136, 56 * 56)

@@ -96,12 +96,13 @@ def test_loss_and_gradient_are_those_of_the_formula(new_run: NewRun, speaker: Pa
     from hpc_rl.engines.loading import load_processor
     from hpc_rl.training import plan, store
     from hpc_rl.training.plan import Shape
+    from hpc_rl.training.rollouts import advantages
 
     config = config_of(ws)
     files = [manifest.read(ws, 1, "grade", shard).path("graded.parquet") for shard in range(2)]
-    made = plan.make(
-        store.read(files, PARTS, 4, 12), Shape(1, 1, 8), epochs=1, passes=1, scale="group", run_seed=0, round=1
-    )
+    rollouts = store.read(files, PARTS, 4, 12).without_equal_groups()
+    made = plan.make(rollouts, Shape(1, 1, 8), epochs=1, run_seed=0, round=1)
+    worth = advantages(rollouts.rewards, rollouts.starts)
     rows = {row.id: row for row in read_rows(ws.dataset_dir(0) / "train.parquet")}
     processor = load_processor(speaker, config.speaker.min_pixels, config.speaker.max_pixels)
     model = AutoModelForImageTextToText.from_pretrained(speaker, dtype=torch.float32)
@@ -110,10 +111,10 @@ def test_loss_and_gradient_are_those_of_the_formula(new_run: NewRun, speaker: Pa
     bias = torch.zeros(model.config.get_text_config().vocab_size)
     bias[list(banned_ids(speaker, processor.tokenizer))] = BAN_BIAS
     items = made[0].items
-    tokens = sum(len(item.rollout.token_ids) for item in items)
+    tokens = sum(len(item.unit.token_ids) for item in items)
     total = torch.zeros(())
     for item in items:
-        rollout = item.rollout
+        rollout = item.unit
         ids = torch.tensor(np.concatenate([rollout.prompt_ids, rollout.token_ids]))[None].long()
         image = load_image(ws.images_dir / rows[rollout.row_id].image)
         made_pixels = processor.image_processor(images=[image], return_tensors="pt")
@@ -126,7 +127,7 @@ def test_loss_and_gradient_are_those_of_the_formula(new_run: NewRun, speaker: Pa
         clipped = ratio.clamp(0.8, 1.2)
         reference = now.detach()  # the initial model is the policy of the first step
         kl = (reference - now).exp() - (reference - now) - 1
-        loss = -torch.minimum(ratio * item.advantage, clipped * item.advantage) + 0.3 * kl
+        loss = -torch.minimum(ratio * worth[item.place], clipped * worth[item.place]) + 0.3 * kl
         total = total + loss.sum() / tokens
     total.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hpc_rl.grading.samples import GradedSample, write_samples
 from hpc_rl.training import plan, rollouts, store
-from hpc_rl.training.errors import UnusableData
+from hpc_rl.training.errors import NothingToLearn, UnusableData
 from hpc_rl.training.rollouts import advantages, have_equal_rewards
 from tests.training.conftest import PARTS
 
@@ -90,12 +90,31 @@ def test_roles_that_answer_the_same_prompt_are_groups_of_their_own(tmp_path: Pat
     worth = np.split(advantages(found.rewards, found.starts, "none"), found.starts[1:-1])
     assert [list(one) for one in worth] == [[-0.5, 0.5, -0.5, 0.5], [-1, 0, 1], [0, 0]]
     shape = plan.Shape(ranks=1, accumulation=1, batch=9)
-    (step,) = plan.make(found, shape, epochs=1, passes=1, scale="none", run_seed=0, round=1)
-    assert {item.rollout.id: item.advantage for item in step.items} == {
-        one.id: value for group, values in zip(found.groups, worth, strict=True)
-        for one, value in zip(group, values, strict=True)
-    }  # fmt: skip
-    assert step.equal_groups == 1 / 3
+    (step,) = plan.make(found, shape, epochs=1, run_seed=0, round=1)
+    assert found.share_of_equal(step.places) == 1 / 3
+
+
+def test_equal_groups_can_be_taken_out_and_are_counted(tmp_path: Path) -> None:
+    equal = [graded(group, i, 0.5) for group in (0, 2) for i in range(2)]
+    unequal = [graded(group, i, float(i)) for group in (1, 3) for i in range(3)]
+    found = read(tmp_path, [*equal, *unequal])
+    left = found.without_equal_groups()
+    assert [[one.id for one in group] for group in left.groups] == [
+        [f"r01-{group}-speaker-g{i}" for i in range(3)] for group in (1, 3)
+    ]
+    assert left.counts == found.counts and left.counts.equal_groups == 2 and len(left) == 6
+    assert left.without_equal_groups() is left
+    with pytest.raises(NothingToLearn, match=r"equal within each of the 4 groups.* mean reward 2, accuracy 0\.5"):
+        found.with_rewards(np.full(len(found), 2.0)).without_equal_groups()
+
+
+def test_other_rewards_make_other_advantages_and_another_plan(tmp_path: Path) -> None:
+    found = read(tmp_path, [graded(0, i, 0.5) for i in range(2)])
+    other = found.with_rewards(np.array([0.25, 0.75]))
+    assert [one.reward for one in next(other.groups)] == [0.25, 0.75] and other.counts.equal_groups == 0
+    assert [one.reward for one in next(found.groups)] == [0.5, 0.5] and found.counts.equal_groups == 1
+    plans = [plan.make(one, plan.Shape(1, 1, 2), epochs=1, run_seed=0, round=1) for one in (found, other)]
+    assert plans[0].fingerprint() != plans[1].fingerprint()
 
 
 @settings(deadline=None)
@@ -157,7 +176,7 @@ def test_samples_come_back_from_every_chunk_as_they_were_graded(tmp_path: Path) 
     alone = len(expected) - len(found)
     assert 0 <= alone == sum(size == 1 for size in Counter(one.group for one in expected.values()).values())
     shuffled = rng.permutation(len(found))
-    for one in (*together, *found.rows(found.index[shuffled])):
+    for one in (*together, *found.rows(shuffled)):
         sample = expected[one.id]
         assert (one.row_id, one.group, one.attempt, one.reward) == (
             sample.row_id, sample.group, sample.attempt, sample.reward
