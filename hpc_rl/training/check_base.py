@@ -152,4 +152,4 @@ def _largest_id(tokenizer: dict[str, Any]) -> int:
         return -1
     words = tokenizer["model"].get("vocab", {})
     of_words: int = max(words.values(), default=-1) if isinstance(words, dict) else len(words) - 1
-    return max([of_words, *(token["id"] for token in tokenizer["added_tokens"] or [])])
+    return max(of_words, *(int(token["id"]) for token in tokenizer["added_tokens"] or []), -1)

@@ -44,6 +44,11 @@ def deepspeed_config(task: TrainTask) -> dict[str, Any] | None:
     return loaded
 
 
+def padding(tokenizer: Any) -> int:
+    """The token that fills rows up, where none is looked at: a tokenizer without one for it ends texts with it."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
 def common(run: TrainRun, output: Path) -> dict[str, Any]:
     """Arguments of `transformers.TrainingArguments`, whatever the algorithm; each adds its own.
 
