@@ -133,6 +133,12 @@ class RlooTrainConfig(OnPolicyTrainConfig):
     normalize_advantages: bool = False
     """Divide advantages by their deviation, after taking their mean away: of the round, or of a live step's samples."""
 
+    def faults(self) -> Iterator[Fault]:
+        """The divergence is a part of the reward, so it must be known before the first step."""
+        yield from super().faults()
+        if self.rollouts == "round" and self.beta and self.reference == "live":
+            yield Fault(("reference",), "live, but beta is a part of the reward, which is known first", "pass or stage")
+
 
 SolutionLoss = Literal["pairs", "selected", "bce"]
 
@@ -177,7 +183,7 @@ class RewardTrainConfig(DataTrainConfig):
     learning_rate: PositiveFloat = 2e-5
     """Peak learning rate of AdamW (T9)."""
     loss: SolutionLoss = "pairs"
-    """pairs: every right solution of a question against every wrong one (V10, A4). selected: the right one of the lowest
+    """pairs: each right solution of a question against each wrong one (V10, A4). selected: the right one of the lowest
     score against the wrong one of the highest, and one pair at random (A4). bce: each solution by itself (V10, T9)."""
     penalty: NonNegativeFloat = 0.0
     """Weight λ of the mean squared score, which keeps scores near 0 (V10)."""
@@ -185,3 +191,48 @@ class RewardTrainConfig(DataTrainConfig):
     """System message before each question of data that are texts; the same as the service's. null = none."""
     export: Literal["adapter", "merged", "both"] = "merged"
     """What a round leaves of LoRA, see above; a reward model is served as a whole."""
+
+
+class SecondTrainConfig(Section):
+    """The reward model of `JointTrainConfig`; what is not here it shares with the policy."""
+
+    learning_rate: PositiveFloat = 2e-5
+    """Peak learning rate of its AdamW (T9)."""
+    warmup_steps: NonNegativeInt = 100
+    """Optimizer steps in which its learning rate rises from 0."""
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Its AdamW's averages of gradient and squared gradient."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Its AdamW's weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Its gradients are scaled down to this norm."""
+    loss: SolutionLoss = "pairs"
+    """As of `RewardTrainConfig`."""
+    penalty: NonNegativeFloat = 0.0
+    """Weight of the mean squared score."""
+    system_prompt: str | None = None
+    """System message before each question of data that are texts; the same as the service's. null = none."""
+    max_length: PositiveInt | None = None
+    """Tokens of the longest question with a solution. null = whatever there is."""
+    too_long: Literal["error", "drop"] = "error"
+    """What a longer one does: stop, with its name, or be left out and counted. Nothing is cut off."""
+    export: Literal["adapter", "merged", "both"] = "merged"
+    """What a round leaves of its LoRA; a reward model is served as a whole."""
+
+
+class JointTrainConfig(GrpoTrainConfig):
+    """A policy, by GRPO, and a reward model on the same round's solutions, in one job (A4, A5)."""
+
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """The policy's reward is α · correctness + (1 − α) · the reward model's score, normalised within the group (A5)."""
+    reward_model_weight: PositiveFloat = 1.0
+    """λ of L = L_policy + λ · L_RM (A4). Each model has an optimizer of its own, and AdamW takes the same step along
+    any multiple of a gradient: λ matters only where gradients are scaled down to `max_grad_norm`."""
+    reward_model: SecondTrainConfig = SecondTrainConfig.model_construct()
+    """How the reward model is trained."""
+
+    def faults(self) -> Iterator[Fault]:
+        """Solutions that nobody has labelled."""
+        yield from super().faults()
+        if self.rollouts == "live":
+            yield Fault(("rollouts",), "live, but the reward model learns from graded solutions", "round")

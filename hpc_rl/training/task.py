@@ -33,8 +33,9 @@ class TrainTask:
         Its section of the config, and that section's name, for messages.
     role, trained_rounds
         What is trained, and for how many rounds it has been: 0 begins with the run's initial model.
-    second
-        What is trained beside it, of an algorithm that trains two models; it has been trained for as many rounds.
+    second, second_data
+        What is trained beside it, of an algorithm that trains two models, and on what; it has been trained for as many
+        rounds.
     data
         What it is trained on.
     reference
@@ -57,6 +58,7 @@ class TrainTask:
     role: Role
     trained_rounds: int
     second: Role | None = None
+    second_data: Data | None = None
     data: Data | None = None
     reference: Data | None = None
     sampling: SampleConfig = field(default_factory=SampleConfig)
