@@ -3,46 +3,72 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hpc_rl.training.samples_log import Samples
+from hpc_rl.training.throughput import Meter
+
 log = logging.getLogger(__name__)
 
 IN_THE_LOG = {
-    "loss": "loss", "reward": "reward", "rewards/accuracy/mean": "accuracy", "kl": "KL",
-    "clip_ratio/region_mean": "clipped", "sampling/logprob_difference_mean": "Δ log p",
-    "completions/mean_length": "length", "learning_rate": "lr",
+    "loss": "loss", "reward": "reward", "rewards/accuracy/mean": "accuracy", "rewards/accuracies": "accuracy",
+    "kl": "KL", "clip_ratio/region_mean": "clipped", "sampling/logprob_difference_mean": "Δ log p",
+    "completions/mean_length": "length", "learning_rate": "lr", "throughput/tokens_per_s": "tokens/s",
+    "throughput/mfu_percent": "MFU %", "memory/gpu_peak_gib": "GPU GiB", "throughput/step_s": "s",
 }  # fmt: skip
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc]
-    """Writes each logged step to TensorBoard (`train/...`) and the log, and keeps the numbers (rank 0).
+    """Writes each logged step to TensorBoard (`train/...`) and the log, and keeps the numbers.
 
     Parameters
     ----------
     tensorboard
-        Folder of the event files; None = none.
+        Folder of the event files (rank 0); None = none.
     progress
         Called with steps done and steps in all.
+    samples
+        Texts of the batches.
     """
 
-    def __init__(self, tensorboard: Path | None, progress: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        tensorboard: Path | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        samples: Samples | None = None,
+    ) -> None:
         self.history: list[dict[str, float]] = []
-        self._folder, self._progress = tensorboard, progress
+        self._folder, self._progress, self._samples = tensorboard, progress, samples or Samples()
+        self._meter, self._logged_step = Meter(), 0
         self._writer: Any = None
-        self._last = time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open TensorBoard. Points that a killed attempt wrote beyond its last checkpoint are hidden."""
-        self._last = time.monotonic()
+        self._logged_step = state.global_step
         if self._folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._folder), purge_step=state.global_step + 1)
+        self._meter.begin()
+
+    def saw(self, trainer: Any, batch: Mapping[str, Any], units: tuple[str, ...]) -> None:
+        """Take note of what one forward pass is made of; see `Samples.saw`."""
+        self._meter.count(batch)
+        self._samples.saw(batch, units, trainer.state.global_step + 1, trainer.processing_class)
+
+    def saving(self) -> AbstractContextManager[None]:
+        """While a checkpoint is written: that is no part of a step."""
+        return self._meter.paused()
+
+    def measured(self, trainer: Any) -> dict[str, float]:
+        """What steps have cost since it was asked last. All ranks must call it, where transformers logs."""
+        steps, self._logged_step = trainer.state.global_step - self._logged_step, trainer.state.global_step
+        return self._meter.measured(trainer, steps)
 
     def on_log(
         self,
@@ -50,6 +76,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
+        processing_class: Any = None,
         **_: Any,
     ) -> None:
         """Write one step down."""
@@ -60,10 +87,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         if self._writer is not None:
             for name, value in numbers.items():
                 self._writer.add_scalar(f"train/{name}", value, state.global_step)
+            for number, row in enumerate(self._samples.take(processing_class)):
+                self._writer.add_text(f"texts/{number}", row.markdown(), state.global_step)
         said = ", ".join(f"{word} {numbers[name]:.4g}" for name, word in IN_THE_LOG.items() if name in numbers)
-        now = time.monotonic()
-        log.info("step %d of %d: %s, %.2f s", state.global_step, state.max_steps, said, now - self._last)
-        self._last = now
+        log.info("step %d of %d: %s", state.global_step, state.max_steps, said)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Tell `status`."""

@@ -26,7 +26,13 @@ from trl import (  # noqa: E402
 )
 from trl.models import prepare_deepspeed  # noqa: E402
 from trl.trainer import dpo_trainer  # noqa: E402
-from trl.trainer.utils import add_fused_lm_head  # noqa: E402
+from trl.trainer.utils import (  # noqa: E402
+    add_fused_lm_head,
+    adjusted_mfu,
+    compute_flops_per_token,
+    compute_mfu,
+    get_peak_flops,
+)
 
 assert hasattr(dpo_trainer, "hash_module")
 dpo_trainer.hash_module = lambda _: ""  # SHA-256 over all weights, to name a cache of log-probabilities: not used
@@ -43,5 +49,9 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "add_fused_lm_head",
+    "adjusted_mfu",
+    "compute_flops_per_token",
+    "compute_mfu",
+    "get_peak_flops",
     "prepare_deepspeed",
 ]

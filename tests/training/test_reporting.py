@@ -1,0 +1,154 @@
+"""What a training says: numbers and texts in TensorBoard, tokens per second, memory, MFU, debug files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer, Qwen2Config
+
+from hpc_rl.run import manifest
+from hpc_rl.run.workspace import Workspace
+from hpc_rl.training import samples_log, throughput
+from hpc_rl.training.samples_log import Samples, shown
+from hpc_rl.training.throughput import Meter
+from jobs import train
+from tests.training.conftest import NewRun
+from tools import tiny_chat_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_chat_model.write(tmp_path_factory.mktemp("chat") / "model"))
+
+
+def ids(tokenizer: Any, *texts: str, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, T) of texts, padded, and their mask."""
+    made = tokenizer(list(texts), padding=True, padding_side="left" if left else "right", return_tensors="pt")
+    return made["input_ids"], made["attention_mask"]
+
+
+def board(ws: Workspace) -> EventAccumulator:
+    """All of a training's TensorBoard."""
+    events = EventAccumulator(str(ws.tb_dir / "round_01" / "train"), size_guidance={"tensors": 0, "scalars": 0})
+    events.Reload()
+    return events
+
+
+def test_tensorboard_has_cost_and_texts_of_each_step(plain: Workspace) -> None:
+    events, steps = board(plain), manifest.read(plain, 1, "train", 0).metrics["steps"]
+    for name in ("step_s", "tokens_per_s"):
+        points = events.Scalars(f"train/throughput/{name}")
+        assert [point.step for point in points] == list(range(1, steps + 1))
+        assert all(point.value > 0 for point in points)
+    assert events.Scalars("train/memory/host_peak_gib")[-1].value > 0.1
+    texts = events.Tensors("texts/3/text_summary")
+    assert len(texts) == steps
+    said = texts[0].tensor_proto.string_val[0].decode()
+    assert "advantages" in said and "---" in said and "<|image_pad|>…" in said
+
+
+def test_the_manifest_has_what_steps_cost(plain: Workspace) -> None:
+    metrics = manifest.read(plain, 1, "train", 0).metrics
+    per_step = [point.value for point in board(plain).Scalars("train/throughput/step_s")]
+    assert metrics["mean_step_s"] == pytest.approx(sum(per_step) / len(per_step), rel=1e-3)
+    assert metrics["mean_tokens_per_s"] > 0 and metrics["peak_host_gib"] > 0.1
+
+
+def test_in_debug_mode_each_sample_of_a_rank_is_written_down(new_run: NewRun) -> None:
+    ws = new_run("logging.debug=true", "train.log_completions=0")
+    assert train.main(["--workspace", str(ws.root), "--round", "1"]) == 0
+    metrics = manifest.read(ws, 1, "train", 0).metrics
+    (file,) = ws.log_dir(1, "train").glob("debug_speaker_0_*.txt")
+    found = re.findall(r"^---- step (\d+) (\S+), advantages (\S+)$", file.read_text(), re.MULTILINE)
+    assert len(found) == len({sample for _, sample, _ in found}) == metrics["used_samples"]
+    assert {int(step) for step, _, _ in found} == set(range(1, metrics["steps"] + 1))
+    assert "texts/0/text_summary" not in board(ws).Tags()["tensors"]
+
+
+def test_tokens_are_counted_without_padding_and_saving_is_no_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 40.0, 45.0, 45.0])  # begun; saving; measured; begun again
+    monkeypatch.setattr(throughput.time, "monotonic", lambda: next(clock))
+    meter, ones = Meter(), torch.ones(2, 3, dtype=torch.long)
+    meter.count({"prompt_ids": ones, "prompt_mask": ones, "completion_ids": ones, "completion_mask": ones.tril()})
+    meter.count({"input_ids": ones, "attention_mask": ones.triu(), "completion_mask": ones})  # pairs
+    meter.count({"input_ids": ones, "position_ids": ones})  # packed: there is no padding
+    with meter.paused():
+        pass
+    trainer = SimpleNamespace(accelerator=Accelerator(cpu=True))
+    found = meter.measured(trainer, steps=5)
+    assert found["throughput/step_s"] == (45 - 30) / 5
+    assert found["throughput/tokens_per_s"] == ((6 + 3) + 5 + 6) / 15
+
+
+def test_mfu_of_a_model_is_that_of_its_matrices() -> None:
+    config = Qwen2Config(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=1000,
+    )  # fmt: skip
+    layer = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 256  # queries, keys, values; output; MLP
+    per_token = 6 * (3 * layer + 64 * 1000) + 3 * 6 * 64 * 10  # attention to (10 tokens)/2, scores and values
+    assert throughput.mfu(config, False, 1e6, 10, 4, 1e12) == pytest.approx(100 * per_token * 1e6 / 4e12)
+    assert throughput.mfu(config, True, 1e6, 10, 4, 1e12) == pytest.approx(100 * per_token * 1e6 / 4e12 * 2 / 3)
+
+
+def test_rows_of_every_kind_of_batch_are_shown_as_text(tokenizer: Any) -> None:
+    prompt_ids, prompt_mask = ids(tokenizer, "Is 2 + 3 = 5?", "Is 2?", left=True)
+    completion_ids, completion_mask = ids(tokenizer, "yes", "no no no")
+    rollouts = {
+        "prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "completion_ids": completion_ids,
+        "completion_mask": completion_mask, "advantages": torch.tensor([0.5, -0.5]),
+    }  # fmt: skip
+    assert [(row.title, row.prompt, row.completion) for row in shown(rollouts, ["a", "b"], tokenizer)] == [
+        ("a, advantages 0.5", "Is 2 + 3 = 5?", "yes"),
+        ("b, advantages -0.5", "Is 2?", "no no no"),
+    ]
+    assert [row.title for row in shown(rollouts, (), tokenizer, 1)] == ["advantages 0.5"]  # sampled live
+    input_ids, mask = ids(tokenizer, "2 + 3 yes", "2 + 3 no")
+    answer = torch.zeros_like(mask)
+    answer[:, -1] = 1  # one token each
+    pairs = {"input_ids": input_ids, "attention_mask": mask, "completion_mask": answer}
+    assert [row.title for row in shown(pairs, ["p"], tokenizer)] == ["p, chosen", "p, rejected"]
+    assert [row.completion.strip() for row in shown(pairs, ["p"], tokenizer)] == ["yes", "no"]
+    texts = {"input_ids": input_ids, "labels": input_ids.where(answer.bool(), -100), "weights": 0.25 * mask}
+    assert shown(texts, ["t", "u"], tokenizer)[1].title == "u, weights 0.25"
+    solutions = {
+        "input_ids": input_ids, "attention_mask": mask, "question": torch.tensor([0, 0]),
+        "label": torch.tensor([1, 0]),
+    }  # fmt: skip
+    assert [(row.title, row.completion) for row in shown(solutions, ["q"], tokenizer)] == [
+        ("q, label 1", "2 + 3 yes"),
+        ("q, label 0", "2 + 3 no"),
+    ]
+
+
+def test_fillers_are_not_shown_and_repeated_tokens_once(tokenizer: Any) -> None:
+    input_ids, mask = ids(tokenizer, "<|image_pad|>" * 9 + "yes", "no")
+    batch = {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.where(mask.bool(), -100)}
+    batch["labels"][1] = -100
+    (row,) = shown(batch, ["a", "filler"], tokenizer)
+    assert row.completion == "<|image_pad|>…yes"
+    assert samples_log.Shown("a", "one\ntwo", "three").markdown() == "a\n\n---\n\n    one\n    two\n\n---\n\n    three"
+
+
+def test_the_first_batch_since_the_last_log_is_taken_once(tokenizer: Any) -> None:
+    samples = Samples(most=1)
+    for text in ("yes", "no"):
+        input_ids, mask = ids(tokenizer, text)
+        samples.saw({"input_ids": input_ids, "attention_mask": mask}, (text,), 1, tokenizer)
+    assert [row.completion for row in samples.take(tokenizer)] == ["yes"]
+    assert samples.take(tokenizer) == []
+
+
+def test_a_debug_file_is_written_as_batches_come(tokenizer: Any, tmp_path: Path) -> None:
+    samples = Samples(debug=tmp_path / "debug.txt")
+    input_ids, mask = ids(tokenizer, "yes", "no")
+    samples.saw({"input_ids": input_ids, "attention_mask": mask}, ("a", "b"), 3, tokenizer)
+    samples.saw({"input_ids": input_ids, "attention_mask": mask}, (), 3, tokenizer)  # live: LiveRewards writes these
+    assert (tmp_path / "debug.txt").read_text() == "---- step 3 a\nyes\n---- step 3 b\nno\n"
