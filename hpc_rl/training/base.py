@@ -19,6 +19,8 @@ from transformers import PrinterCallback, Trainer
 
 from hpc_rl.training.distributed import all_gather_objects
 from hpc_rl.training.errors import CheckpointFailed, Diverged
+from hpc_rl.training.reporting import Reporter
+from hpc_rl.training.uneven import uneven_rows
 
 Tensors = dict[str, Any]
 
@@ -27,6 +29,8 @@ UNITS = "units"
 SHARE = "share"
 """Key of a batch: what a mean over its rows is multiplied by, so that all rows of the optimizer step count alike. It is
 1 where every forward pass of the step is full, and 0 for one that has only a filler."""
+ROWS = "rows"
+"""Key of a batch: by rank the units of this pass, 0 where there is only a filler."""
 IN_MODEL_DTYPE = ("pixel_values",)
 """Keys of a batch that take the model's number type under DeepSpeed; log-probabilities need all of float32."""
 NAMED = 8
@@ -49,6 +53,8 @@ class Driven:
         This rank's batches; None where TRL makes them (live rollouts).
     seal
         Called on all ranks after all have written their part of a checkpoint, with its folder.
+    reporter
+        What is told of batches, steps and their cost; None where nobody listens.
 
     Attributes
     ----------
@@ -62,12 +68,16 @@ class Driven:
     state: Any
     accelerator: Any
 
-    def __init__(self, *, batches: Loads | None, seal: Callable[[Path], None], **trl: Any) -> None:
-        self._batches, self._seal = batches, seal
+    def __init__(
+        self, *, batches: Loads | None, seal: Callable[[Path], None], reporter: Reporter | None = None, **trl: Any
+    ) -> None:
+        self._batches, self._seal, self._reporter = batches, seal, reporter or Reporter()
         self._units: tuple[str, ...] = ()
         self._share = 1.0
+        self._rows: tuple[int, ...] = ()
         self._passes: list[tuple[torch.Tensor, tuple[str, ...]]] = []
         super().__init__(**trl)
+        self.add_callback(self._reporter)  # type: ignore[attr-defined]
         self.remove_callback(PrinterCallback)  # type: ignore[attr-defined]
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
@@ -84,12 +94,16 @@ class Driven:
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Tensors to the device."""
         if self._batches is None:
-            return super()._prepare_inputs(inputs)  # type: ignore[misc]
+            made = super()._prepare_inputs(inputs)  # type: ignore[misc]
+            self._reporter.saw(self, made, ())
+            return made
+        self._reporter.saw(self, inputs, tuple(inputs.get(UNITS, ())))
         moved = {
             name: value.to(self.accelerator.device) if torch.is_tensor(value) else value
             for name, value in inputs.items()
         }
         self._units, self._share = tuple(moved.pop(UNITS, ())), float(moved.pop(SHARE, 1.0))
+        self._rows = tuple(moved.pop(ROWS, ()))
         if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
             dtype = self.args.hf_deepspeed_config.dtype()
             moved |= {name: moved[name].to(dtype) for name in IN_MODEL_DTYPE if name in moved}
@@ -105,7 +119,8 @@ class Driven:
         Diverged
             On all ranks, before any weight was changed.
         """
-        found = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        with uneven_rows(self.accelerator, self._rows):
+            found = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         loss = found[0] if isinstance(found, tuple) else found
         self._passes.append((torch.isfinite(loss.detach()).all(), self._units))
         if self.accelerator.sync_gradients:
@@ -147,6 +162,11 @@ class Driven:
             )
         return norm
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """TRL's numbers of a step, and what it has cost."""
+        costs = self._reporter.measured(self) if "loss" in logs else {}
+        super().log({**logs, **costs}, *args, **kwargs)  # type: ignore[misc]
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """transformers' own: TRL's writes a model card first, for the hub. Then it is sealed.
 
@@ -156,13 +176,14 @@ class Driven:
             When a file cannot be written, on the rank that cannot; the others find that it is gone.
         """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
-            Trainer._save_checkpoint(self, model, trial)
-            self._save_more(folder)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            free = shutil.disk_usage(self.args.output_dir).free / 1e9
-            raise CheckpointFailed(f"{folder} cannot be written, with {free:.3g} GB free: {error}") from error
-        self._seal(folder)
+        with self._reporter.saving():
+            try:
+                Trainer._save_checkpoint(self, model, trial)
+                self._save_more(folder)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                free = shutil.disk_usage(self.args.output_dir).free / 1e9
+                raise CheckpointFailed(f"{folder} cannot be written, with {free:.3g} GB free: {error}") from error
+            self._seal(folder)
 
     def _save_more(self, folder: Path) -> None:
         """For trainers with more state than transformers knows of: write it below `folder`, on all ranks."""

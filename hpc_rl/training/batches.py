@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from hpc_rl.training.base import SHARE, UNITS, Tensors
+from hpc_rl.training.base import ROWS, SHARE, UNITS, Tensors
 from hpc_rl.training.plan import Item, Plan, Step
 
 Maker = Callable[[Step[Any], Sequence[Item[Any]]], Tensors]
@@ -17,7 +17,8 @@ Maker = Callable[[Step[Any], Sequence[Item[Any]]], Tensors]
 class Batches(Dataset[Tensors]):
     """One rank's forward passes of a plan, in order.
 
-    Each is a dict with the tensors of all makers, and `units`, ids for messages, and `share` (`Step.share`).
+    Each is a dict with the tensors of all makers, and `units`, ids for messages, `share` and `rows`
+    (`Step.share`, `Step.rows`).
 
     Parameters
     ----------
@@ -43,7 +44,9 @@ class Batches(Dataset[Tensors]):
 
     def _batch(self, step: Step[Any], turn: int) -> Tensors:
         items = step.batch(self._rank, turn)
-        made: Tensors = {UNITS: [item.unit.id for item in items], SHARE: step.share(self._rank, turn)}
+        made: Tensors = {
+            UNITS: [item.unit.id for item in items], SHARE: step.share(self._rank, turn), ROWS: step.rows(turn),
+        }  # fmt: skip
         for maker in self._makers:
             made |= maker(step, items)
         return made

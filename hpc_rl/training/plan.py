@@ -91,6 +91,11 @@ class Step(Generic[U]):
         own = self.places[self._own(rank, number)]
         return self._items(own) if len(own) else (self._filler,)
 
+    def rows(self, number: int) -> tuple[int, ...]:
+        """By rank how many units a forward pass has, fillers not counted."""
+        spans = [self._own(rank, number) for rank in range(self.shape.ranks)]
+        return tuple(span.stop - span.start for span in spans)
+
     def share(self, rank: int, number: int) -> float:
         """What a mean over the units of a forward pass is multiplied by, so that the mean over all passes of the step
         is that over all of its units; 0 for a filler."""
