@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Protocol, cast
 
+from hpc_rl.engines.weights import Weights
+from hpc_rl.training.logprobs import Scoring
 from hpc_rl.training.run import Trained, TrainRun
 
 MODULES = {
@@ -36,6 +40,27 @@ class Algorithm(Protocol):
         SystemExit
             When told to leave before the last step; a checkpoint was made.
         """
+
+
+class Scored(Protocol):
+    """What a module offers besides, if its algorithm measures itself to a reference (`jobs.reference`)."""
+
+    def reference_weights(self, run: TrainRun) -> Weights:
+        """The reference."""
+
+    def scoring(self, run: TrainRun, files: Iterable[Path]) -> Scoring:
+        """What it is to score of some shards of the data.
+
+        Raises
+        ------
+        NothingToLearn
+            When there is nothing in them that could be trained on.
+        """
+
+
+def load_scored(name: str) -> Scored:
+    """The algorithm `name`, which has a reference."""
+    return cast(Scored, load(name))
 
 
 def load(name: str) -> Algorithm:

@@ -16,6 +16,7 @@ forward pass, as in TRL.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,13 +27,16 @@ from hpc_rl.engines.loading import tokenizer_of
 from hpc_rl.training import logprobs, stored
 from hpc_rl.training.base import Tensors
 from hpc_rl.training.batches import Batches, Maker
+from hpc_rl.training.checkpoints import Checkpoints
 from hpc_rl.training.collate import Advantages
 from hpc_rl.training.corrections import Corrected, Reference
 from hpc_rl.training.grpo_base import Grpo, grpo_config, options_of
+from hpc_rl.training.plan import Plan
+from hpc_rl.training.rollouts import Rollout, Rollouts
 from hpc_rl.training.run import Trained, TrainRun
-from hpc_rl.training.stored import Stored, scoring
+from hpc_rl.training.stored import Stored, reference_weights, scoring
 
-__all__ = ["StoredGrpo", "scoring", "train"]
+__all__ = ["StoredGrpo", "reference_weights", "scoring", "train"]
 
 
 class StoredGrpo(Stored, Grpo):
@@ -77,11 +81,24 @@ class StoredGrpo(Stored, Grpo):
 
 def train(run: TrainRun) -> Trained | None:
     """See `hpc_rl.training.algorithms.Algorithm`."""
-    began, options = time.monotonic(), options_of(run)
-    assert isinstance(options, GrpoTrainConfig)
+    began = time.monotonic()
     rollouts = stored.read(run)
     made = stored.make_plan(run, rollouts)
     checkpoints = run.checkpoints(made.fingerprint())
+    return stored.finish(run, trainer_of(run, rollouts, made, checkpoints), checkpoints, began)
+
+
+def trainer_of(
+    run: TrainRun,
+    rollouts: Rollouts,
+    made: Plan[Rollout],
+    checkpoints: Checkpoints,
+    kind: Callable[..., StoredGrpo] = StoredGrpo,
+    batches: Callable[..., Batches] = Batches,
+) -> StoredGrpo:
+    """The trainer of a plan; `kind` makes it, after its settings, `batches` the batches from plan, rank and makers."""
+    options = options_of(run)
+    assert isinstance(options, GrpoTrainConfig)
     args = grpo_config(run, checkpoints.own)
     tensors = stored.tensors(run)
     asked = stored.scoring_of(run, rollouts, tensors)
@@ -90,14 +107,13 @@ def train(run: TrainRun) -> Trained | None:
         old = logprobs.by_pass(run, checkpoints, run.start, asked)
         makers.append(Corrected(old, options.correction, options.correction_cap))
     if options.beta and options.reference != "live":
-        makers.append(Reference(logprobs.reference(run, checkpoints, logprobs.initial_weights(run), asked)))
+        makers.append(Reference(logprobs.reference(run, checkpoints, reference_weights(run), asked)))
     processor = run.processor()
     tokenizer = tokenizer_of(processor)
-    trainer = StoredGrpo(
+    return kind(
         weighted=options.correction != "clip", plan=made, rollouts=rollouts,
-        batches=Batches(made, run.world.rank, *makers), parts=list(run.task.rewards), args=args,
+        batches=batches(made, run.world.rank, *makers), parts=list(run.task.rewards), args=args,
         model=run.model(tokenizer), processor=processor, beta=options.beta,
         initial_model=(lambda: run.initial_model(tokenizer)) if options.reference == "live" else None,
         **run.driving(checkpoints),
     )  # fmt: skip
-    return stored.finish(run, trainer, checkpoints, began)

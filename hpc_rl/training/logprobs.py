@@ -22,12 +22,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hpc_rl.engines.base import banned_ids
 from hpc_rl.engines.loading import tokenizer_of
-from hpc_rl.engines.weights import Weights, weights_of
+from hpc_rl.engines.weights import Weights
 from hpc_rl.run.private import untrusted
-from hpc_rl.training import models, settings
+from hpc_rl.training import models
 from hpc_rl.training.base import IN_MODEL_DTYPE, SHARE, UNITS, Tensors
 from hpc_rl.training.checkpoints import Checkpoints
 from hpc_rl.training.distributed import all_gather_objects, barrier, broadcast_object
@@ -111,11 +112,6 @@ def _logprobs(
     return found
 
 
-def initial_weights(run: TrainRun) -> Weights:
-    """The run's initial model, which KL is measured to. All ranks must call it."""
-    return broadcast_object(weights_of(run.job.ws, run.task.role, 0) if run.world.is_main else run.start)
-
-
 def reference(run: TrainRun, checkpoints: Checkpoints, weights: Weights, scoring: Scoring) -> Scores:
     """Log-probabilities of all units under `weights`, from where the algorithm's `reference` says. All ranks call it.
 
@@ -191,7 +187,7 @@ def _loaded(run: TrainRun, weights: Weights, scoring: Scoring) -> Iterator[tuple
         models.ban(model, banned_ids(run.start.base, tokenizer_of(run.processor())))
     add_fused_lm_head(model, temperature=scoring.temperature)
     engine = None
-    if settings.zero_stage(deepspeed) == 3:
+    if is_deepspeed_zero3_enabled():
         engine = model = _partitioned(model, deepspeed or {}, section.dtype)
     else:  # the other stages spread gradients and optimizer only
         model.to(device)
@@ -248,7 +244,11 @@ def _once(
 def _by_stage(run: TrainRun, weights: Weights, folder: Path) -> None:
     """The rows of the reference stage's shards, each read by one rank."""
     data = run.task.reference
-    assert data is not None, "checked with the config: reference stage needs a stage"
+    if data is None:
+        raise ValueError(
+            f"{run.task.section}.reference is stage, but the recipe {run.job.config.recipe} has none for it. Set it to "
+            "pass, or see hpc_rl/recipes/reference.py"
+        )
     part = Part(folder, f"stage-{run.world.rank}")
     part.begin(0)
     every = run.job.inputs(data.stage.round, data.stage.name)

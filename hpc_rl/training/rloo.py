@@ -31,10 +31,10 @@ from hpc_rl.training.collate import ByPlace
 from hpc_rl.training.grpo_base import OnPolicy, common, options_of
 from hpc_rl.training.rollouts import EPSILON, Rollouts
 from hpc_rl.training.run import Trained, TrainRun
-from hpc_rl.training.stored import Stored, scoring
+from hpc_rl.training.stored import Stored, reference_weights, scoring
 from hpc_rl.training.trl_parts import RLOOConfig, RLOOTrainer
 
-__all__ = ["Rloo", "StoredRloo", "advantages", "rloo_config", "scoring", "train"]
+__all__ = ["Rloo", "StoredRloo", "advantages", "reference_weights", "rloo_config", "scoring", "train"]
 
 
 class Rloo(OnPolicy, RLOOTrainer):  # type: ignore[misc]
@@ -91,7 +91,7 @@ def train(run: TrainRun) -> Trained | None:
     old = logprobs.by_pass(run, checkpoints, run.start, asked).sums(rollouts)
     divergence = np.zeros(len(rollouts))
     if options.beta:
-        initial = logprobs.reference(run, checkpoints, logprobs.initial_weights(run), asked)
+        initial = logprobs.reference(run, checkpoints, reference_weights(run), asked)
         divergence = old - initial.sums(rollouts)
     worth = ByPlace(old_logps=old, advantages=advantages(rollouts, divergence, options))
     processor = run.processor()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from datasets import Dataset
 from transformers import AutoConfig
 
 from hpc_rl.engines.loading import tokenizer_of
+from hpc_rl.engines.weights import Weights, weights_of
 from hpc_rl.training import collate, logprobs, mismatch, plan, store
 from hpc_rl.training.base import Tensors
 from hpc_rl.training.batches import Batches
 from hpc_rl.training.checkpoints import Checkpoints
-from hpc_rl.training.distributed import all_gather_objects
+from hpc_rl.training.distributed import all_gather_objects, broadcast_object
 from hpc_rl.training.errors import UnusableData
 from hpc_rl.training.grpo_base import OnPolicy, options_of
 from hpc_rl.training.mismatch import FirstStep
@@ -30,6 +31,7 @@ from hpc_rl.training.pixels import Pictures
 from hpc_rl.training.plan import Plan, Step
 from hpc_rl.training.rollouts import Rollout, Rollouts
 from hpc_rl.training.run import Trained, TrainRun
+from hpc_rl.training.second import Second
 from hpc_rl.training.task import find
 
 log = logging.getLogger(__name__)
@@ -112,8 +114,13 @@ class Stored(OnPolicy):
         self._metrics["train"][name].append(value)
 
 
-def read(run: TrainRun) -> Rollouts:
+def read(run: TrainRun, rewarded: Callable[[Rollouts], Rollouts] = lambda rollouts: rollouts) -> Rollouts:
     """The round's samples, those that say something. All ranks must call it.
+
+    Parameters
+    ----------
+    rewarded
+        Gives them other rewards than they have.
 
     Raises
     ------
@@ -129,6 +136,7 @@ def read(run: TrainRun) -> Rollouts:
             f"{run.start.hash[:16]} ({run.start.adapter or run.start.base}). Sample again: remove the round's sample "
             "and grade folders and launch."
         )
+    rollouts = rewarded(rollouts)
     return rollouts.without_equal_groups() if options_of(run).drop_equal_groups else rollouts
 
 
@@ -164,6 +172,12 @@ def tensors(run: TrainRun) -> collate.Rollouts:
     return collate.Rollouts(tokenizer_of(processor).pad_token_id, vision_ids=vision, pictures=pictures)
 
 
+def reference_weights(run: TrainRun) -> Weights:
+    """What KL is measured to: the run's initial model. All ranks must call it."""
+    weights = weights_of(run.job.ws, run.task.role, 0) if run.world.is_main else run.start
+    return broadcast_object(weights)
+
+
 def scoring(run: TrainRun, files: Iterable[Path]) -> logprobs.Scoring:
     """What `jobs.reference` computes of some shards of samples."""
     return scoring_of(run, read_files(run, files), tensors(run))
@@ -175,10 +189,12 @@ def scoring_of(run: TrainRun, rollouts: Rollouts, made_by: collate.Rollouts) -> 
     return logprobs.Scoring(rollouts, batches, logprobs.completions, run.task.sampling.temperature)
 
 
-def finish(run: TrainRun, trainer: Stored, checkpoints: Checkpoints, began: float) -> Trained | None:
+def finish(
+    run: TrainRun, trainer: Stored, checkpoints: Checkpoints, began: float, second: Second | None = None
+) -> Trained | None:
     """Train to the end, and say what was trained on. `began`: when the first file was opened."""
     run.seconds["loading"] = time.monotonic() - began - run.seconds.get("scoring", 0.0)
-    result = run.train(trainer, checkpoints)
+    result = run.train(trainer, checkpoints, second)
     first = all_gather_objects(trainer.first_step)
     if result is None:
         return None
@@ -191,4 +207,4 @@ def finish(run: TrainRun, trainer: Stored, checkpoints: Checkpoints, began: floa
         **{f"mean_reward_{part}": rollouts.mean(part) for part in rollouts.parts},
         "first_step_by_rank": [asdict(one) for one in first if one is not None],
     }
-    return Trained(result.weights, {**numbers, **result.metrics}, result.outputs)
+    return replace(result, metrics={**numbers, **result.metrics})

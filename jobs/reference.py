@@ -1,0 +1,105 @@
+"""Job body of the reference stage: log-probabilities of a shard's units under the model that training is measured to.
+
+Each shard of the data that the round trains on becomes `reference.parquet`: `unit_id` and `logprobs`, of a sample one
+for each sampled token, of a pair the sums over its chosen and its rejected completion.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from hpc_rl import recipes
+from hpc_rl.orchestrate.job import Job, Shard, open_job
+from hpc_rl.training.task import TrainTask
+
+if TYPE_CHECKING:
+    from hpc_rl.training.run import TrainRun
+
+log = logging.getLogger("hpc_rl")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m jobs.reference --workspace W --round R`, an array task; all on one GPU, or on the CPU."""
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    job = open_job("reference", argv)
+    task = _task(job)
+    from hpc_rl.engines.gpus import check_gpus
+    from hpc_rl.training.leaving import Leaving
+
+    check_gpus(job.config, job.stage.name)
+    with Leaving() as leaving:
+        for shard in job.shards():
+            _score(_run(job, task, shard, leaving), shard)
+    return 0
+
+
+def _task(job: Job) -> TrainTask:
+    """The training of the round that asked for this stage."""
+    recipe = recipes.load(job.config.recipe)
+    for stage in job.graph.of_round(job.round):
+        if stage.job == "jobs.train":
+            task = recipe.training(job.config, stage.id)
+            if task.reference is not None and task.reference.stage == job.stage.id:
+                return task
+    raise ValueError(f"no training of {job.config.recipe} has {job.stage.id} for its reference")
+
+
+def _run(job: Job, task: TrainTask, shard: Shard, leaving: Any) -> TrainRun:
+    from hpc_rl.engines.memory import notches_of
+    from hpc_rl.engines.weights import weights_of
+    from hpc_rl.training import memory
+    from hpc_rl.training.distributed import World
+    from hpc_rl.training.run import Places, TrainRun
+
+    assert shard.lease is not None, "an array's shards are claimed"
+    task = memory.lowered_task(task, notches_of(job.ws, job.round, job.stage.name))
+    places = Places(
+        checkpoints=job.folder, final=job.folder, tensorboard=None, token=shard.lease.token, output=shard.output,
+        debug=None,
+    )  # fmt: skip
+    # one process does all, without ranks to share an optimizer step with
+    task = replace(task, settings=task.settings.model_copy(update={"gradient_accumulation_steps": 1}))
+    start = weights_of(job.ws, task.role, task.trained_rounds)
+    return TrainRun(job, task, World(), leaving, start, places, shard.progress, shard.still_ours)
+
+
+def _score(run: TrainRun, shard: Shard) -> None:
+    """Score a shard, and commit it; one without anything to train on has an output without rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from hpc_rl.training import algorithms, logprobs
+    from hpc_rl.training.errors import NothingToLearn
+
+    algorithm, data, began = algorithms.load_scored(run.task.algorithm), run.task.data, time.monotonic()
+    assert data is not None, "what is scored is what is trained on"
+    weights = algorithm.reference_weights(run)
+    found: Iterator[Any]
+    try:
+        scoring = algorithm.scoring(
+            run, [run.job.input(data.stage.round, data.stage.name, shard.index).path(data.file)]
+        )
+        shard.progress(0, len(scoring.units))
+        found = logprobs.score(run, weights, scoring)
+    except NothingToLearn as nothing:
+        log.info("shard %d: %s", shard.index, nothing)
+        found = iter(())
+    rows = dict(found)
+    path = shard.output("reference.parquet")
+    pq.write_table(pa.table([list(rows), list(rows.values())], schema=_schema(pa)), path)
+    seconds = {"seconds": round(time.monotonic() - began, 2)}
+    shard.commit([path], made_from={"weights": weights.hash}, metrics={"units": len(rows), **seconds})
+
+
+def _schema(pa: Any) -> Any:
+    return pa.schema([("unit_id", pa.string()), ("logprobs", pa.list_(pa.float32()))])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
