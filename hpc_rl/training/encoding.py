@@ -8,6 +8,7 @@ piece and then looks for the border.)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,10 @@ class Encoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer_of(tokenizer)
-        self._control = control_tokens(tokenizer)
+
+    @cached_property
+    def _control(self) -> tuple[str, ...]:
+        return control_tokens(self._tokenizer)
 
     def prompts(self, rows: Rows, column: str) -> list[list[int]]:
         """Token ids of plain prompts, special tokens of the tokenizer's own included, or of chats, up to where the
