@@ -1,0 +1,168 @@
+"""When a training saves and leaves, on a clock of the test's own; and what is left when it cannot be written."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections import namedtuple
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hpc_rl.cluster.failures import EXIT_OUT_OF_TIME
+from hpc_rl.cluster.walltime import Deadline
+from hpc_rl.config.training import TrainConfig
+from hpc_rl.training import checkpoints
+from hpc_rl.training.errors import CheckpointFailed
+from hpc_rl.training.leaving import EXIT_TERMINATED, Leaving
+from hpc_rl.training.saving import Saving
+from tests.full_disk import full_disk
+from tests.training import small
+
+
+class Loop:
+    """Steps and saves of given lengths. `left_s` of a job's time are there at first; None: it has no limit."""
+
+    def __init__(self, left_s: float | None = None, leaving: Leaving | None = None, **options: Any) -> None:
+        self.now = 1000.0
+        self.rooms_asked = 0
+        loop = self
+
+        class UpTo(Deadline):
+            def left_s(self) -> float:
+                return float("inf") if left_s is None else left_s - (loop.now - 1000.0)
+
+        self.saving = Saving(
+            TrainConfig(**options), leaving or Leaving(), UpTo(), self._ask_room, stage="train",
+            device=torch.device("cpu"), clock=lambda: self.now,
+        )  # fmt: skip
+        self.saved: list[int] = []
+
+    def _ask_room(self) -> None:
+        self.rooms_asked += 1
+
+    def run(self, steps: int, step_s: float = 1.0, save_s: float = 0.5) -> list[int]:
+        """Steps after which a checkpoint was made, until all are done or it is time to leave."""
+        state, args = TrainerState(max_steps=steps), TrainingArguments("unused", use_cpu=True)
+        self.saving.on_train_begin(args, state, TrainerControl())
+        for step in range(1, steps + 1):
+            self.now += step_s
+            state.global_step = step
+            control = self.saving.on_step_end(args, state, TrainerControl())
+            if control.should_save:
+                self.now += save_s
+                self.saved.append(step)
+                self.saving.on_save(args, state, control)
+            if control.should_training_stop:
+                break
+        return self.saved
+
+
+def test_every_so_many_steps_and_not_after_the_last() -> None:
+    loop = Loop(save_steps=2)
+    assert loop.run(6) == [2, 4] and loop.saving.exit_code is None
+    assert loop.rooms_asked == 2, "before each one"
+    assert loop.saving.numbers() == {"saves": 2, "save_s": 0.5, "step_s": 1.0}
+
+
+def test_every_so_many_minutes_where_steps_are_long() -> None:
+    assert Loop(save_steps=1000, save_minutes=10).run(10, step_s=240) == [3, 6, 9]
+
+
+def test_slow_saving_is_done_less_often_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    """A save of 10 minutes: after it at least 20 times as long goes by, 200 minutes or 50 steps."""
+    loop = Loop(save_steps=1000, save_minutes=10)
+    assert loop.run(120, step_s=240, save_s=600) == [3, 53, 103]
+    assert "a checkpoint takes 600 s, so one follows every 200 minutes and not every 10 (save_minutes)" in caplog.text
+
+
+def test_a_job_with_a_time_limit_measures_at_once_and_leaves_while_there_is_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    loop = Loop(left_s=1000, save_steps=1000)
+    saved = loop.run(50, step_s=100, save_s=30)
+    assert saved == [1, 7, 9], "after step 8 it is second 860, and another step with its save takes 130"
+    assert loop.saving.exit_code == EXIT_OUT_OF_TIME and loop.now - 1000 < 1000
+    assert (
+        "another step of 100 s and a checkpoint do not fit into the 40 s that are left; saving at step 9" in caplog.text
+    )
+    assert "a step takes up to 100.0 s, a checkpoint 30.0 s" in caplog.text
+
+
+def test_the_slowest_of_the_last_steps_counts() -> None:
+    loop = Loop(left_s=10_000, save_steps=1000)
+    loop.run(1, step_s=900)
+    assert loop.saving.step_s == 900
+    loop.run(20, step_s=10)
+    assert loop.saving.step_s == 10, "the first one, with all that it has to load, is long ago"
+
+
+def test_told_to_leave_it_saves_and_leaves_unless_it_is_done_anyway() -> None:
+    leaving = Leaving()
+    leaving.asked = True
+    loop = Loop(leaving=leaving, save_steps=1000)
+    assert loop.run(5) == [1] and loop.saving.exit_code == EXIT_TERMINATED
+    last = Loop(leaving=leaving, save_steps=1000)
+    assert last.run(1) == [] and last.saving.exit_code is None, "the final weights follow at once"
+
+
+def test_a_signal_that_comes_too_late_for_a_checkpoint_is_said_while_it_can_be_changed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    Loop(save_steps=1, leaving=Leaving(grace_s=100)).run(3, step_s=40, save_s=20)
+    assert not caplog.records
+    Loop(save_steps=1, leaving=Leaving(grace_s=100)).run(3, step_s=70, save_s=30)
+    assert "has 100 s, and a step with its checkpoint takes 100 s" in caplog.text
+    assert "Raise stages.train.signal_delay_s to 135 or more" in caplog.text
+
+
+def test_on_a_full_disk_the_last_checkpoint_stays_and_the_next_attempt_goes_on(tmp_path: Path) -> None:
+    """The same loss in every step as without, and the same weights: random states are part of a checkpoint."""
+    whole = small.trainer(small.opened(tmp_path / "whole"))
+    whole.train()
+
+    class FullAtStep4(small.Small):
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            with full_disk() if self.state.global_step == 4 else nullcontext():
+                super()._save_checkpoint(model, trial)
+
+    first = small.opened(tmp_path / "work")
+    with pytest.raises(CheckpointFailed, match=r"checkpoint-4 cannot be written, with [\d.e+]+ GB free: "):
+        small.trainer(first, kind=FullAtStep4).train()
+    half = first.own / "checkpoint-4"
+    assert half.exists() and not (half / checkpoints.COMPLETE).exists()
+
+    again = small.opened(tmp_path / "work", "b")
+    assert not half.exists()
+    found = again.latest()
+    assert found is not None and found.folder == first.own / "checkpoint-2"
+    resumed = small.trainer(again)
+    resumed.train(resume_from_checkpoint=str(found.folder))
+    assert small.losses(resumed) == small.losses(whole) and len(small.losses(whole)) == small.STEPS
+    for name, tensor in small.weights(whole).items():
+        assert torch.equal(tensor, small.weights(resumed)[name])
+
+
+def test_where_the_next_checkpoint_does_not_fit_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = small.opened(tmp_path)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 0, 100))
+    with pytest.raises(CheckpointFailed, match=r"no room for a checkpoint of \S+ GB at .*: 1e-07 GB are free"):
+        small.trainer(own).train()
+    assert [path.name for path in own.own.iterdir()] == ["checkpoint-2"]
+
+
+def test_a_job_whose_time_is_up_has_done_a_step_all_the_same(tmp_path: Path) -> None:
+    """Else it would be queued again and again without ever getting further."""
+    made = small.trainer(small.opened(tmp_path), deadline=Deadline(0.0))
+    made.train()
+    assert made.state.global_step == 1 and made.saving.exit_code == EXIT_OUT_OF_TIME
+    found = small.opened(tmp_path, "b").latest()
+    assert found is not None and found.step == 1
