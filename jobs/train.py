@@ -105,11 +105,17 @@ def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, lea
         if gate.is_complete(job.ws, job.stage):
             return
         raise SystemExit(EXIT_BLOCKED)
-    done = shard.commit(
-        [*trained.outputs, *sorted(path for path in places.final.rglob("*") if path.is_file())],
-        made_from={"weights": weights.hash, "weights_out": trained.weights, "base": weights.base},
-        metrics=trained.metrics,
-    )
+    folders = [places.final, *([places.second] if places.second else [])]
+    files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+    made_from: dict[str, str | None] = {"weights": weights.hash, "weights_out": trained.weights, "base": weights.base}
+    if task.second is not None:
+        second, name = starts[1], task.second.name
+        made_from |= {
+            f"weights_{name}": second.hash,
+            f"weights_out_{name}": trained.second,
+            f"base_{name}": second.base,
+        }
+    done = shard.commit([*trained.outputs, *files], made_from=made_from, metrics=trained.metrics)
     if done:
         run.remove_checkpoints()
         _append_predictions(job, trained.outputs)

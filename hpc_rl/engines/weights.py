@@ -49,9 +49,7 @@ def weights_of(ws: Workspace, role: Role, round: int) -> Weights:
         return Weights(base, None, noted_hash(Path(base), ws.root / "cache" / "weights"))
     made = manifest.read(ws, round, role.stage, 0)
     folder = ws.checkpoint_dir(role.name, round)
-    digest = str(
-        made.made_from.get(f"weights_out_{role.name}", made.made_from["weights_out"])
-    )  # the former of a second
+    digest = str(made.made_from.get(f"weights_out_{role.name}", made.made_from["weights_out"]))
     has_adapter = ws.relative(folder / "adapter_config.json") in {output.path for output in made.outputs}
     return Weights(base, folder, digest) if has_adapter else Weights(str(folder), None, digest)
 

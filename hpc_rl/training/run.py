@@ -21,7 +21,7 @@ from hpc_rl.config.modeling import VisionModelConfig
 from hpc_rl.engines.base import banned_ids
 from hpc_rl.engines.loading import load_processor
 from hpc_rl.engines.memory import note_notches
-from hpc_rl.engines.weights import Weights, weights_hash
+from hpc_rl.engines.weights import Role, Weights, weights_hash
 from hpc_rl.orchestrate.job import Job
 from hpc_rl.run.seeds import derive
 from hpc_rl.training import consolidate, export, models, settings
@@ -31,17 +31,19 @@ from hpc_rl.training.errors import CheckpointFailed, Diverged
 from hpc_rl.training.leaving import EXIT_GRACE_S, Leaving
 from hpc_rl.training.plan import Shape
 from hpc_rl.training.reporting import Reporter
+from hpc_rl.training.samples_log import Samples
 from hpc_rl.training.saving import Saving
 from hpc_rl.training.sealing import Sealing
-from hpc_rl.training.task import TrainTask
+from hpc_rl.training.second import Second
+from hpc_rl.training.task import Data, TrainTask
 
 log = logging.getLogger(__name__)
 
 NOT_IN_A_CHECKPOINT = {
     "save_steps", "save_minutes", "keep_checkpoints", "backend", "preflight_s",
-    "per_device_batch_size", "gradient_accumulation_steps",
+    "per_device_batch_size", "gradient_accumulation_steps", "export", "fused_kernels", "log_completions",
 }  # fmt: skip
-"""Settings that may change between a checkpoint and its continuation; of the last two only their product counts."""
+"""Settings that may change between a checkpoint and its continuation; of batch and accumulation the product counts."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,12 @@ class Places:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of it, on rank 0: the hash of the final weights, numbers for the manifest, and other outputs."""
+    """What came of it, on rank 0: hashes of the final weights, numbers for the manifest, and other outputs."""
 
     weights: str
     metrics: Mapping[str, Any]
     outputs: Sequence[Path] = ()
+    second: str | None = None
 
 
 @dataclass
@@ -133,9 +136,9 @@ class TrainRun:
         options = self.task.settings
         return Shape(self.world.size, options.gradient_accumulation_steps, options.per_device_batch_size)
 
-    def files(self) -> Iterator[Path]:
-        """The task's data, shard by shard. A generator: only the rank of a node that goes through it reads manifests."""
-        data = self.task.data
+    def files(self, data: Data | None = None) -> Iterator[Path]:
+        """The task's data, or others, shard by shard. A generator: only who goes through it reads manifests."""
+        data = data or self.task.data
         assert data is not None
         for manifest in self.job.inputs(data.stage.round, data.stage.name):
             yield manifest.path(data.file)
@@ -174,13 +177,14 @@ class TrainRun:
     def driving(self, checkpoints: Checkpoints) -> dict[str, Any]:
         """Arguments that every trainer takes, `batches` apart (`hpc_rl.training.base.Driven`)."""
         options = self.task.settings
-        self._reporter = Reporter(self.places.tensorboard if self.world.is_main else None, self._progressed)
+        shown, board = (options.log_completions, self.places.tensorboard) if self.world.is_main else (0, None)
+        self._reporter = Reporter(board, self._progressed, Samples(shown, self.places.debug))
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         seal = Sealing(checkpoints, self.world.is_main, self.job.config.cluster.file_system_lag_s)
         self._saving = Saving(
             options, self.leaving, self.deadline, seal.check_room, stage=self.job.stage.name, device=device
         )
-        return {"seal": seal, "callbacks": [self._reporter, self._saving]}
+        return {"seal": seal, "reporter": self._reporter, "callbacks": [self._saving]}
 
     def _progressed(self, done: int, total: int) -> None:
         """Tell `status`; and, where a step went well with less memory, the next rounds, which begin with it."""
@@ -212,8 +216,8 @@ class TrainRun:
         barrier()
         return checkpoints
 
-    def train(self, trainer: Any, checkpoints: Checkpoints) -> Trained | None:
-        """Train to the end and write the final weights.
+    def train(self, trainer: Any, checkpoints: Checkpoints, second: Second | None = None) -> Trained | None:
+        """Train to the end and write the final weights, those of a second model too.
 
         None on ranks other than 0, and on rank 0 when the round was taken over meanwhile: then nothing was changed.
 
@@ -239,30 +243,48 @@ class TrainRun:
             self._leave(self._saving.exit_code)
         self.leaving.leave_if_asked()
         self.seconds["training"] = time.monotonic() - began
-        return self._finish(trainer)
+        return self._finish(trainer, second)
 
     def _leave(self, code: int) -> NoReturn:
         if code == EXIT_OUT_OF_TIME and not self.world.is_main:
             time.sleep(EXIT_GRACE_S)  # the first to leave ends all (srun), and rank 0's entry has yet to requeue
         raise SystemExit(code)
 
-    def _finish(self, trainer: Any) -> Trained | None:
-        began = time.monotonic()
-        trained = consolidate.gather(trainer.accelerator, trainer.model_wrapped, trainer.processing_class)
+    def _finish(self, trainer: Any, second: Second | None) -> Trained | None:
+        began, task, places = time.monotonic(), self.task, self.places
+        finals = [
+            _Final(trainer.model_wrapped, trainer.processing_class, task.role, places.final, task.settings.export)
+        ]
+        if second is not None:
+            assert task.second is not None and places.second is not None
+            finals.append(_Final(second.wrapped, second.tokenizer, task.second, places.second, second.export))
         result = None
-        if trained is not None:
-            final, token, options = self.places.final, self.places.token, self.task.settings
-            try:
-                folder = export.write(trained, final, token, dtype=self.task.role.model.dtype, export=options.export)
-                weights = weights_hash(folder)
-                if export.put_in_place(folder, final, token, self.still_ours):
-                    self.seconds["exporting"] = time.monotonic() - began
-                    result = Trained(weights, self._metrics(trainer))
-                    log.info("%s is written and was loaded once, weights %s", final, weights[:16])
-            finally:
-                export.remove_temporary(final, token)
+        try:
+            written = [self._write(trainer.accelerator, final) for final in finals]
+            hashes = [weights_hash(folder) for folder in written if folder is not None]
+            placed = [
+                folder is not None and export.put_in_place(folder, final.target, places.token, self.still_ours)
+                for folder, final in zip(written, finals, strict=True)
+            ]
+            if all(placed):
+                self.seconds["exporting"] = time.monotonic() - began
+                result = Trained(hashes[0], self._metrics(trainer), second=hashes[1] if second is not None else None)
+                for final, weights in zip(finals, hashes, strict=True):
+                    log.info("%s is written and was loaded once, weights %s", final.target, weights[:16])
+        finally:
+            if self.world.is_main:
+                for final in finals:
+                    export.remove_temporary(final.target, places.token)
         barrier()
         return result
+
+    def _write(self, accelerator: Any, final: _Final) -> Path | None:
+        """A model's folder under a temporary name, on rank 0. All ranks must call it."""
+        trained = consolidate.gather(accelerator, final.wrapped, final.processor)
+        if trained is None:
+            return None
+        dtype = final.role.model.dtype
+        return export.write(trained, final.target, self.places.token, dtype=dtype, export=final.export)
 
     def _metrics(self, trainer: Any) -> dict[str, Any]:
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -274,13 +296,18 @@ class TrainRun:
         kept = {
             "loss": "mean_loss", "kl": "mean_kl", "entropy": "mean_entropy", "grad_norm": "mean_grad_norm",
             "clip_ratio/region_mean": "mean_clip_ratio", "completions/mean_length": "mean_length",
-            "frac_reward_zero_std": "mean_share_of_equal_groups",
+            "frac_reward_zero_std": "mean_share_of_equal_groups", "throughput/step_s": "mean_step_s",
+            "throughput/tokens_per_s": "mean_tokens_per_s", "throughput/mfu_percent": "mean_mfu_percent",
         }  # fmt: skip
         at_first = {
             "clip_ratio/region_mean": "first_step_clip_ratio",
             "sampling/logprob_difference_mean": "first_step_logprob_difference_mean",
             "sampling/logprob_difference_max": "first_step_logprob_difference_max",
         }
+        peaks = {
+            f"peak_{name}_gib": max(float(entry[key]) for entry in steps if key in entry)
+            for name in ("gpu", "host") if (key := f"memory/{name}_peak_gib") in means
+        }  # fmt: skip
         return {
             "steps": trainer.state.global_step,
             "resumed_from_step": self.resumed_from,
@@ -291,6 +318,7 @@ class TrainRun:
             "gradient_accumulation_steps": self.shape.accumulation,
             "checkpoints": self._saving.numbers(),
             **{ours: means[theirs] for theirs, ours in kept.items() if theirs in means},
+            **peaks,
             **{ours: float(steps[0][theirs]) for theirs, ours in at_first.items() if steps and theirs in steps[0]},
             "last_learning_rate": float(steps[-1]["learning_rate"]) if steps else 0.0,
             "last_loss": float(steps[-1]["loss"]) if steps else 0.0,
@@ -304,3 +332,14 @@ def _kept(checkpoint: Checkpoint | None) -> str:
     if checkpoint is None:
         return "There is no checkpoint before it: the next attempt begins anew"
     return f"The last good checkpoint is kept, and the next attempt goes on after its step: {checkpoint.folder}"
+
+
+@dataclass(frozen=True)
+class _Final:
+    """A model whose training is over: as it was run, its processor, whose it is, where it goes, and as what."""
+
+    wrapped: Any
+    processor: Any
+    role: Role
+    target: Path
+    export: export.Export
