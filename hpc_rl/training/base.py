@@ -181,8 +181,11 @@ class Driven:
                 Trainer._save_checkpoint(self, model, trial)
                 self._save_more(folder)
             except (OSError, RuntimeError, SafetensorError) as error:
-                free = shutil.disk_usage(self.args.output_dir).free / 1e9
-                raise CheckpointFailed(f"{folder} cannot be written, with {free:.3g} GB free: {error}") from error
+                free, said = (
+                    shutil.disk_usage(self.args.output_dir).free / 1e9,
+                    (str(error) or repr(error)).splitlines(),
+                )
+                raise CheckpointFailed(f"{folder} cannot be written, with {free:.3g} GB free: {said[0]}") from error
             self._seal(folder)
 
     def _save_more(self, folder: Path) -> None:

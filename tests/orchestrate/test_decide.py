@@ -420,6 +420,13 @@ def test_a_stage_whose_settings_can_get_no_lower_is_not_tried_again_and_again(no
     assert last.status == "stopped" and "with settings that go no lower. Lower sample.max_model_len" in last.reason
 
 
+def test_a_stage_may_have_a_way_out_of_its_own() -> None:
+    seen = short_of_memory(1, notches=0)
+    stages = tuple(replace(s, way_out="Lower train.max_length") for s in seen.graph.stages)
+    last = decide(replace(seen, graph=Graph(stages, seen.graph.rounds), notches={StageId(1, "sample"): 2}), Policy())
+    assert "with settings that go no lower. Lower train.max_length; the last one: CUDA out of memory" in last.reason
+
+
 def test_a_stage_that_began_its_round_with_the_lowest_settings_is_not_tried_again_and_again() -> None:
     at_first = short_of_memory(1, notches=4)
     assert decide(replace(at_first, notches={StageId(1, "sample"): 4}), Policy()).status == "running"
