@@ -1,14 +1,15 @@
 # Two commands: `make demo` and `make test`. `make help` lists the rest.
 VENV ?= .venv
 export VENV
-# two workers: one waits for the cluster most of the time
-PYTEST_ARGS ?= -n 2 --dist loadgroup --no-loadscope-reorder --durations=25
+# more workers than two cores: tests of the cluster, of services and of claims wait much of their time
+PYTEST_ARGS ?= -n 3 --dist loadgroup --no-loadscope-reorder -m "not slow" --durations=25
 
-.PHONY: help install demo test lint
+.PHONY: help install demo test test-slow lint
 help:
 	@echo "make install   the environment in $(VENV), for GPUs or CPUs by what the machine has"
 	@echo "make demo      a Lewis run on this machine: three rounds"
-	@echo "make test      all tests; installs Slurm by apt where it may (PYTEST_ARGS='tests/run -x' for some)"
+	@echo "make test      lint and tests; installs Slurm by apt where it may (PYTEST_ARGS='tests/run -x' for some)"
+	@echo "make test-slow long tests that have a shorter one beside them"
 	@echo "make lint      ruff and mypy"
 
 install:
@@ -20,6 +21,11 @@ demo: install
 test: lint
 	tests/slurm/install.sh
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-slow:
+	@tools/install.sh dev
+	tests/slurm/install.sh
+	$(VENV)/bin/python -m pytest -m slow --durations=25
 
 lint:
 	@tools/install.sh dev

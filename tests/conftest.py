@@ -33,16 +33,20 @@ LONG = ("engines", "training", "jobs")
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (`-n 2`) a file's tests stay together, and all that use the cluster are one file.
+    """With several workers (`-n 3`) a file's tests stay together; tests of the cluster are two groups with one each.
 
     Those go first: they take longest, and mostly wait. Then the folders with long files, so that none is the last one.
+    One group is of those that begin with the undisturbed run, so that it is played once.
     """
 
-    def place(item: pytest.Item) -> int:
-        if "cluster" in getattr(item, "fixturenames", ()):
-            return 0
-        return 2 - (item.path.parent.name in LONG)
+    def place(item: pytest.Item) -> tuple[int, str]:
+        fixtures = getattr(item, "fixturenames", ())
+        if "undisturbed" in fixtures:
+            return 0, "undisturbed"
+        if "cluster" in fixtures:
+            return 1, "cluster"
+        return 3 - (item.path.parent.name in LONG), str(item.path)
 
-    items.sort(key=place)
+    items.sort(key=lambda item: place(item)[0])
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("cluster" if place(item) == 0 else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group(place(item)[1]))

@@ -270,6 +270,7 @@ def test_a_cache_without_room_for_one_prompt_is_an_error_that_says_what_to_raise
     assert notches_of(ws, 1, "sample") == 0
 
 
+@pytest.mark.slow
 def test_what_an_engine_in_processes_of_its_own_died_of_is_looked_for_in_the_log(
     ws: Workspace, speaker_folder: Path, tmp_path: Path
 ) -> None:

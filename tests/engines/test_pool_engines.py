@@ -52,7 +52,7 @@ def test_a_pool_draws_the_samples_of_one_engine(
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["transformers", pytest.param("vllm", marks=needs_vllm)])
+@pytest.mark.parametrize("kind", ["transformers", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])])
 def test_a_worker_that_is_stopped_in_the_middle_changes_no_sample(
     speaker_folder: Path, temporary: Path, kind: str
 ) -> None:

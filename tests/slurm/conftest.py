@@ -1,6 +1,6 @@
 """The fixture `cluster`: one real Slurm cluster for the whole test session, empty and whole before every test.
 
-And a small run on it that nobody disturbs, to begin others from and to compare them with.
+And a small run beside it that nobody disturbs, to begin others from and to compare them with.
 """
 
 from __future__ import annotations
@@ -52,11 +52,10 @@ def _leave_the_cluster_as_found(request: pytest.FixtureRequest) -> Iterator[None
 
 @pytest.fixture(scope="session")
 def undisturbed(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterRun]:
-    """The small run that nobody disturbs; of all tests."""
+    """The small run that nobody disturbs, on one machine: where jobs run changes no sample. Of all tests."""
     folder = tmp_path_factory.mktemp("undisturbed")
     run = ClusterRun(cluster, folder, CONFIG, SMALL)
-    run.launch()
-    run.wait_until_finished()
+    run.launch("--executor", "local")
     yield run
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -70,7 +70,7 @@ class ClusterRun:
 
     def launch(self, *options: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Launch, as a user on the login host does."""
-        return self.cluster.run(self.launch_command(*options), cwd=REPOSITORY, env=self.env, check=check, timeout_s=300)
+        return self.cluster.run(self.launch_command(*options), cwd=REPOSITORY, env=self.env, check=check, timeout_s=600)
 
     def tool(self, module: str, *options: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """One of the other commands, on this run's workspace."""
@@ -82,8 +82,10 @@ class ClusterRun:
         """`status --json`."""
         return json.loads(self.tool("hpc_rl.status", "--json").stdout)
 
-    def wait_until_finished(self, timeout_s: float = 600) -> None:
-        """Wait for the run's end. Requeued jobs are released from the pause that Slurm puts before their next start.
+    def wait_until_finished(self, timeout_s: float = 600, enough: Callable[[], bool] = lambda: False) -> None:
+        """Wait for the run's end, or for as much of it as is `enough`.
+
+        Requeued jobs are released from the pause that Slurm puts before their next start.
 
         What moves a run on moves its queue: `status`, a Python process, is asked when that has changed, or seldom.
 
@@ -95,7 +97,7 @@ class ClusterRun:
         deadline = time.monotonic() + timeout_s
         seen: list[tuple[str, str]] | None = None
         asked = 0.0
-        while True:
+        while not enough():
             queue = self.cluster.queue()
             for job in queue:
                 if job.state == "PENDING" and job.reason == "BeginTime":

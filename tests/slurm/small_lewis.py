@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 
 from hpc_rl.orchestrate.gate import is_at_work
 from hpc_rl.orchestrate.graph import Kind, Stage, StageId
+from hpc_rl.run import manifest
 from tests.slurm.runs import ClusterRun
 
 CONFIG = "tests/slurm/lewis.yaml"
@@ -48,11 +49,16 @@ def samples_of(run: ClusterRun, round: int = 1) -> Samples:
     return found
 
 
-def assert_finishes_with_the_same_samples(run: ClusterRun, undisturbed: ClusterRun) -> None:
-    run.wait_until_finished()
+def assert_grades_the_same_samples(run: ClusterRun, undisturbed: ClusterRun) -> None:
+    run.wait_until_finished(enough=lambda: len(manifest.done_shards(run.ws, 1, "grade")) == 8)
     expected, found = samples_of(undisturbed), samples_of(run)
     assert len(expected) == 32 * 4
     assert found == expected
+
+
+def assert_finishes_with_the_same_samples(run: ClusterRun, undisturbed: ClusterRun) -> None:
+    run.wait_until_finished()
+    assert_grades_the_same_samples(run, undisturbed)
     assert run.manifests(1, "evaluate")[0].metrics["n_validation"] == 24
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -36,12 +37,12 @@ def assert_each_stage_was_done_once(run: ClusterRun, rounds: int = 2) -> None:
 
 
 def test_launch_returns_while_the_run_has_hardly_begun_and_the_run_finishes_by_itself(make_run: Make) -> None:
-    run = make_run()
+    run = make_run("cluster.max_array_size=3")  # an array is split where Slurm would refuse it
     said = run.launch().stdout
     assert "you can log off" in said and str(run.ws.root) in said
     assert not run.manifests(1, "evaluate")
-    for attempt in run.attempts(1, "sample"):
-        assert attempt.job_ids and attempt.job_ids[0] in said
+    (sample,) = run.attempts(1, "sample")
+    assert sample.job_ids and len(sample.job_ids) == 2 and sample.job_ids[0] in said
     run.wait_until_finished()
     assert_each_stage_was_done_once(run)
     assert {m.host for m in run.manifests(1, "sample")} <= set(run.cluster.nodes)
@@ -49,20 +50,9 @@ def test_launch_returns_while_the_run_has_hardly_begun_and_the_run_finishes_by_i
     assert "finished" in run.launch().stdout
 
 
-def test_launching_while_it_runs_says_so_and_changes_nothing(make_run: Make) -> None:
-    run = make_run()
-    run.launch()
-    before = run.ws.ledger_path.read_text()
-    said = run.launch().stdout
-    assert "already running" in said and "Nothing was changed" in said
-    # whatever the ledger has now came from the run's own advance jobs
-    added = run.ws.ledger_path.read_text()[len(before) :]
-    assert '"round": 1, "stage": "sample"' not in added
-    run.wait_until_finished()
-    assert_each_stage_was_done_once(run)
-
-
-def test_two_launches_at_the_same_moment_submit_every_stage_once(make_run: Make) -> None:
+def test_of_two_launches_at_the_same_moment_one_submits_every_stage_once_and_a_later_one_changes_nothing(
+    make_run: Make,
+) -> None:
     run = make_run()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     both = [run.cluster.popen(run.launch_command(), cwd=REPOSITORY, env=run.env, **pipes) for _ in range(2)]
@@ -70,6 +60,12 @@ def test_two_launches_at_the_same_moment_submit_every_stage_once(make_run: Make)
     assert [process.returncode for process in both] == [0, 0], said
     assert sum("you can log off" in text for text in said) == 1, said
     assert sum("already running" in text for text in said) == 1, said
+    before = run.ws.ledger_path.read_text()
+    later = run.launch().stdout
+    assert "already running" in later and "Nothing was changed" in later
+    # whatever the ledger has now came from the run's own advance jobs
+    added = run.ws.ledger_path.read_text()[len(before) :]
+    assert '"round": 1, "stage": "sample"' not in added
     run.wait_until_finished()
     assert_each_stage_was_done_once(run)
 
@@ -93,20 +89,21 @@ def test_a_launch_killed_around_its_sbatch_is_repeated_without_loss_or_double(ma
         assert adopted == (when == "after")
 
 
-@pytest.mark.parametrize("rounds", [3, 2], ids=["with-work", "only-the-spare"])
-def test_an_advance_killed_around_its_sbatch_is_replaced_by_the_spare(make_run: Make, rounds: int) -> None:
-    # launch queues rounds 1 and 2; the first advance then submits round 3, or, where there is none, the last spare
-    runs = {when: make_run(f"run.rounds={rounds}", folder=when) for when in ("before", "after")}
-    happened = {}
-    for when, run in runs.items():
+def test_an_advance_killed_around_its_sbatch_is_replaced_by_the_spare(make_run: Make) -> None:
+    """Launch queues rounds 1 and 2; the first advance submits round 3, or, where there is none, the last spare."""
+    cases = list(product((3, 2), ("before", "after")))
+    runs = [make_run(f"run.rounds={rounds}", folder=f"{rounds}-{when}") for rounds, when in cases]
+    happened = []
+    for run, (_, when) in zip(runs, cases, strict=True):
         run.launch()
-        happened[when] = run.kill_at_next_sbatch(when)
-    for when, run in runs.items():
+        happened.append(run.kill_at_next_sbatch(when))
+    for run, (rounds, _), was_killed in zip(runs, cases, happened, strict=True):
         run.wait_until_finished()
-        assert happened[when](), "nobody called sbatch any more: the test came too late"
-        for round in range(1, rounds + 1):
-            for stage in STAGES:
-                assert len(run.manifests(round, stage)) == (4 if stage == "sample" else 1)
+        assert was_killed(), "nobody called sbatch any more: the test came too late"
+        done = [run.manifests(round, stage) for round in range(1, rounds + 1) for stage in STAGES]
+        assert [len(made) for made in done] == [4, 1, 1, 1, 1] * rounds
+        (code,) = run.ws.code_dir.iterdir()
+        assert {m.made_from["code"] for made in done for m in made} == {code.name}, "also what advance has submitted"
 
 
 def test_an_advance_that_is_cancelled_in_the_queue_is_replaced_by_the_spare(make_run: Make) -> None:
@@ -130,15 +127,6 @@ def test_cancel_takes_exactly_this_runs_jobs_and_launch_goes_on(make_run: Make) 
     run.launch()
     run.wait_until_finished()
     assert run.cluster.state(other) == "RUNNING"
-
-
-def test_an_array_is_split_where_slurm_would_refuse_it(make_run: Make) -> None:
-    run = make_run("cluster.max_array_size=3", "run.rounds=1")
-    run.launch()
-    (attempt,) = run.attempts(1, "sample")
-    assert len(attempt.job_ids or ()) == 2
-    run.wait_until_finished()
-    assert len(run.manifests(1, "sample")) == 4
 
 
 def test_slurm_is_asked_about_partitions_and_accounts_before_anything_is_written(make_run: Make) -> None:
