@@ -16,6 +16,7 @@ MODULES = {
     "grpo_live": "grpo_live",
     "reward_model": "reward_model",
     "verifier": "reward_model",
+    "joint": "joint",
     "rloo": "rloo",
     "rloo_live": "rloo_live",
     "sft": "sft",

@@ -69,7 +69,8 @@ class Second:
             raise ValueError("two models at once are not trained in float16 without DeepSpeed: use bfloat16")
         if args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-            self.model.enable_input_require_grads()
+            if is_peft_model(self.model):
+                self.model.enable_input_require_grads()
         self.model.train()
         decayed = set(trainer.get_decay_parameter_names(self.model))
         options = self._options

@@ -31,6 +31,7 @@ from trl.trainer.utils import (  # noqa: E402
     adjusted_mfu,
     compute_flops_per_token,
     compute_mfu,
+    disable_dropout_in_model,
     get_peak_flops,
 )
 
@@ -52,6 +53,7 @@ __all__ = [
     "adjusted_mfu",
     "compute_flops_per_token",
     "compute_mfu",
+    "disable_dropout_in_model",
     "get_peak_flops",
     "prepare_deepspeed",
 ]
