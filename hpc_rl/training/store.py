@@ -72,7 +72,9 @@ def read(files: Iterable[Path], parts: Sequence[str], group_size: int, groups: i
                 writer.take(file)
             return writer.finish(group_size, groups)
 
-    return once(rank, write, _open)
+    rollouts = once(rank, write, _open)
+    log.info("samples: %s", rollouts.numbers())
+    return rollouts
 
 
 def _open(samples: _Samples) -> Rollouts:

@@ -80,10 +80,10 @@ def chat(content: str) -> list[dict[str, str]]:
             r"column completion: the chat template does not show an answer",
         ),
         (
-            [[{"role": "user", "content": None}]],
+            [chat("yes"), [{"role": "user", "content": None}]],
             "no",
             None,
-            r"row 0, text_id t0, column prompt: a part of it is missing",
+            r"row 1, text_id t1, .* a part of it is missing",
         ),
         (["yes", ""], "no", None, r"row 1, text_id t1, column prompt: it has no tokens"),
     ],
