@@ -93,8 +93,7 @@ def _write(files: Iterable[Path], folder: Path, tokenizer: Any, limits: Limits, 
         for file in files:
             for rows, found in encoding.tokens(file, ID, ["chosen", "rejected"], encoder, more):
                 limits.check(rows, found)
-                same = [a == b for a, b in zip(found[CHOSEN].to_pylist(), found[REJECTED].to_pylist(), strict=True)]
-                rows.refuse_first(same, "rejected", "it is the chosen answer")
+                rows.refuse_first(_same(found[CHOSEN], found[REJECTED]), "rejected", "it is the chosen answer")
                 prompt, chosen, rejected = (
                     pc.list_value_length(found[n]).to_numpy() for n in (PROMPT, CHOSEN, REJECTED)
                 )
@@ -108,6 +107,15 @@ def _write(files: Iterable[Path], folder: Path, tokenizer: Any, limits: Limits, 
         if not len(index):
             raise NothingToLearn(f"no pair is left: {writer.read} were read, {left_out['too_long']} are too long")
         return writer.save(index, left_out)
+
+
+def _same(one: pa.Array, other: pa.Array) -> NDArray[np.bool_]:
+    """(rows,) where two columns hold the same lists."""
+    lists = [
+        np.split(column.flatten().to_numpy(), np.cumsum(pc.list_value_length(column).to_numpy())[:-1])
+        for column in (one, other)
+    ]
+    return np.array([np.array_equal(a, b) for a, b in zip(*lists, strict=True)])
 
 
 def _open(written: Written) -> Units[Pair]:

@@ -37,6 +37,7 @@ W = TypeVar("W")
 CHUNK = 16
 """Rows that are read together. Those of a group lie side by side."""
 CHUNKS_IN_MEMORY = 32
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 INDEX = [("id_hash", np.uint64), ("length", np.int32), ("chunk", np.int32), ("row", np.int32)]
 """What is known of every row without reading it: a hash of its id, its tokens in a forward pass, where it lies."""
@@ -213,7 +214,10 @@ class Writer:
 
     def save(self, index: NDArray[Any], left_out: Mapping[str, int]) -> Written:
         """Write the index that readers will have."""
-        np.save(self.folder / "index.npy", index)
+        header = np.lib.format.header_data_from_array_1_0(index)
+        with (self.folder / "index.npy").open("wb") as file:  # np.save's error on a full disk does not say so
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(index.tobytes())
         for name in index.dtype.names or ():
             if name not in ("chunk", "row"):
                 self._digest.update(index[name].tobytes())
@@ -248,7 +252,7 @@ def room(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in FULL:
             raise
         message = (
             f"no room for the round's {what} in {folder}, of which {_bytes(folder) / 1e6:.0f} MB are there; a token "

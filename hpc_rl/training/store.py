@@ -157,6 +157,8 @@ class _Writer(Writer):
         sizes = np.diff(_starts(found))
         index, used = found[np.repeat(sizes > 1, sizes)], sizes[sizes > 1]
         left_out = self.read - len(found)
+        if not self.read:
+            raise NothingToLearn("the round has no graded samples: no completion of it was accepted")
         if not len(used):
             raise NothingToLearn(f"{left_out} of {self.read} samples were left out: no group has two to compare")
         counts = Counts(

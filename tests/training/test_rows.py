@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hpc_rl.training import texts
+from hpc_rl.training import rows, texts
 from hpc_rl.training.errors import NothingToLearn, UnusableData
 from hpc_rl.training.rows import Units
 from hpc_rl.training.texts import Text
+from tests.full_disk import full_disk
 
 GOOD = {"text_id": ["a", "b", "c"], "prompt_token_ids": [[1], [2, 2], [3]], "completion_token_ids": [[4], [5], [6, 7]]}
 
@@ -139,10 +140,27 @@ def test_a_full_disk_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyP
     node.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(node))
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(OSError, match=r"no room for the round's texts in .*Set TMPDIR to a folder") as found:
-        read(tmp_path, GOOD)
+    read(tmp_path, GOOD)
+    with (
+        full_disk(),
+        pytest.raises(OSError, match=r"no room for the round's texts in .*Set TMPDIR to a folder") as found,
+    ):
+        texts.read([tmp_path / "0.parquet"], None)
     assert found.value.errno == errno.ENOSPC and list(node.iterdir()) == []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match=r"no room for the round's texts"):
+        close = rows.Writer.save
+
+        def save(*given: Any) -> rows.Written:
+            with full_disk():
+                return close(*given)
+
+        patch.setattr(rows.Writer, "save", save)
+        texts.read([tmp_path / "0.parquet"], None)
+    assert list(node.iterdir()) == []
+
+
+def test_a_shard_may_be_empty(tmp_path: Path) -> None:
+    none = pa.table(GOOD).slice(0, 0)
+    pq.write_table(none, tmp_path / "none.parquet")
+    pq.write_table(pa.table(GOOD), tmp_path / "some.parquet")
+    assert len(texts.read([tmp_path / "none.parquet", tmp_path / "some.parquet"], None)) == 3
