@@ -133,10 +133,10 @@ class LewisConfig(Config):
     """The whole tree of `configs/lewis.yaml`."""
 
     stage_names: ClassVar[tuple[str, ...] | None] = (
-        "prepare", "dataset", "sample", "grade", "train", "evaluate", "advance",
+        "prepare", "dataset", "sample", "grade", "reference", "train", "evaluate", "advance",
         "grade.listener", "train.listener", "evaluate.listener",
     )  # fmt: skip
-    array_stages: ClassVar[frozenset[str]] = frozenset({"prepare", "sample", "grade"})
+    array_stages: ClassVar[frozenset[str]] = frozenset({"prepare", "sample", "grade", "reference"})
     stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"advance": {"time_min": 15}}
     train_sections: ClassVar[Mapping[str, str]] = {"train": "train"}
 

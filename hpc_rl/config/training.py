@@ -98,6 +98,11 @@ class OnPolicyTrainConfig(TrainConfig):
     live_max_steps: PositiveInt | None = None
     """Optimizer steps of a round with `rollouts: live`. null = one pass over the round's prompts."""
 
+    @property
+    def reference_stage(self) -> bool:
+        """Whether a stage of its own scores the samples under the initial model."""
+        return self.rollouts == "round" and self.beta > 0 and self.reference == "stage"
+
     def faults(self) -> Iterator[Fault]:
         """What has no meaning for samples that the trainer draws by itself."""
         if self.rollouts == "live" and self.reference == "stage":

@@ -4,6 +4,9 @@
     round r   sample → grade → train → evaluate                        with `train.rollouts: round`
               train → evaluate: the trainer samples by itself          with `train.rollouts: live`
 
+With `train.beta` above 0 and `train.reference: stage`, a stage of its own scores the samples under the initial model:
+sample → grade → reference → train → evaluate.
+
 grade, evaluate and a live train ask a listener service of their own, which is up only while they are.
 """
 
@@ -18,6 +21,7 @@ from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.engines.memory import most_notches
 from hpc_rl.engines.weights import Role
 from hpc_rl.orchestrate.graph import Kind, Stage, StageId
+from hpc_rl.recipes import reference
 from hpc_rl.training import memory
 from hpc_rl.training.task import Data, TrainTask
 
@@ -46,17 +50,21 @@ def stages(config: LewisConfig, round: int) -> Iterable[Stage]:
         return
     live = config.train.rollouts == "live"
     weights = StageId(round - 1, "train") if round > 1 else StageId(0, "dataset")
-    inputs = weights
+    needs: tuple[StageId, ...] = (weights,)
     if not live:
         shards = ceil(config.sample.prompts_per_round / config.sample.shard_size)
         sample = StageId(round, "sample")
         yield Stage(
             sample, "jobs.sample", Kind.ARRAY, needs=(weights,), shards=shards, notches=_notches(config, sample)
         )
-        inputs = StageId(round, "grade")
-        yield from _with_listener(config, Stage(inputs, "jobs.grade", Kind.ARRAY, needs=(sample,), shards=shards))
+        grade = StageId(round, "grade")
+        yield from _with_listener(config, Stage(grade, "jobs.grade", Kind.ARRAY, needs=(sample,), shards=shards))
+        needs = (grade,)
+        if config.train.reference_stage:
+            yield reference.stage(grade, shards=shards, settings=config.train)
+            needs = (grade, StageId(round, reference.NAME))
     train = Stage(
-        StageId(round, "train"), "jobs.train", Kind.MULTINODE, needs=(inputs,),
+        StageId(round, "train"), "jobs.train", Kind.MULTINODE, needs=needs,
         notches=memory.most_notches(config.train), way_out=memory.way_out("train"),
     )  # fmt: skip
     yield from _with_listener(config, train) if live else (train,)
@@ -73,6 +81,7 @@ def training(config: LewisConfig, stage: StageId) -> TrainTask:
         role=Role("speaker", config.speaker),
         trained_rounds=stage.round - 1,
         data=None if live else Data(StageId(stage.round, "grade"), "graded.parquet"),
+        reference=reference.output(stage.round) if config.train.reference_stage else None,
         sampling=config.sample,
         groups=config.sample.prompts_per_round,
         rewards={name: getattr(config.rewards, name).weight for name in ("accuracy", "format", "length")},
