@@ -1,0 +1,95 @@
+"""Ranks that train one stage after the other, and note what with: to start them anew for each takes long.
+
+Run as `python -m tests.training.pool --workspace FOLDER --round 1`, once per rank: all trainings of the workspaces
+`FOLDER/MODE`, one for each of `MODES`; rank 0 notes them in `FOLDER/notes.json`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hpc_rl.orchestrate.job import parse_arguments
+from tests.training.algorithms_recipe import FILES
+
+MODES = {
+    "plain": ("DistributedDataParallel", 0), "zero2": ("DeepSpeedEngine", 2), "zero3": ("DeepSpeedEngine", 3)
+}  # fmt: skip
+"""Ways to train on several ranks: what wraps the model, and DeepSpeed's stage."""
+Notes = dict[str, dict[str, Any]]
+"""By algorithm: `losses` and `grad_norms` of the steps; `engine`, what wrapped the model, and its `zero_stage`."""
+
+
+def train_all(workspace: Path, only: Sequence[str] = tuple(FILES)) -> Notes:
+    """Do every training of a workspace as this rank of its job; what was trained with which losses."""
+    from jobs import train
+
+    notes: Notes = {}
+    for algorithm in only:
+        fresh()
+        with _noted(notes, algorithm):
+            assert train.main(["--workspace", str(workspace), "--round", "1", "--stage", f"train_{algorithm}"]) == 0
+    fresh()
+    return notes
+
+
+def fresh() -> None:
+    """Forget the last training: accelerate and DeepSpeed keep what they were told for the life of a process."""
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]  # with ACCELERATE_USE_DEEPSPEED the next training would use it unasked
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()
+    if "deepspeed" in sys.modules:
+        import deepspeed
+
+        deepspeed.comm.comm.cdb = None  # its views of the process group that is gone
+        importlib.reload(deepspeed.utils.groups)
+
+
+@contextmanager
+def _noted(notes: Notes, algorithm: str) -> Iterator[None]:
+    from hpc_rl.training.run import TrainRun
+
+    train = TrainRun.train
+
+    def noting(self: TrainRun, trainer: Any, *others: Any) -> Any:
+        trained = train(self, trainer, *others)
+        steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+        engine = trainer.model_wrapped
+        notes[algorithm] = {
+            "losses": [entry["loss"] for entry in steps],
+            "grad_norms": [entry["grad_norm"] for entry in steps],
+            "engine": type(engine).__name__,
+            "zero_stage": getattr(engine, "zero_optimization_stage", lambda: 0)(),
+        }
+        return trained
+
+    TrainRun.train = noting  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        TrainRun.train = train  # type: ignore[method-assign]
+
+
+def main(folder: Path) -> None:
+    """Train all; rank 0 notes how, by mode."""
+    import torch
+
+    torch.set_num_threads(1)
+    notes = {mode: train_all(folder / mode) for mode in MODES}
+    if os.environ["RANK"] == "0":
+        (folder / "notes.json").write_text(json.dumps(notes))
+
+
+if __name__ == "__main__":
+    main(parse_arguments("train", sys.argv[1:]).workspace)
