@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hpc_rl.cluster.failures import EXIT_BLOCKED
+from hpc_rl.grading.samples import read_samples
 from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.training.checkpoints import COMPLETE
+from hpc_rl.training.errors import Diverged
+from hpc_rl.training.reporting import Reporter
 from jobs import train as job
 from tests.training.conftest import NewRun, Ranks, start_ranks
 from tests.waiting import PATIENCE_S, wait_for
@@ -116,25 +119,50 @@ def test_a_rank_that_loses_another_is_blocked_not_at_fault(new_run: NewRun) -> N
         ranks.kill()
 
 
-def test_told_to_leave_it_saves_and_the_next_attempt_goes_on(new_run: NewRun) -> None:
-    settings = ("train.passes=2", "train.epochs=4", "train.save_steps=1000", "speaker.lora.dropout=0.1")
+def test_told_to_leave_it_saves_and_the_next_attempt_goes_on_along_the_same_curve(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, so that random states count; TensorBoard shows one curve, as if nothing had happened."""
+    settings = ("train.save_steps=1000", "speaker.lora.dropout=0.1")
     whole, left = new_run(*settings), new_run(*settings)
     here(whole)
 
-    def tell() -> None:
-        while not list(left.tb_dir.glob("round_01/train/*")):
-            time.sleep(0.005)
-        time.sleep(0.3)
-        os.kill(os.getpid(), signal.SIGTERM)
+    told = Reporter.on_step_end
 
-    threading.Thread(target=tell, daemon=True).start()
-    with pytest.raises(SystemExit) as leave:
+    def tell_in_step_3(reporter: Reporter, args: Any, state: Any, control: Any, **more: Any) -> None:
+        told(reporter, args, state, control, **more)
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as leave:
+        patched.setattr(Reporter, "on_step_end", tell_in_step_3)
         here(left)
     assert leave.value.code == 128 + signal.SIGTERM
     assert len(checkpoints(left)) == 1, "saved although no checkpoint was due"
     made = here(left)
-    assert 0 < made.metrics["resumed_from_step"] < made.metrics["steps"] == 48
+    assert made.metrics["resumed_from_step"] in (3, 4) and made.metrics["steps"] == 6
     assert made.made_from["weights_out"] == trained(whole).made_from["weights_out"], "to the last bit"
+    assert curves(left) == curves(whole) and len(curves(whole)["train/loss"]) == 6
+
+
+def curves(ws: Workspace) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of round 1, (step, value); what depends on the machine is left out."""
+    shown = EventAccumulator(str(ws.tb_dir / "round_01/train")).Reload()
+    tags = [tag for tag in shown.Tags()["scalars"] if not re.search("throughput|memory|step_time", tag)]
+    return {tag: [(point.step, point.value) for point in shown.Scalars(tag)] for tag in tags}
+
+
+def test_numbers_that_end_leave_the_last_good_checkpoint_and_name_it(new_run: NewRun) -> None:
+    ws = new_run("train.learning_rate=1e36", "train.warmup_steps=0", "train.save_steps=1")
+    with pytest.raises(Diverged) as stopped:
+        here(ws)
+    said = str(stopped.value)
+    assert re.match(r"the (loss|gradients) of step 2 (is|are) not finite", said), said
+    shards = [made.path("graded.parquet") for made in manifest.Manifests(ws, 1, "grade", 2)]
+    assert any(sample.sample_id in said for shard in shards for sample in read_samples(shard))
+    (kept,) = ws.stage_dir(1, "train").glob("checkpoints/*/checkpoint-1")
+    assert said.endswith(f"The last good checkpoint is kept, and the next attempt goes on after its step: {kept}")
+    assert not ws.checkpoint_dir("speaker", 1).exists()
 
 
 def test_killed_while_saving_the_checkpoint_before_counts(new_run: NewRun, plain: Workspace, tmp_path: Path) -> None:
