@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from hpc_rl.training import encoding
+from hpc_rl.training import columns, encoding
 from hpc_rl.training.columns import STRING, TOKENS
 from hpc_rl.training.errors import NothingToLearn
 from hpc_rl.training.limits import Limits, TooLong
@@ -91,6 +91,8 @@ def _write(files: Iterable[Path], folder: Path, tokenizer: Any, limits: Limits, 
     schema = SCHEMA.append(pa.field(ROW, STRING)) if with_rows else SCHEMA
     with room(folder, "pairs"), Writer(folder, ID, schema) as writer:
         for file in files:
+            if with_rows:  # a text does not say where the pictures are
+                columns.choose(file, [PROMPT, CHOSEN, REJECTED])
             for rows, found in encoding.tokens(file, ID, ["chosen", "rejected"], encoder, more):
                 limits.check(rows, found)
                 rows.refuse_first(_same(found[CHOSEN], found[REJECTED]), "rejected", "it is the chosen answer")

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
@@ -214,10 +215,9 @@ class Writer:
 
     def save(self, index: NDArray[Any], left_out: Mapping[str, int]) -> Written:
         """Write the index that readers will have."""
-        header = np.lib.format.header_data_from_array_1_0(index)
-        with (self.folder / "index.npy").open("wb") as file:  # np.save's error on a full disk does not say so
-            np.lib.format.write_array_header_1_0(file, header)
-            file.write(index.tobytes())
+        file = BytesIO()
+        np.save(file, index)
+        (self.folder / "index.npy").write_bytes(file.getbuffer())  # np.save's error does not say that a disk is full
         for name in index.dtype.names or ():
             if name not in ("chunk", "row"):
                 self._digest.update(index[name].tobytes())

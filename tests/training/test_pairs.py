@@ -77,6 +77,12 @@ def test_pairs_that_cannot_be_used_are_named(
         pairs.read(write(tmp_path, {**PAIRS, **changed}), None, **options)
 
 
+def test_prompts_with_pictures_must_be_token_ids(tmp_path: Path, tokenizer: Any) -> None:
+    table = {"pair_id": ["a"], "row_id": ["r"], "prompt": ["x"], "chosen": ["y"], "rejected": ["z"]}
+    with pytest.raises(UnusableData, match=r"has the columns .* needed are prompt_token_ids and chosen_token_ids and"):
+        pairs.read(write(tmp_path, table), tokenizer, with_rows=True)
+
+
 def test_no_pair_left_says_how_many_were_too_long(tmp_path: Path) -> None:
     with pytest.raises(NothingToLearn, match="no pair is left: 2 were read, 2 are too long"):
         pairs.read(write(tmp_path, PAIRS), None, max_length=2, too_long="drop")
