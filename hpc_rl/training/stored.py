@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from hpc_rl.engines.loading import tokenizer_of
 from hpc_rl.engines.weights import Weights, weights_of
-from hpc_rl.training import collate, logprobs, mismatch, plan, store
+from hpc_rl.training import collate, logprobs, mismatch, pixels, plan, settings, store
 from hpc_rl.training.base import Tensors
 from hpc_rl.training.batches import Batches
 from hpc_rl.training.checkpoints import Checkpoints
@@ -27,12 +27,10 @@ from hpc_rl.training.distributed import all_gather_objects, broadcast_object
 from hpc_rl.training.errors import UnusableData
 from hpc_rl.training.grpo_base import OnPolicy, options_of
 from hpc_rl.training.mismatch import FirstStep
-from hpc_rl.training.pixels import Pictures
 from hpc_rl.training.plan import Plan, Step
 from hpc_rl.training.rollouts import Rollout, Rollouts
 from hpc_rl.training.run import Trained, TrainRun
 from hpc_rl.training.second import Second
-from hpc_rl.training.task import find
 
 log = logging.getLogger(__name__)
 
@@ -165,11 +163,9 @@ def tensors(run: TrainRun) -> collate.Rollouts:
     """What makes tensors of samples."""
     processor = run.processor()
     config = AutoConfig.from_pretrained(run.start.base, local_files_only=True)
-    pictures = None
-    if run.task.pictures is not None:
-        pictures = Pictures(processor.image_processor, find(run.task.pictures)(run.job), config.image_token_id)
     vision = frozenset(getattr(config, name) for name in VISION_TOKENS if hasattr(config, name))
-    return collate.Rollouts(tokenizer_of(processor).pad_token_id, vision_ids=vision, pictures=pictures)
+    pad_id = settings.padding(tokenizer_of(processor))
+    return collate.Rollouts(pad_id, vision_ids=vision, pictures=pixels.pictures(run, processor))
 
 
 def reference_weights(run: TrainRun) -> Weights:
