@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             backend=task.settings.backend,
             interface=config.cluster.network_interface,
             deepspeed=task.settings.deepspeed is not None,
+            fsdp=task.settings.fsdp is not None,
             preflight_s=task.settings.preflight_s,
             timeout_s=max(1800.0, config.run.linger_s + 600.0, longest_call_s + 600.0),
         ) as world,

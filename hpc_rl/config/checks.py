@@ -103,7 +103,7 @@ AUTO_IN_DEEPSPEED: dict[str, str] = {
 def check_deepspeed(path: Path, dtype: str) -> Iterator[Problem]:
     """A DeepSpeed JSON that leaves learning rate, batch and number type to the config."""
     field = "train.deepspeed"
-    shipped = "zero2.json, zero3.json, zero3_offload.json in configs/deepspeed"
+    shipped = "zero2.json, zero2_offload.json, zero3.json, zero3_offload.json in configs/deepspeed"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

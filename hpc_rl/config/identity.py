@@ -38,7 +38,10 @@ CIRCUMSTANCES: tuple[str, ...] = (
     "evaluate.batch_size",
     "evaluate.sample_texts_to_log",
 )
-OF_TRAINING = ("deepspeed", "backend", "preflight_s", "save_steps", "save_minutes", "keep_checkpoints")
+OF_TRAINING = (
+    "deepspeed", "fsdp", "fused_kernels", "backend", "preflight_s", "save_steps", "save_minutes", "keep_checkpoints",
+    "log_completions",
+)  # fmt: skip
 """The same of each section in `Config.train_sections`."""
 """What may change while a run goes on: where and how patiently it runs, not what it computes.
 

@@ -67,6 +67,11 @@ class TrainConfig(Section):
     log_completions: NonNegativeInt = 4
     """Texts of the step's first batch that go to TensorBoard with each logged step; 0 = none."""
 
+    def faults(self) -> Iterator[Fault]:
+        """Two that would share the model out."""
+        if self.fsdp is not None and self.deepspeed is not None:
+            yield Fault(("fsdp",), f"{self.fsdp}, beside deepspeed, which shards the model too", "one of the two")
+
 
 class DataTrainConfig(TrainConfig):
     """What algorithms have in common that train on texts, pairs or solutions from elsewhere."""
@@ -105,6 +110,7 @@ class OnPolicyTrainConfig(TrainConfig):
 
     def faults(self) -> Iterator[Fault]:
         """What has no meaning for samples that the trainer draws by itself."""
+        yield from super().faults()
         if self.rollouts == "live" and self.reference == "stage":
             yield Fault(("reference",), "stage, but samples that do not exist yet cannot be scored", "pass or live")
 

@@ -98,6 +98,7 @@ def process_group(
     backend: str = "auto",
     interface: str | None = None,
     deepspeed: bool = False,
+    fsdp: bool = False,
     timeout_s: float = 1800.0,
     preflight_s: float = 60.0,
 ) -> Iterator[World]:
@@ -113,6 +114,8 @@ def process_group(
         `cluster.network_interface`; gloo and NCCL are told of it.
     deepspeed
         DeepSpeed will be used: it wants a process group even for one rank, and before the model is made.
+    fsdp
+        FSDP will be used, which also wants one.
     timeout_s
         How long a collective may wait for other ranks.
     preflight_s
@@ -126,8 +129,8 @@ def process_group(
         When nodes run different software.
     """
     world = get_world_info()
-    _tell_libraries(world, interface, distributed=world.size > 1 or deepspeed)
-    if world.size == 1 and not deepspeed:
+    _tell_libraries(world, interface, distributed=world.size > 1 or deepspeed or fsdp)
+    if world.size == 1 and not deepspeed and not fsdp:
         yield world
         return
     backend = choose_backend(backend)

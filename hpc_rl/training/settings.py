@@ -10,7 +10,7 @@ import torch
 
 from hpc_rl.config.modeling import VisionModelConfig
 from hpc_rl.run.seeds import derive
-from hpc_rl.training import models
+from hpc_rl.training import acceleration, models
 from hpc_rl.training.task import TrainTask
 
 if TYPE_CHECKING:
@@ -90,4 +90,5 @@ def common(run: TrainRun, output: Path) -> dict[str, Any]:
         "disable_tqdm": True,
         "dataloader_pin_memory": gpu,
         "remove_unused_columns": False,
+        **acceleration.arguments(train, run.task.section),
     }

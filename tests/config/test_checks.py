@@ -177,7 +177,7 @@ def test_of_many_pictures_some_of_every_concept_are_looked_at(
 # --- DeepSpeed
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize("name", ["zero2", "zero2_offload", "zero3", "zero3_offload"])
 def test_the_shipped_deepspeed_files_pass(name: str) -> None:
     assert list(check_deepspeed(REPOSITORY / "configs" / "deepspeed" / f"{name}.json", "bfloat16")) == []
 

@@ -1,0 +1,105 @@
+"""FSDP and fused kernels: what is asked of transformers, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from pydantic import ValidationError
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from hpc_rl.config.training import SftTrainConfig
+from hpc_rl.training import acceleration, consolidate, export, models
+from tests.training.conftest import REPOSITORY
+from tools import tiny_chat_model
+
+FSDP = REPOSITORY / "configs/fsdp/full_shard.json"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with a GPU, as far as arguments go."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+
+
+def test_fsdp_without_a_gpu_is_an_error_and_not_plain_data_parallel() -> None:
+    with pytest.raises(ValueError, match=r"sft.fsdp is set, and there is no GPU: FSDP works on GPUs only. Set it to"):
+        acceleration.arguments(SftTrainConfig(fsdp=FSDP), "sft")
+
+
+def test_the_shipped_fsdp_config_is_one_that_transformers_takes(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "")  # transformers sets it
+    found = acceleration.arguments(SftTrainConfig(fsdp=FSDP, gradient_checkpointing=True), "sft")
+    monkeypatch.undo()
+    made = TrainingArguments(output_dir="none", use_cpu=True, **found).fsdp_plugin_args
+    assert made is not None
+    wanted = {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT", "activation_checkpointing": True}
+    assert wanted.items() <= made.items() and not found["gradient_checkpointing"]
+
+
+def test_what_the_config_decides_does_not_stand_in_the_file(gpu: None, tmp_path: Path) -> None:
+    file = tmp_path / "fsdp.json"
+    file.write_text(json.dumps({"activation_checkpointing": True}))
+    with pytest.raises(ValueError, match=r"sets activation_checkpointing, which sft.gradient_checkpointing decides"):
+        acceleration.arguments(SftTrainConfig(fsdp=file), "sft")
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="no JSON object; shipped"):
+        acceleration.arguments(SftTrainConfig(fsdp=file), "sft")
+
+
+def test_fsdp_and_deepspeed_exclude_each_other() -> None:
+    with pytest.raises(ValidationError, match="beside deepspeed"):
+        SftTrainConfig(fsdp=FSDP, deepspeed=REPOSITORY / "configs/deepspeed/zero2_offload.json")
+
+
+def test_fused_kernels_are_used_where_they_are_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    auto, off = SftTrainConfig(), SftTrainConfig(fused_kernels="off")
+    assert not acceleration.fused_kernels(auto, gpu=True)
+    assert "none (liger_kernel is not installed)" in caplog.text
+    (tmp_path / "liger_kernel.py").touch()
+    assert acceleration.fused_kernels(auto, gpu=True)
+    assert "fused kernels: Liger's layers" in caplog.text
+    assert not acceleration.fused_kernels(auto, gpu=False) and "none (no GPU)" in caplog.text
+    assert not acceleration.fused_kernels(off, gpu=True) and "none (off)" in caplog.text
+
+
+@pytest.fixture
+def one_rank() -> Iterator[Any]:
+    """A process group of this process, and a mesh of its one CPU."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_model_that_fsdp_has_sharded_is_exported_whole(one_rank: Any, lora: bool, tmp_path: Path) -> None:
+    base = tiny_chat_model.write(tmp_path / "base")
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if lora:
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    models.ban(model, [3])
+    for layer in (model.get_base_model() if lora else model).model.layers:
+        fully_shard(layer, mesh=one_rank)
+    fully_shard(model, mesh=one_rank)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+    whole = consolidate.gather(Accelerator(cpu=True), model, AutoTokenizer.from_pretrained(base))
+    assert whole is not None and all(type(tensor) is torch.Tensor for tensor in whole.state.values())
+    folder = export.write(whole, tmp_path / "round_01", "t", dtype="float32", export="both")
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "merged" if lora else folder)
+    assert type(loaded).__name__ == "Qwen2ForCausalLM"
