@@ -27,9 +27,9 @@ from hpc_rl.training.base import Driven
 from hpc_rl.training.batches import Batches
 from hpc_rl.training.check_base import vocabulary
 from hpc_rl.training.collate import ByPlace, Pairs
-from hpc_rl.training.rows import Units
 from hpc_rl.training.run import Trained, TrainRun
 from hpc_rl.training.trl_parts import DPOConfig, DPOTrainer
+from hpc_rl.training.units import Units
 
 
 class Dpo(Driven, DPOTrainer):  # type: ignore[misc]

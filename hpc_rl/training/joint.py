@@ -36,11 +36,11 @@ from hpc_rl.training.grpo import StoredGrpo
 from hpc_rl.training.judging import Objective, Tally, in_float32, padding_of, scores
 from hpc_rl.training.plan import Plan, Shape
 from hpc_rl.training.rollouts import Rollout, Rollouts, advantages
-from hpc_rl.training.rows import Units
 from hpc_rl.training.run import Trained, TrainRun
 from hpc_rl.training.second import Second
 from hpc_rl.training.solutions import Question
 from hpc_rl.training.trl_parts import disable_dropout_in_model
+from hpc_rl.training.units import Units
 
 log = logging.getLogger(__name__)
 
@@ -160,13 +160,13 @@ def train(run: TrainRun) -> Trained | None:
     checkpoints = run.checkpoints(hashlib.sha256(work.encode()).hexdigest())
 
     def kind(**others: Any) -> StoredGrpo:
-        seed = derive(run.job.config.run.seed, run.round, "second")
+        seed = derive(run.job.config.run.seed, run.round, "adapter")  # as a reward model that is trained by itself
         model = models.load(
             role.model, start.base, start.adapter, deepspeed=run.deepspeed is not None, seed=seed, head="score"
         )
         model.config.get_text_config().pad_token_id = pad_id
         disable_dropout_in_model(model)
-        objective = Objective(options.reward_model.loss, options.reward_model.penalty, seed)
+        objective = Objective(options.reward_model.loss, options.reward_model.penalty, others["args"].seed)
         second = Second(in_float32(model), tokenizer, options.reward_model)
         return JointGrpo(second=second, objective=objective, weight=options.reward_model_weight, **others)
 

@@ -63,7 +63,7 @@ class Scoring:
     Attributes
     ----------
     units
-        All of them (`hpc_rl.training.rows.Units`).
+        All of them (`hpc_rl.training.units.Units`).
     batches
         This rank's part of them, each unit once; as many batches on every rank.
     forward

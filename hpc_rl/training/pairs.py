@@ -26,7 +26,8 @@ from hpc_rl.training import columns, encoding
 from hpc_rl.training.columns import STRING, TOKENS
 from hpc_rl.training.errors import NothingToLearn
 from hpc_rl.training.limits import Limits, TooLong
-from hpc_rl.training.rows import Chunks, Units, Writer, Written, alone, once, open_index, room
+from hpc_rl.training.rows import Chunks, Writer, Written, once, open_index, room
+from hpc_rl.training.units import Units, alone
 
 log = logging.getLogger(__name__)
 

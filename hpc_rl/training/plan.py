@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_rl.run.seeds import derive
-from hpc_rl.training.rows import Units
+from hpc_rl.training.units import Units
 
 U = TypeVar("U")
 

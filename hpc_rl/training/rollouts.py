@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_rl.training.errors import NothingToLearn
-from hpc_rl.training.rows import Units
+from hpc_rl.training.units import Units
 
 EPSILON = 1e-4
 """Added to the deviation that rewards are divided by (L15)."""
@@ -33,7 +33,7 @@ Scale = Literal["group", "batch", "none"]
 
 
 def index_columns(parts: Sequence[str]) -> list[Any]:
-    """What the index has of a sample besides `rows.INDEX`.
+    """What the index has of a sample besides `units.INDEX`.
 
     Numbers of the prompt, the role (`Rollouts.roles`) and the attempt, lengths, what it is worth, by part too.
     """
@@ -157,12 +157,15 @@ class Rollouts(Units[Rollout]):
         Names of the parts of the reward (L10).
     counts, weights_hash
         What became of all samples; what they were drawn with.
+    means
+        Of the index's rewards, by column, before groups were left out. None: none were.
     """
 
     roles: Sequence[str]
     parts: Sequence[str]
     counts: Counts
     weights_hash: str
+    means: Mapping[str, float] | None = field(default=None, kw_only=True)
 
     @property
     def rewards(self) -> NDArray[np.float64]:
@@ -176,8 +179,9 @@ class Rollouts(Units[Rollout]):
             yield self.rows(slice(start, end))
 
     def mean(self, part: str | None = None) -> float:
-        """Mean of a part of the reward, or of its total."""
-        return float(self.index["reward" if part is None else f"reward_{part}"].mean(dtype=np.float64))
+        """Mean of a part of the reward, or of its total, over the round: also of groups that were left out since."""
+        column = "reward" if part is None else f"reward_{part}"
+        return float(self.index[column].mean(dtype=np.float64)) if self.means is None else self.means[column]
 
     def share_of_equal(self, places: NDArray[np.int64]) -> float:
         """Share of groups whose rewards are all equal, among the groups that some samples are of."""
@@ -222,4 +226,5 @@ class Rollouts(Units[Rollout]):
             )
         sizes = np.diff(self.starts)
         starts = np.concatenate(([0], np.cumsum(sizes[~equal])))
-        return replace(self, index=self.index[np.repeat(~equal, sizes)], starts=starts)
+        means = {"reward": self.mean(), **{f"reward_{part}": self.mean(part) for part in self.parts}}
+        return replace(self, index=self.index[np.repeat(~equal, sizes)], starts=starts, means=means)

@@ -20,9 +20,9 @@ from hpc_rl.training import collate, plan, settings, texts
 from hpc_rl.training.base import Driven
 from hpc_rl.training.batches import Batches
 from hpc_rl.training.check_base import vocabulary
-from hpc_rl.training.rows import Units
 from hpc_rl.training.run import Trained, TrainRun
 from hpc_rl.training.trl_parts import SFTConfig, SFTTrainer
+from hpc_rl.training.units import Units
 
 
 class Sft(Driven, SFTTrainer):  # type: ignore[misc]

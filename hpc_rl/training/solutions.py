@@ -28,7 +28,8 @@ from hpc_rl.training import columns, encoding
 from hpc_rl.training.columns import INTEGER, NUMBER, STRING, TOKENS, Rows
 from hpc_rl.training.errors import NothingToLearn
 from hpc_rl.training.limits import Limits, TooLong
-from hpc_rl.training.rows import INDEX, Chunks, Units, Writer, Written, alone, id_hashes, once, open_index, room
+from hpc_rl.training.rows import Chunks, Writer, Written, once, open_index, room
+from hpc_rl.training.units import INDEX, Units, alone, id_hashes
 
 log = logging.getLogger(__name__)
 

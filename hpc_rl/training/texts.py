@@ -26,7 +26,8 @@ from hpc_rl.training import encoding
 from hpc_rl.training.columns import NUMBER, STRING, TOKENS
 from hpc_rl.training.errors import NothingToLearn, UnusableData
 from hpc_rl.training.limits import Limits, TooLong
-from hpc_rl.training.rows import INDEX, Chunks, Units, Writer, Written, alone, once, open_index, room
+from hpc_rl.training.rows import Chunks, Writer, Written, once, open_index, room
+from hpc_rl.training.units import INDEX, Units, alone
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from hpc_rl.training.pairs import Pair
 from hpc_rl.training.pixels import Pictures
 from hpc_rl.training.plan import Item, Shape, Step
 from hpc_rl.training.rollouts import Counts, Rollout, Rollouts
-from hpc_rl.training.rows import INDEX, Units, alone
 from hpc_rl.training.solutions import Question, Solution
 from hpc_rl.training.texts import Pack, Text
+from hpc_rl.training.units import INDEX, Units, alone
 
 LIMITS = (3136, 56 * 56)
 PAD = 0

@@ -21,8 +21,8 @@ from hpc_rl.training import collate, plan, texts
 from hpc_rl.training.batches import Batches
 from hpc_rl.training.errors import UnusableData
 from hpc_rl.training.plan import Shape
-from hpc_rl.training.rows import INDEX, Units, alone
 from hpc_rl.training.texts import Text
+from hpc_rl.training.units import INDEX, Units, alone
 
 
 @pytest.fixture(scope="module")
