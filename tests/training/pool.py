@@ -15,15 +15,47 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hpc_rl import config as configs
 from hpc_rl.orchestrate.job import parse_arguments
+from hpc_rl.orchestrate.start import open_run
 from tests.training.algorithms_recipe import FILES
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG = REPOSITORY / "tests/training/algorithms.yaml"
 MODES = {
     "plain": ("DistributedDataParallel", 0), "zero2": ("DeepSpeedEngine", 2), "zero3": ("DeepSpeedEngine", 3)
 }  # fmt: skip
 """Ways to train on several ranks: what wraps the model, and DeepSpeed's stage."""
 Notes = dict[str, dict[str, Any]]
 """By algorithm: `losses` and `grad_norms` of the steps; `engine`, what wrapped the model, and its `zero_stage`."""
+
+
+def open_run_of_one(folder: Path, *settings: str) -> Path:
+    """A workspace in `folder` whose trainings have one rank, its data made; the model is beside it."""
+    from tests.training import algorithms_body
+    from tools import tiny_chat_model
+
+    tiny_chat_model.write(folder / "model")
+    root = _open(folder, "one", settings)
+    assert algorithms_body.main(["--workspace", str(root), "--round", "1"]) == 0
+    return root
+
+
+def open_run_of_two(folder: Path, mode: str) -> Path:
+    """The same for two ranks, with the other's model and data."""
+    settings = []
+    for name in FILES:
+        settings += [f"stages.train_{name}.nodes=2", f"{name}.per_device_batch_size=2"]
+        if mode != "plain":
+            settings.append(f"{name}.deepspeed=configs/deepspeed/{mode}.json")
+    return _open(folder, mode, settings)
+
+
+def _open(folder: Path, name: str, settings: Sequence[str]) -> Path:
+    root = folder / name
+    config = configs.load(CONFIG, [f"model.path={folder / 'model'}", *settings], {}, root, cwd=REPOSITORY)
+    open_run(config, CONFIG)
+    return root
 
 
 def train_all(workspace: Path, only: Sequence[str] = tuple(FILES)) -> Notes:

@@ -1,0 +1,101 @@
+"""Every algorithm on a real cluster, two nodes with two ranks each, killed in the middle: the loss curve is the same.
+
+All trainings are stages of one run. Each is disturbed once, in a way of clusters, as soon as it has a
+checkpoint; reconciling has it go on. Its losses, step by step over both attempts, are those of one process that nobody
+disturbs (tests/training/pool.py).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hpc_rl.training.checkpoints import COMPLETE
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.runs import ClusterRun
+from tests.training.algorithms_recipe import FILES
+from tests.training.pool import Notes, open_run_of_one, train_all
+from tools import tiny_chat_model
+
+CONFIG = "tests/slurm/algorithms.yaml"
+
+
+def kill_a_rank(run: ClusterRun, algorithm: str) -> None:
+    """kill -9, as by an administrator or the kernel; not the first one, which knows most."""
+    ranks = [process for _, process in run.bodies("jobs.train") if f"train_{algorithm}" in process.argv]
+    os.kill(ranks[-1].pid, signal.SIGKILL)
+
+
+def cancel(run: ClusterRun, algorithm: str) -> None:
+    """What PreemptMode=CANCEL does."""
+    run.cluster.run(["scancel", job_of(run, algorithm)])
+
+
+def requeue(run: ClusterRun, algorithm: str) -> None:
+    """What PreemptMode=REQUEUE does without a grace time."""
+    run.cluster.run(["scontrol", "requeue", job_of(run, algorithm)])
+
+
+def warn(run: ClusterRun, algorithm: str) -> None:
+    """What Slurm does before a job's time limit."""
+    run.cluster.run(["scancel", "--signal=USR2", job_of(run, algorithm)])
+
+
+def job_of(run: ClusterRun, algorithm: str) -> str:
+    (attempt,) = run.attempts(1, f"train_{algorithm}")
+    return (attempt.job_ids or ("",))[0]
+
+
+DISTURB: dict[str, Callable[[ClusterRun, str], None]] = {
+    "sft": warn, "weighted_sft": kill_a_rank, "dpo": cancel, "grpo": kill_a_rank, "rloo": requeue,
+    "reward_model": kill_a_rank, "joint": kill_a_rank,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Notes]:
+    """One process, undisturbed."""
+    folder = tmp_path_factory.mktemp("alone")
+    yield train_all(open_run_of_one(folder, *(f"{name}.epochs=3" for name in FILES)))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_every_algorithm_goes_on_as_if_nothing_had_happened(
+    cluster: SlurmCluster, alone: Notes, tmp_path: Path
+) -> None:
+    assert DISTURB.keys() == FILES.keys()
+    model = tiny_chat_model.write(tmp_path / "model")
+    run = ClusterRun(cluster, tmp_path, CONFIG, [f"model.path={model}"])
+    run.launch()
+    waiting = set(FILES)
+
+    def disturb() -> bool:
+        for name in sorted(waiting):
+            folder = run.ws.stage_dir(1, f"train_{name}")
+            if any(folder.glob(f"checkpoints/*/*/{COMPLETE}")):
+                DISTURB[name](run, name)
+                waiting.remove(name)
+        return not waiting
+
+    run.wait_for(disturb, "every training to have a checkpoint", timeout_s=600)
+    run.wait_until_finished()
+    for name in FILES:
+        (made,) = run.manifests(1, f"train_{name}")
+        assert made.metrics["ranks"] == 4 and 0 < made.metrics["resumed_from_step"] < made.metrics["steps"], name
+        assert losses(run.ws.tb_dir / "round_01" / f"train_{name}") == pytest.approx(
+            dict(enumerate(alone[name]["losses"], 1)), abs=1e-5, rel=1e-4
+        ), name
+        assert made.metrics["preflight"]["bytes_per_s"].keys() == {f"inside {made.host}", "all ranks"}
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """By step, as TensorBoard shows them; what a killed attempt did beyond its last checkpoint is hidden."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("train/loss")}
