@@ -198,6 +198,7 @@ def finish(
     numbers = {
         **asdict(counts),
         "used_samples": len(rollouts),
+        **{name: number for name, number in rollouts.numbers().items() if name.startswith("length_")},
         "tokens": trainer._plan.total("tokens"),
         "mean_reward": rollouts.mean(),
         **{f"mean_reward_{part}": rollouts.mean(part) for part in rollouts.parts},

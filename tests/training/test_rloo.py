@@ -92,6 +92,8 @@ def test_groups_with_equal_rewards_are_left_out_and_counted(
     commit(ws, [*equal, *drawn[4:]])
     found = train(ws).metrics
     assert (found["equal_groups"], found["used_samples"], found["samples"]) == (1, 12, 16)
+    assert found["mean_reward"] == pytest.approx((1.25 + 3 * 0.25) / 4), "of the whole round"
+    assert found["length_max"] >= found["length_median"] > 6
     ws = open_(tmp_path / "all", model, *settings(kind))
     commit(ws, equal)
     with pytest.raises(NothingToLearn, match=r"each of the 1 groups.* mean reward 1\.25, exact 1, digits 0\.5"):
