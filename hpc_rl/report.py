@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc_rl.orchestrate.graph import Kind
 from hpc_rl.orchestrate.reconcile import NoRun, Run, end_records
 from hpc_rl.orchestrate.sampled import summarise
 from hpc_rl.run import manifest
@@ -51,10 +52,27 @@ def show(run: Run) -> None:
     for name, cost in costs(run).items():
         print(f"  {name:<20} {cost.wall_s:>7.0f} s {cost.cpu_s:>7.0f} s {cost.gpu_s:>7.0f} s")
     print()
+    for line in lowered_trainings(run):
+        print(line, end="\n\n")
     for stage in run.graph.work:
         sampled = summarise(run.ws, stage)
         if sampled is not None:
             print(text(f"round {stage.round} {stage.name}", sampled), end="\n\n")
+
+
+def lowered_trainings(run: Run) -> Iterator[str]:
+    """Trainings that ended with less in a forward pass than the config says, since memory had run out."""
+    for stage in run.graph.work:
+        if stage.kind is not Kind.MULTINODE:
+            continue
+        for made in manifests(run, stage.round, stage.name):
+            if notches := made.metrics.get("memory_notches"):
+                yield (
+                    f"round {stage.round} {stage.name}: after running out of memory "
+                    f"{'once' if notches == 1 else f'{notches} times'}, per_device_batch_size "
+                    f"{made.metrics['per_device_batch_size']} and gradient_accumulation_steps "
+                    f"{made.metrics['gradient_accumulation_steps']}; an optimizer step is the same"
+                )
 
 
 COLUMNS = {
