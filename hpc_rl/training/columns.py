@@ -137,7 +137,7 @@ def read(file: Path, id: str, columns: Mapping[str, pa.DataType]) -> Iterator[Ro
     first = 0
     with pq.ParquetFile(file) as parquet:
         for batch in parquet.iter_batches(READ_AT_ONCE, columns=list(wanted), use_threads=False):
-            found = {name: _cast(batch[name], name, kind, file) for name, kind in wanted.items()}
+            found = {name: _cast(batch[name], kind, f"column {name}", file, first) for name, kind in wanted.items()}
             rows = Rows(file, first, id, pa.RecordBatch.from_pydict(found))
             for name, kind in wanted.items():
                 _check(rows, name, kind)
@@ -145,13 +145,16 @@ def read(file: Path, id: str, columns: Mapping[str, pa.DataType]) -> Iterator[Ro
             first += len(batch)
 
 
-def _cast(column: Any, name: str, kind: pa.DataType, file: Path) -> Any:
+def _cast(column: Any, kind: pa.DataType, what: str, file: Path, first: int) -> Any:
     if not _fits(column.type, kind):
-        raise UnusableData(f"{file}, column {name} is {column.type}; expected is {EXPECTED[kind]}")
+        raise UnusableData(f"{file}, {what} is {column.type}; expected is {EXPECTED[kind]}")
     try:
         return column.cast(kind)
     except pa.ArrowInvalid as error:
-        raise UnusableData(f"{file}, column {name}: expected is {EXPECTED[kind]}, but {error}") from error
+        if len(column) > 1:  # which row is it?
+            for row in range(len(column)):
+                _cast(column.slice(row, 1), kind, what, file, first + row)
+        raise UnusableData(f"{file}, row {first}, {what}: expected is {EXPECTED[kind]}, but {error}") from error
 
 
 def _fits(found: pa.DataType, kind: pa.DataType) -> bool:

@@ -37,7 +37,10 @@ def read(folder: Path, *tables: Mapping[str, Any], **options: Any) -> Units[Text
         ({"completion_token_ids": [[4], [5], []]}, "row 2, text_id c, column completion_token_ids: it is empty"),
         ({"prompt_token_ids": [[1], [2, None], [3]]}, "row 1, text_id b, .*: a part of it is missing"),
         ({"prompt_token_ids": [[1], [2], [-3]]}, "row 2, text_id c, .*: it holds a negative token id"),
-        ({"prompt_token_ids": [[1], [2], [2**40]]}, "column prompt_token_ids: expected is a list of token ids, but"),
+        (
+            {"prompt_token_ids": [[1], [2], [2**40]]},
+            r"row 2, column prompt_token_ids: expected is a list of token ids, but",
+        ),
         ({"prompt_token_ids": ["x", "y", "z"]}, "prompt_token_ids is string; expected is a list of token ids"),
         ({"text_id": [1, 2, 3]}, "column text_id is int64; expected is a string"),
         ({"text_id": ["a", "b", "a"]}, "text_id a is there twice, the second time in .*0.parquet"),
