@@ -100,7 +100,7 @@ def write_model(folder: Path, size: str) -> None:
     from tools.tiny_model import build_tokenizer
 
     tokenizer = build_tokenizer(CORPUS)
-    shape = {
+    shape: dict[str, Any] = {
         "tiny": {
             "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
             "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -46,6 +46,7 @@ def rows(config: TrainingConfig, algorithm: str) -> list[Row]:
     made: list[Row] = []
     for number in range(units(config, algorithm)):
         ids = {name: draw.choices(words, k=k) for name, k in (("prompt", asked), ("one", said), ("other", said))}
+        row: Row
         if algorithm == "sft":
             row = {"text_id": f"t{number}", "completion_token_ids": ids["one"]}
         elif algorithm == "dpo":
