@@ -153,7 +153,7 @@ def _cast(column: Any, kind: pa.DataType, what: str, file: Path, first: int) -> 
     except pa.ArrowInvalid as error:
         if len(column) > 1:  # which row is it?
             for row in range(len(column)):
-                _cast(column.slice(row, 1), kind, what, file, first + row)
+                _cast(column.take(pa.array([row])), kind, what, file, first + row)
         raise UnusableData(f"{file}, row {first}, {what}: expected is {EXPECTED[kind]}, but {error}") from error
 
 
