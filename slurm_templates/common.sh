@@ -8,7 +8,7 @@ begin() {
     STAGE=$1
     WORKSPACE=${2:-${WORKSPACE:-}}
     ROUND=${3:-${ROUND:-}}
-    [[ -n $WORKSPACE && $ROUND =~ ^[0-9]+$ ]] || fail "usage: sbatch slurm_templates/${STAGE##*.}.sbatch WORKSPACE ROUND
+    [[ -n $WORKSPACE && $ROUND =~ ^[0-9]+$ ]] || fail "usage: sbatch slurm_templates/${TEMPLATE:-${STAGE##*.}}.sbatch WORKSPACE ROUND
   WORKSPACE  the run's folder, on storage that all nodes share   (got: '$WORKSPACE')
   ROUND      a number: 0 is the preparation, training begins at 1 (got: '$ROUND')
 Both may also be environment variables of these names."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -107,6 +108,22 @@ def test_train_starts_a_rank_per_gpu_on_every_node(cluster: SlurmCluster, reposi
     cluster.wait_for_state(job, "COMPLETED")
     log = (workspace / f"logs/round_01/train/{job}-0.out").read_text()
     assert sorted(line[:2] for line in log.splitlines() if "rank" in line) == ["0:", "1:", "2:", "3:"]
+
+
+def test_torchrun_starts_the_same_ranks_and_what_they_end_with_is_the_jobs(
+    cluster: SlurmCluster, repository: Path, workspace: Path
+) -> None:
+    (repository / "status").write_text("75")
+    (repository / "hpc_rl").symlink_to(REPOSITORY / "hpc_rl")
+    (repository / "jobs/train.py").write_text(
+        BODY.replace("SLURM_PROCID", "RANK").replace("SLURM_NTASKS", "WORLD_SIZE")
+    )
+    environment = {"PATH": f"{Path(sys.executable).parent}:{cluster.env()['PATH']}"}
+    template = ("slurm_templates/train_torchrun.sbatch", str(workspace), "1")
+    job = cluster.sbatch(*SMALL, "--gpus-per-node=2", *template, cwd=repository, env=environment)
+    assert cluster.wait_for_state(job, "FAILED")["ExitCode"] == "75:0"
+    log = (workspace / f"logs/round_01/train/{job}-0.out").read_text()
+    assert sorted(re.findall(r"rank (\d) of 4", log)) == ["0", "1", "2", "3"] and "blocked" in log
 
 
 def test_a_blocked_job_says_so_and_fails(cluster: SlurmCluster, repository: Path, workspace: Path) -> None:

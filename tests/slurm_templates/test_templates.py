@@ -14,7 +14,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = REPOSITORY / "slurm_templates"
 TEMPLATES = sorted(path.stem for path in FOLDER.glob("*.sbatch"))
-JOBS = {"listener": "jobs.serve"} | {name: f"jobs.{name}" for name in TEMPLATES if name != "listener"}
+OTHERS = {"listener": "jobs.serve", "train_torchrun": "jobs.train"}
+JOBS = {name: OTHERS.get(name, f"jobs.{name}") for name in TEMPLATES}
 
 
 def headers(name: str) -> dict[str, str]:
@@ -32,7 +33,7 @@ def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedP
 
 
 def test_all_are_there() -> None:
-    assert set(TEMPLATES) == {"prepare", "listener", "sample", "grade", "train", "evaluate"}
+    assert set(TEMPLATES) == {"prepare", "listener", "sample", "grade", "train", "train_torchrun", "evaluate"}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.iterdir()), ids=lambda path: path.name)
