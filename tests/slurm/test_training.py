@@ -7,10 +7,10 @@ disturbs (tests/training/pool.py).
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,8 +20,7 @@ from hpc_rl.training.checkpoints import COMPLETE
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.runs import ClusterRun
 from tests.training.algorithms_recipe import FILES
-from tests.training.pool import Notes, open_run_of_one, train_all
-from tools import tiny_chat_model
+from tests.training.pool import open_run_of_one, train_all
 
 CONFIG = "tests/slurm/algorithms.yaml"
 
@@ -53,27 +52,22 @@ def job_of(run: ClusterRun, algorithm: str) -> str:
 
 
 DISTURB: dict[str, Callable[[ClusterRun, str], None]] = {
-    "sft": warn, "weighted_sft": kill_a_rank, "dpo": cancel, "grpo": kill_a_rank, "rloo": requeue,
-    "reward_model": kill_a_rank, "joint": kill_a_rank,
+    "dpo": warn, "grpo": kill_a_rank, "joint": cancel,
+    "sft": requeue, "weighted_sft": kill_a_rank, "rloo": warn, "reward_model": cancel,
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Notes]:
-    """One process, undisturbed."""
-    folder = tmp_path_factory.mktemp("alone")
-    yield train_all(open_run_of_one(folder, *(f"{name}.epochs=3" for name in FILES)))
-    shutil.rmtree(folder, ignore_errors=True)
-
-
+@pytest.mark.parametrize(
+    "names", [list(DISTURB)[:3], pytest.param(list(DISTURB)[3:], marks=pytest.mark.slow)], ids=" ".join
+)
 def test_every_algorithm_goes_on_as_if_nothing_had_happened(
-    cluster: SlurmCluster, alone: Notes, tmp_path: Path
+    cluster: SlurmCluster, tmp_path: Path, names: list[str]
 ) -> None:
     assert DISTURB.keys() == FILES.keys()
-    model = tiny_chat_model.write(tmp_path / "model")
-    run = ClusterRun(cluster, tmp_path, CONFIG, [f"model.path={model}"])
+    alone = train_all(open_run_of_one(tmp_path, *(f"{name}.epochs=3" for name in names)), names)
+    run = ClusterRun(cluster, tmp_path, CONFIG, [f"model.path={tmp_path / 'model'}", f"algorithms={json.dumps(names)}"])
     run.launch()
-    waiting = set(FILES)
+    waiting = set(names)
 
     def disturb() -> bool:
         for name in sorted(waiting):
@@ -85,7 +79,7 @@ def test_every_algorithm_goes_on_as_if_nothing_had_happened(
 
     run.wait_for(disturb, "every training to have a checkpoint", timeout_s=600)
     run.wait_until_finished()
-    for name in FILES:
+    for name in names:
         (made,) = run.manifests(1, f"train_{name}")
         assert made.metrics["ranks"] == 4 and 0 < made.metrics["resumed_from_step"] < made.metrics["steps"], name
         assert losses(run.ws.tb_dir / "round_01" / f"train_{name}") == pytest.approx(

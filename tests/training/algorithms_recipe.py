@@ -50,6 +50,8 @@ class AlgorithmsConfig(Config):
 
     model: TrainedModelConfig
     """The model that each begins with."""
+    algorithms: tuple[str, ...] = tuple(FILES)
+    """Those that there is a stage for."""
     sft: SftTrainConfig = SftTrainConfig.model_construct()
     """Imitating texts."""
     weighted_sft: WeightedSftTrainConfig = WeightedSftTrainConfig.model_construct()
@@ -75,11 +77,11 @@ def stages(config: AlgorithmsConfig, round: int) -> Iterable[Stage]:
         return
     data = StageId(round, "data")
     yield Stage(data, "tests.training.algorithms_body", Kind.SINGLE)
-    for stage, section in config.train_sections.items():
-        settings: TrainConfig = getattr(config, section)
+    for name in config.algorithms:
+        settings: TrainConfig = getattr(config, name)
         yield Stage(
-            StageId(round, stage), "jobs.train", Kind.MULTINODE, needs=(data,),
-            notches=memory.most_notches(settings), way_out=memory.way_out(section),
+            StageId(round, f"train_{name}"), "jobs.train", Kind.MULTINODE, needs=(data,),
+            notches=memory.most_notches(settings), way_out=memory.way_out(name),
         )  # fmt: skip
 
 
