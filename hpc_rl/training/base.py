@@ -23,6 +23,8 @@ from hpc_rl.training.reporting import Reporter
 from hpc_rl.training.uneven import uneven_rows
 
 Tensors = dict[str, Any]
+Passes = list[tuple[torch.Tensor, tuple[str, ...]]]
+"""Forward passes of an optimizer step: whether the loss of each was finite, and what was in it."""
 
 UNITS = "units"
 """Key of a batch: ids of what is in it, for messages. It goes no further than the trainer."""
@@ -75,7 +77,7 @@ class Driven:
         self._units: tuple[str, ...] = ()
         self._share = 1.0
         self._rows: tuple[int, ...] = ()
-        self._passes: list[tuple[torch.Tensor, tuple[str, ...]]] = []
+        self._passes: Passes = []
         super().__init__(**trl)
         self.add_callback(self._reporter)  # type: ignore[attr-defined]
         self.remove_callback(PrinterCallback)  # type: ignore[attr-defined]
@@ -124,20 +126,12 @@ class Driven:
         loss = found[0] if isinstance(found, tuple) else found
         self._passes.append((torch.isfinite(loss.detach()).all(), self._units))
         if self.accelerator.sync_gradients:
-            self._check_losses()
+            passes, self._passes = self._passes, []
+            check_losses(passes, self.accelerator, f"the loss of step {self.state.global_step + 1}")
         if not self.mean_over_rows:
             return found
         scaled = loss * self._share
         return (scaled, *found[1:]) if isinstance(found, tuple) else scaled
-
-    def _check_losses(self) -> None:
-        passes, self._passes = self._passes, []
-        fine = torch.stack([finite for finite, _ in passes]).all()
-        if bool(self.accelerator.gather(fine.reshape(1)).all()):
-            return
-        ours = [f"forward pass {n}: {_named(units)}" for n, (finite, units) in enumerate(passes) if not finite]
-        ranks = [f"rank {rank}, {'; '.join(said)}" for rank, said in enumerate(all_gather_objects(ours)) if said]
-        raise Diverged(f"the loss of step {self.state.global_step + 1} is not finite on {' | '.join(ranks)}")
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm of the step's gradients, the same on all ranks; a step along what is no number is not saved.
@@ -190,6 +184,29 @@ class Driven:
 
     def _save_more(self, folder: Path) -> None:
         """For trainers with more state than transformers knows of: write it below `folder`, on all ranks."""
+
+
+def check_losses(passes: Passes, accelerator: Any, what: str) -> None:
+    """Refuse an optimizer step with a loss that is no number. All ranks must call it.
+
+    Parameters
+    ----------
+    passes
+        Of this rank: whether the loss of a forward pass was finite, and what was in it.
+    what
+        Whose loss of which step, for the message.
+
+    Raises
+    ------
+    Diverged
+        On all ranks.
+    """
+    fine = torch.stack([finite for finite, _ in passes]).all()
+    if bool(accelerator.gather(fine.reshape(1)).all()):
+        return
+    ours = [f"forward pass {n}: {_named(units)}" for n, (finite, units) in enumerate(passes) if not finite]
+    ranks = [f"rank {rank}, {'; '.join(said)}" for rank, said in enumerate(all_gather_objects(ours)) if said]
+    raise Diverged(f"{what} is not finite on {' | '.join(ranks)}")
 
 
 def _named(units: tuple[str, ...]) -> str:

@@ -119,7 +119,7 @@ class JointGrpo(StoredGrpo):
                 found = scores(self.second.wrapped, moved)
                 mean = self._objective(found, moved, units, self.state.global_step)
             loss = mean * share / self.current_gradient_accumulation_steps
-            self.second.backward(self._weight * loss)
+            self.second.backward(self._weight * loss, tuple(units))
         if share:
             self._tally.add(found, moved)
         part: torch.Tensor = loss.detach()

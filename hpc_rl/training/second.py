@@ -19,6 +19,7 @@ from accelerate.utils import is_peft_model
 from transformers import get_scheduler
 
 from hpc_rl.config.training import SecondTrainConfig
+from hpc_rl.training.base import Passes, check_losses
 from hpc_rl.training.errors import Diverged
 
 STATE = "state.pt"
@@ -46,7 +47,7 @@ class Second:
 
     def __init__(self, model: Any, tokenizer: Any, options: SecondTrainConfig) -> None:
         self.model, self.tokenizer, self.export, self._options = model, tokenizer, options.export, options
-        self._fine = True
+        self._passes: Passes = []
 
     def prepare(self, trainer: Any, steps: int) -> None:
         """Wrap the model as the trainer has wrapped its own, which it must have done.
@@ -117,19 +118,24 @@ class Second:
             with self._accelerator.no_sync(self.wrapped):
                 yield
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, units: tuple[str, ...]) -> None:
         """The backward pass of a loss that is divided by the number of passes; with a step's last one, the step.
+
+        Parameters
+        ----------
+        units
+            What the loss is of, for messages.
 
         Raises
         ------
         Diverged
             On all ranks, when a loss of the step is not finite, or its gradients are not; nothing is saved then.
         """
-        self._fine &= bool(torch.isfinite(loss.detach()))
+        self._passes.append((torch.isfinite(loss.detach()).all(), units))
         last = self._accelerator.sync_gradients
         if last:
-            fine = torch.tensor([self._fine], device=self._accelerator.device)
-            self._refuse(bool(self._accelerator.gather(fine).all()), "loss")
+            passes, self._passes = self._passes, []
+            check_losses(passes, self._accelerator, f"the second model's loss of step {self._state.global_step + 1}")
         if self._deepspeed:
             self.wrapped.set_gradient_accumulation_boundary(last)
             self.wrapped.backward(loss, scale_wrt_gas=False)
@@ -144,17 +150,18 @@ class Second:
             norm = self.wrapped.get_global_grad_norm()
             skipped = getattr(self._optimizer, "overflow", False)
             finite = not skipped and math.isfinite(float(norm))
-            self._refuse(finite or self.wrapped.fp16_enabled(), "gradient")  # so float16 finds its loss scale
+            self._check_gradients(finite or self.wrapped.fp16_enabled())  # so float16 finds its loss scale
         else:
             norm = torch.nn.utils.clip_grad_norm_([p for _, p in self._trained()], self._options.max_grad_norm)
-            self._refuse(bool(torch.isfinite(norm)), "gradient")
+            self._check_gradients(bool(torch.isfinite(norm)))
             self._optimizer.step()
             self._scheduler.step()
             self._optimizer.zero_grad()
 
-    def _refuse(self, fine: bool, what: str) -> None:
-        if not fine:
-            raise Diverged(f"the second model's {what} is not finite in step {self._state.global_step + 1}")
+    def _check_gradients(self, finite: bool) -> None:
+        if not finite:
+            step = self._state.global_step + 1
+            raise Diverged(f"the second model's gradients of step {step} are not finite, though its losses are")
 
     def save(self, folder: Path) -> None:
         """Write what `load` needs. All ranks must call it."""

@@ -20,7 +20,9 @@ from hpc_rl.run import manifest
 from hpc_rl.run.manifest import Manifest
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.training import store
-from hpc_rl.training.joint import JointGrpo, mixed
+from hpc_rl.training.errors import Diverged
+from hpc_rl.training.joint import mixed
+from hpc_rl.training.judging import Objective
 from tests.training import algorithms_body, algorithms_recipe
 from tests.training.algorithms_recipe import PROMPTS, SAMPLES
 from tests.training.conftest import REPOSITORY
@@ -114,21 +116,20 @@ def test_the_reward_model_is_served_as_it_was_trained(trained: tuple[Workspace, 
     assert np.mean(np.array(scores) > np.array(worse)) > 0.9
 
 
-def test_a_training_that_ended_in_between_goes_on_with_both_models(
+def test_a_reward_model_whose_loss_is_no_number_ends_both_and_both_go_on(
     data: Path, trained: tuple[Workspace, Notes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(data / "rounds", tmp_path / "run/rounds")
     ws = open_(tmp_path / "run", data.parent / "model")
-    step: Callable[..., Any] = JointGrpo.training_step
+    loss: Callable[..., Any] = Objective.__call__
 
-    def dying(self: JointGrpo, *args: Any) -> Any:
-        if self.state.global_step == 3:
-            raise ConnectionError("the machine is gone")
-        return step(self, *args)
+    def diverging(self: Objective, found: Any, batch: Any, units: Any, step: int) -> Any:
+        return loss(self, found, batch, units, step) * (float("nan") if step == 3 else 1.0)
 
     with monkeypatch.context() as patched:
-        patched.setattr(JointGrpo, "training_step", dying)
-        with pytest.raises(ConnectionError, match="the machine is gone"):
+        patched.setattr(Objective, "__call__", diverging)
+        said = r"second model's loss of step 4 is not finite on rank 0, forward pass 0: q\d+.* good checkpoint is kept.*-3$"
+        with pytest.raises(Diverged, match=said):
             train_all(ws.root, ["joint"])
     train_all(ws.root, ["joint"])
     assert made(ws).metrics["resumed_from_step"] == 3
