@@ -100,7 +100,7 @@ def write_model(folder: Path, size: str) -> None:
     from tools.tiny_model import build_tokenizer
 
     tokenizer = build_tokenizer(CORPUS)
-    shape: dict[str, Any] = {
+    shapes: dict[str, dict[str, Any]] = {
         "tiny": {
             "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
             "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -109,9 +109,9 @@ def write_model(folder: Path, size: str) -> None:
             "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
             "num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 100000.0,
         },
-    }[size]  # fmt: skip
+    }  # fmt: skip
     config = LlamaConfig(
-        **shape, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
+        **shapes[size], max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(0)
