@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+
+from hpc_rl.cluster.failures import EXIT_NEVER_FITS
+
+log = logging.getLogger(__name__)
 
 EXIT_GRACE_S = 20.0
 """How long a rank may take to leave. Less than the entry process's grace (30 s), after which it is killed."""
@@ -29,11 +34,14 @@ class Leaving:
         SIGTERM came.
     grace_s
         Seconds from then to the end of the process.
+    in_vain
+        Asked when it leaves: why it would lead nowhere to run the job again, or ''.
     """
 
     def __init__(self, grace_s: float = EXIT_GRACE_S) -> None:
         self.asked = False
         self.grace_s = grace_s
+        self.in_vain: Callable[[], str] = str
         self._deferred = False
         self._timers: list[threading.Timer] = []
 
@@ -49,7 +57,13 @@ class Leaving:
     def leave_if_asked(self) -> None:
         """Raise SystemExit when SIGTERM came."""
         if self.asked:
-            raise SystemExit(EXIT_TERMINATED)
+            raise SystemExit(self._code())
+
+    def _code(self) -> int:
+        if why := self.in_vain():
+            log.error("NeverFits: %s", why)
+            return EXIT_NEVER_FITS
+        return EXIT_TERMINATED
 
     def __enter__(self) -> Leaving:
         self._hears = threading.current_thread() is threading.main_thread()
@@ -71,7 +85,7 @@ class Leaving:
         with suppress(OSError):
             while heard := self._reader.recv(1):
                 if heard[0] == signal.SIGTERM:
-                    self._timers.append(_exit_later(self.grace_s, EXIT_TERMINATED))
+                    self._timers.append(_exit_later(self.grace_s, self._code))
 
     def __exit__(self, *_: object) -> None:
         if not self._hears:
@@ -87,15 +101,15 @@ class Leaving:
 @contextmanager
 def exit_anyway_after(seconds: float) -> Iterator[None]:
     """End the process with code 1 when what is inside takes longer than `seconds`."""
-    timer = _exit_later(seconds, 1)
+    timer = _exit_later(seconds, lambda: 1)
     try:
         yield
     finally:
         timer.cancel()
 
 
-def _exit_later(seconds: float, code: int) -> threading.Timer:
-    timer = threading.Timer(seconds, os._exit, (code,))
+def _exit_later(seconds: float, code: Callable[[], int]) -> threading.Timer:
+    timer = threading.Timer(seconds, lambda: os._exit(code()))
     timer.daemon = True
     timer.start()
     return timer

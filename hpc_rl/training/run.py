@@ -15,19 +15,21 @@ from typing import Any, NoReturn
 import torch
 from accelerate.utils import set_seed
 
+from hpc_rl.cluster.entry import STARTED
 from hpc_rl.cluster.failures import EXIT_OUT_OF_TIME
 from hpc_rl.cluster.walltime import Deadline
 from hpc_rl.config.modeling import VisionModelConfig
 from hpc_rl.engines.base import banned_ids
 from hpc_rl.engines.loading import load_processor
 from hpc_rl.engines.memory import note_notches
-from hpc_rl.engines.weights import Role, Weights, weights_hash
+from hpc_rl.engines.weights import Weights
 from hpc_rl.orchestrate.job import Job
 from hpc_rl.run.seeds import derive
-from hpc_rl.training import consolidate, export, models, settings
+from hpc_rl.training import models, settings
 from hpc_rl.training.checkpoints import Checkpoint, Checkpoints
 from hpc_rl.training.distributed import World, barrier, broadcast_object
 from hpc_rl.training.errors import CheckpointFailed, Diverged
+from hpc_rl.training.finishing import Final, numbers, put_all_in_place
 from hpc_rl.training.leaving import EXIT_GRACE_S, Leaving
 from hpc_rl.training.plan import Shape
 from hpc_rl.training.reporting import Reporter
@@ -119,6 +121,11 @@ class TrainRun:
     seconds: dict[str, float] = field(default_factory=dict)
     resumed_from: int = 0
     _noted: bool = False
+    _saving: Saving | None = None
+    _began: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        self.leaving.in_vain = self.in_vain
 
     @property
     def round(self) -> int:
@@ -239,11 +246,22 @@ class TrainRun:
                 trainer.train(resume_from_checkpoint=str(found.folder) if found else None)
         except (Diverged, CheckpointFailed) as error:
             raise type(error)(f"{error}. {_kept(checkpoints.latest())}") from error
-        if self._saving.exit_code is not None:
+        if self._saving is not None and self._saving.exit_code is not None:
             self._leave(self._saving.exit_code)
         self.leaving.leave_if_asked()
         self.seconds["training"] = time.monotonic() - began
         return self._finish(trainer, second)
+
+    def in_vain(self) -> str:
+        """Why it would lead nowhere to run the job again that leaves now; '' where it may get further."""
+        had_s, life_s = time.time() - self._began, time.time() - float(os.environ.get(STARTED, self._began))
+        if self.deadline.left_s() > 0 or (self._saving is not None and self._saving.saves) or had_s < life_s / 2:
+            return ""
+        return (
+            f"neither a checkpoint nor the end was reached in the {had_s:.0f} s that this job had. Raise "
+            f"stages.{self.job.stage.name}.time_min, or spread a step over more ranks with fewer "
+            f"{self.task.section}.gradient_accumulation_steps"
+        )
 
     def _leave(self, code: int) -> NoReturn:
         if code == EXIT_OUT_OF_TIME and not self.world.is_main:
@@ -252,79 +270,27 @@ class TrainRun:
 
     def _finish(self, trainer: Any, second: Second | None) -> Trained | None:
         began, task, places = time.monotonic(), self.task, self.places
-        finals = [
-            _Final(trainer.model_wrapped, trainer.processing_class, task.role, places.final, task.settings.export)
-        ]
+        finals = [Final(trainer.model_wrapped, trainer.processing_class, task.role, places.final, task.settings.export)]
         if second is not None:
             assert task.second is not None and places.second is not None
-            finals.append(_Final(second.wrapped, second.tokenizer, task.second, places.second, second.export))
-        result = None
-        try:
-            written = [self._write(trainer.accelerator, final) for final in finals]
-            hashes = [weights_hash(folder) for folder in written if folder is not None]
-            placed = [
-                folder is not None and export.put_in_place(folder, final.target, places.token, self.still_ours)
-                for folder, final in zip(written, finals, strict=True)
-            ]
-            if all(placed):
-                self.seconds["exporting"] = time.monotonic() - began
-                result = Trained(hashes[0], self._metrics(trainer), second=hashes[1] if second is not None else None)
-                for final, weights in zip(finals, hashes, strict=True):
-                    log.info("%s is written and was loaded once, weights %s", final.target, weights[:16])
-        finally:
-            if self.world.is_main:
-                for final in finals:
-                    export.remove_temporary(final.target, places.token)
+            finals.append(Final(second.wrapped, second.tokenizer, task.second, places.second, second.export))
+        hashes = put_all_in_place(finals, trainer.accelerator, places.token, self.still_ours)
         barrier()
-        return result
-
-    def _write(self, accelerator: Any, final: _Final) -> Path | None:
-        """A model's folder under a temporary name, on rank 0. All ranks must call it."""
-        trained = consolidate.gather(accelerator, final.wrapped, final.processor)
-        if trained is None:
+        if hashes is None:
             return None
-        dtype = final.role.model.dtype
-        return export.write(trained, final.target, self.places.token, dtype=dtype, export=final.export)
-
-    def _metrics(self, trainer: Any) -> dict[str, Any]:
-        steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-        means = {
-            name: sum(values) / len(values)
-            for name in sorted({name for entry in steps for name in entry})
-            if (values := [float(entry[name]) for entry in steps if isinstance(entry.get(name), int | float)])
-        }
-        kept = {
-            "loss": "mean_loss", "kl": "mean_kl", "entropy": "mean_entropy", "grad_norm": "mean_grad_norm",
-            "clip_ratio/region_mean": "mean_clip_ratio", "completions/mean_length": "mean_length",
-            "frac_reward_zero_std": "mean_share_of_equal_groups", "throughput/step_s": "mean_step_s",
-            "throughput/tokens_per_s": "mean_tokens_per_s", "throughput/mfu_percent": "mean_mfu_percent",
-        }  # fmt: skip
-        at_first = {
-            "clip_ratio/region_mean": "first_step_clip_ratio",
-            "sampling/logprob_difference_mean": "first_step_logprob_difference_mean",
-            "sampling/logprob_difference_max": "first_step_logprob_difference_max",
-        }
-        peaks = {
-            f"peak_{name}_gib": max(float(entry[key]) for entry in steps if key in entry)
-            for name in ("gpu", "host") if (key := f"memory/{name}_peak_gib") in means
-        }  # fmt: skip
-        return {
-            "steps": trainer.state.global_step,
+        self.seconds["exporting"] = time.monotonic() - began
+        metrics = {
+            **numbers(trainer),
             "resumed_from_step": self.resumed_from,
             "ranks": self.world.size,
             "preflight": self.world.preflight,
             "memory_notches": self.notches,
             "per_device_batch_size": self.shape.batch,
             "gradient_accumulation_steps": self.shape.accumulation,
-            "checkpoints": self._saving.numbers(),
-            **{ours: means[theirs] for theirs, ours in kept.items() if theirs in means},
-            **peaks,
-            **{ours: float(steps[0][theirs]) for theirs, ours in at_first.items() if steps and theirs in steps[0]},
-            "last_learning_rate": float(steps[-1]["learning_rate"]) if steps else 0.0,
-            "last_loss": float(steps[-1]["loss"]) if steps else 0.0,
-            "trained_parameters": sum(models.size(p) for p in trainer.model.parameters() if p.requires_grad),
+            "checkpoints": self._saving.numbers() if self._saving else {},
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
         }
+        return Trained(hashes[0], metrics, second=hashes[1] if second is not None else None)
 
 
 def _kept(checkpoint: Checkpoint | None) -> str:
@@ -332,14 +298,3 @@ def _kept(checkpoint: Checkpoint | None) -> str:
     if checkpoint is None:
         return "There is no checkpoint before it: the next attempt begins anew"
     return f"The last good checkpoint is kept, and the next attempt goes on after its step: {checkpoint.folder}"
-
-
-@dataclass(frozen=True)
-class _Final:
-    """A model whose training is over: as it was run, its processor, whose it is, where it goes, and as what."""
-
-    wrapped: Any
-    processor: Any
-    role: Role
-    target: Path
-    export: export.Export

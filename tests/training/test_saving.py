@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import signal
+import time
 from collections import namedtuple
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,15 +16,23 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hpc_rl.cluster.failures import EXIT_OUT_OF_TIME
+from hpc_rl.cluster.entry import STARTED
+from hpc_rl.cluster.failures import EXIT_NEVER_FITS, EXIT_OUT_OF_TIME
 from hpc_rl.cluster.walltime import Deadline
+from hpc_rl.config.modeling import SpeakerConfig
 from hpc_rl.config.training import TrainConfig
+from hpc_rl.engines.weights import Role, Weights
 from hpc_rl.training import checkpoints
+from hpc_rl.training.distributed import World
 from hpc_rl.training.errors import CheckpointFailed
 from hpc_rl.training.leaving import EXIT_TERMINATED, Leaving
+from hpc_rl.training.run import Places, TrainRun
 from hpc_rl.training.saving import Saving
+from hpc_rl.training.task import TrainTask
 from tests.full_disk import full_disk
 from tests.training import small
+from tests.training.test_checkpoints import claimable
+from tests.waiting import PATIENCE_S
 
 
 class Loop:
@@ -119,6 +130,36 @@ def test_a_signal_that_comes_too_late_for_a_checkpoint_is_said_while_it_can_be_c
     Loop(save_steps=1, leaving=Leaving(grace_s=100)).run(3, step_s=70, save_s=30)
     assert "has 100 s, and a step with its checkpoint takes 100 s" in caplog.text
     assert "Raise stages.train.signal_delay_s to 135 or more" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("left_s", "had_s", "saves", "code"),
+    [
+        (-1, 900, 0, EXIT_NEVER_FITS),
+        (-1, 900, 1, EXIT_TERMINATED),  # it got further
+        (60, 900, 0, EXIT_TERMINATED),  # preempted
+        (-1, 300, 0, EXIT_TERMINATED),  # for most of its time it waited for its turn
+    ],
+)
+def test_a_job_whose_whole_time_is_too_short_is_not_queued_again_for_ever(
+    left_s: float, had_s: float, saves: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, saving = time.time(), Loop().saving
+    saving.saves = saves
+    monkeypatch.setenv(STARTED, repr(now - 1000))
+    job = claimable(tmp_path)
+    task = TrainTask("sft", TrainConfig(), "train", Role("speaker", SpeakerConfig(path=str(tmp_path))), 0)
+    start = Weights(str(tmp_path), None, "hash")
+    places = Places(tmp_path, tmp_path, None, "token", lambda name: tmp_path / name, None)
+    with Leaving() as leaving:
+        TrainRun(
+            job, task, World(), leaving, start, places, lambda *_: None, lambda: True,
+            deadline=Deadline(now + left_s), _saving=saving, _began=now - had_s,
+        )  # fmt: skip
+        with pytest.raises(SystemExit) as leave:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(PATIENCE_S)
+    assert leave.value.code == code
 
 
 def test_on_a_full_disk_the_last_checkpoint_stays_and_the_next_attempt_goes_on(tmp_path: Path) -> None:
