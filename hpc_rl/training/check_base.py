@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig
+from transformers.integrations import deepspeed
 
 from hpc_rl.run import atomic
 
@@ -111,7 +114,7 @@ def _check_adapter(auto_class: Any, config: Any, base: str | Path, adapter: Path
                     f"{adapter} was trained on a base whose {name.replace('_', ' ')} is {noted[name]}; that of {base} "
                     f"is {now[name]}. {way_out}"
                 )
-    with torch.device("meta"):
+    with torch.device("meta"), _not_dealt_out():
         model = auto_class._model_mapping[type(config)](config)
     modules = dict(model.named_modules())
     with safe_open(adapter / ADAPTER, "pt") as tensors:
@@ -130,6 +133,17 @@ def _check_adapter(auto_class: Any, config: Any, base: str | Path, adapter: Path
                     f"{adapter}: {name} is {tuple(tensors.get_slice(name).get_shape())}, which does not fit the "
                     f"{tuple(wide)} of {path} in {base}. {way_out}"
                 )
+
+
+@contextmanager
+def _not_dealt_out() -> Iterator[None]:
+    """With ZeRO-3 set, transformers would deal the weights of a model out as it is made, also those that are none."""
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 def _config(folder: str | Path) -> Any:
