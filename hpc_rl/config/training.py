@@ -77,7 +77,7 @@ class DataTrainConfig(TrainConfig):
     """What algorithms have in common that train on texts, pairs or solutions from elsewhere."""
 
     max_length: PositiveInt | None = None
-    """Tokens of the longest text, prompt included. null = whatever there is; with pictures it must be null."""
+    """Tokens of the longest text, prompt included. null = whatever there is."""
     too_long: Literal["error", "drop"] = "error"
     """What a longer text does: stop, with its name, or be left out and counted. Nothing is cut off."""
 
