@@ -65,18 +65,6 @@ def assert_right_rollouts_on_each_rank(metrics: Any, ranks: int = 2) -> None:
         assert one["tokens"] > 20 and one["clipped"] == 0 and one["logprob_difference_max"] < 1e-4
 
 
-def test_two_ranks_train_as_one_does(new_run: NewRun) -> None:
-    """Plain data parallel; full training, because then every parameter's gradient is averaged."""
-    full = ("speaker.lora=null", "train.learning_rate=3e-4")
-    alone, both = new_run(*full), new_run(*full, *TWO, "cluster.network_interface=lo")
-    here(alone)
-    ranks = start_ranks(both, 2)
-    assert ranks.wait() == [0, 0], ranks.said()
-    assert_right_rollouts_on_each_rank(trained(both).metrics)
-    assert trained(both).metrics["mean_loss"] == pytest.approx(trained(alone).metrics["mean_loss"], abs=1e-6)
-    assert differ(alone, both) < 1e-5
-
-
 def test_zero3_goes_on_with_an_adapter_and_after_both_ranks_were_killed(
     new_run: NewRun, second: Path, plain_second: Workspace
 ) -> None:
