@@ -16,13 +16,13 @@ Both may also be environment variables of these names."
   python -m hpc_rl.launch CONFIG --workspace $WORKSPACE --init"
     WORKSPACE=$(realpath "$WORKSPACE") # a container may start in another folder
     ROUND=$((10#$ROUND))
-    local folder log
+    local folder
     umask "$(printf '%04o' $(($(umask) | 022)))" # others do not write to what hpc_rl.launch may run one day
     folder=$WORKSPACE/logs/$(printf 'round_%02d/%s' "$ROUND" "$STAGE")
-    log=$folder/$(own_id)-${SLURM_RESTART_COUNT:-0}.out
+    LOG=$folder/$(own_id)-${SLURM_RESTART_COUNT:-0}.out
     mkdir -p "$folder" || fail "$WORKSPACE is not writable on $(hostname)"
-    echo "$STAGE of round $ROUND runs on $(hostname); its log: $log"
-    exec >>"$log" 2>&1
+    echo "$STAGE of round $ROUND runs on $(hostname); its log: $LOG"
+    exec >>"$LOG" 2>&1
     export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
     # one node's threads are shared by its ranks; libraries would take all of them for each
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
@@ -33,14 +33,19 @@ Both may also be environment variables of these names."
 # A step that leaves at the SIGTERM of a preemption ends its job as FAILED, before Slurm gets to requeue it (it would at
 # the end of the partition's GraceTime): so the job asks for it. scancel and the time limit end this shell too: they
 # never get here. A step that ends with 124 left by itself, because what is left does not fit before the time limit.
+# Where one of several tasks fails srun ends the others with SIGTERM, and its own status is the highest of all: what the
+# first task ended with counts.
 ended() {
-    echo "$(date '+%F %T') the step ended with status $1"
-    if ((($1 == 143 || $1 == 124) && ${SLURM_RESTART_COUNT:-0} < 20)); then
+    local status
+    status=$(sed -nE 's/^srun: error: .*: Exited with exit code ([0-9]+)$/\1/p' "$LOG" | head -n 1)
+    status=${status:-$1}
+    echo "$(date '+%F %T') the step ended with status $status"
+    if (((status == 143 || status == 124) && ${SLURM_RESTART_COUNT:-0} < 20)); then
         # of an array only this element: its bare job id can mean the whole array
         scontrol requeue "$(own_id)" && sleep 60 # until Slurm ends this attempt
     fi
-    (($1 == 75)) && echo "blocked: what it needs is not there (yet). See the line above, then submit it again."
-    exit "$1"
+    ((status == 75)) && echo "blocked: what it needs is not there (yet). See the line above, then submit it again."
+    exit "$status"
 }
 
 # end_time: when the job's time limit strikes, in seconds since the epoch; nothing where there is none, or none is known.

@@ -110,6 +110,21 @@ def test_train_starts_a_rank_per_gpu_on_every_node(cluster: SlurmCluster, reposi
     assert sorted(line[:2] for line in log.splitlines() if "rank" in line) == ["0:", "1:", "2:", "3:"]
 
 
+def test_the_rank_that_fails_first_says_how_a_training_ended(
+    cluster: SlurmCluster, repository: Path, workspace: Path
+) -> None:
+    """The others are told to leave by srun, and leaving as they do in a preemption would have the job run again."""
+    (repository / "jobs/train.py").write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "time.sleep(1 if os.environ['SLURM_PROCID'] == '1' else 600)\nsys.exit(3)\n"
+    )
+    options = (*SMALL, "--ntasks-per-node=2", "--gpus-per-node=2")
+    job = cluster.sbatch(*options, "slurm_templates/train.sbatch", str(workspace), "1", cwd=repository)
+    assert cluster.wait_for_state(job, "FAILED")["ExitCode"] == "3:0"
+    assert "ended with status 3" in (workspace / f"logs/round_01/train/{job}-0.out").read_text()
+
+
 def test_torchrun_starts_the_same_ranks_and_what_they_end_with_is_the_jobs(
     cluster: SlurmCluster, repository: Path, workspace: Path
 ) -> None:
