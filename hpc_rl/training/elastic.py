@@ -17,7 +17,7 @@ from torch.distributed.run import parse_args, run
 def main(argv: Sequence[str] | None = None) -> int:
     """Start this node's ranks and wait for them; 128 + the signal's number for one that ended them."""
     try:
-        run(parse_args(argv))
+        run(parse_args(argv))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         print(error, flush=True)
         _, first = error.get_first_failure()
