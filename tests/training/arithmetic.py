@@ -16,9 +16,9 @@ NUMBERS = 50
 DIGITS = 3
 TOKENS = DIGITS + 1
 """Of an answer with its end."""
-WRONG = 0.7
+WRONG = 0.75
 """Share of first lessons that forget the carry."""
-LESSONS = 300
+LESSONS = 600
 TEMPLATE = "{{ messages[0]['content'] }}"
 
 Sum = tuple[int, int]
@@ -99,7 +99,7 @@ def teach_wrong(folder: Path, seed: int = 0, lessons: int = LESSONS) -> Path:
     )
     model.train()
     for _ in range(lessons):
-        taught = [(s, forgetful(s) if draw.random() < WRONG else answer(s)) for s in draw.choices(known, k=256)]
+        taught = [(s, forgetful(s) if draw.random() < WRONG else answer(s)) for s in draw.choices(known, k=128)]
         ids = torch.tensor([speaks(question(s) + said)["input_ids"] + [1] for s, said in taught])
         labels = ids.clone()
         labels[:, : len(question((0, 0)))] = -100

@@ -235,3 +235,11 @@ def start_ranks(
 def train() -> Callable[..., Ranks]:
     """Start training."""
     return start_ranks
+
+
+@pytest.fixture(scope="session")
+def forgetful(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that mostly forgets the carry: what algorithms teach it (tests/training/arithmetic.py)."""
+    from tests.training import arithmetic
+
+    return arithmetic.teach_wrong(tmp_path_factory.mktemp("forgetful") / "model")
