@@ -136,9 +136,8 @@ class Driven:
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm of the step's gradients, the same on all ranks; a step along what is no number is not saved.
 
-        Without DeepSpeed they are found before the step. DeepSpeed's own ZeRO leaves such a step out and goes on, for
-        ever if need be, with the norm of the one before: for float16 that is how the loss scale is found, else it ends
-        here.
+        Without DeepSpeed they are found before the step. DeepSpeed leaves such a step out and goes on, for ever if need
+        be (runtime/zero, `overflow`): that is how the loss scale of float16 is found, else it ends here.
 
         Raises
         ------
@@ -148,8 +147,7 @@ class Driven:
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
         if self.args.fp16:
             return norm
-        skipped = self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped  # type: ignore[attr-defined]
-        if skipped or not math.isfinite(float(norm)):
+        if not math.isfinite(float(norm)):
             raise Diverged(
                 f"the gradients of step {self.state.global_step + 1} are not finite, though its losses are. This "
                 f"rank's last batch has {_named(self._units)}"
