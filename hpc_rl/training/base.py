@@ -180,6 +180,14 @@ class Driven:
                 raise CheckpointFailed(f"{folder} cannot be written, with {free:.3g} GB free: {said[0]}") from error
             self._seal(folder)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """transformers' own, for checkpoints; nothing with DeepSpeed, whose shards hold the weights and are read alone.
+
+        It would gather all weights in rank 0's memory (ZeRO-3) and write them a second time, while the others wait.
+        """
+        if not self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+
     def _save_more(self, folder: Path) -> None:
         """For trainers with more state than transformers knows of: write it below `folder`, on all ranks."""
 
