@@ -145,7 +145,7 @@ def by_pass(run: TrainRun, checkpoints: Checkpoints, weights: Weights, scoring: 
             part.add(number, ids, values)
             if time.monotonic() - safe > SAFE_S:
                 part.flush()
-                safe = time.monotonic()
+                run.got_further, safe = True, time.monotonic()
                 log.info("scored %d of %d batches in %.0f s", number + 1, len(scoring.batches), safe - began)
         part.flush()
         run.seconds["scoring"] = run.seconds.get("scoring", 0.0) + time.monotonic() - began

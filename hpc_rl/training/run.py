@@ -105,6 +105,8 @@ class TrainRun:
         After how many times of running out of memory the task's settings are what they are.
     deadline
         When the job must have left.
+    got_further
+        Something was written that the next attempt goes on from, other than a checkpoint.
     """
 
     job: Job
@@ -120,6 +122,7 @@ class TrainRun:
     deadline: Deadline = field(default_factory=lambda: Deadline.of(os.environ))
     seconds: dict[str, float] = field(default_factory=dict)
     resumed_from: int = 0
+    got_further: bool = False
     _noted: bool = False
     _saving: Saving | None = None
     _began: float = field(default_factory=time.time)
@@ -255,7 +258,8 @@ class TrainRun:
     def in_vain(self) -> str:
         """Why it would lead nowhere to run the job again that leaves now; '' where it may get further."""
         had_s, life_s = time.time() - self._began, time.time() - float(os.environ.get(STARTED, self._began))
-        if self.deadline.left_s() > 0 or (self._saving is not None and self._saving.saves) or had_s < life_s / 2:
+        got_further = self.got_further or (self._saving is not None and self._saving.saves > 0)
+        if got_further or self.deadline.left_s() > 0 or had_s < life_s / 2:
             return ""
         return (
             f"neither a checkpoint nor the end was reached in the {had_s:.0f} s that this job had. Raise "

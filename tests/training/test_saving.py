@@ -133,16 +133,17 @@ def test_a_signal_that_comes_too_late_for_a_checkpoint_is_said_while_it_can_be_c
 
 
 @pytest.mark.parametrize(
-    ("left_s", "had_s", "saves", "code"),
+    ("left_s", "had_s", "saves", "scored", "code"),
     [
-        (-1, 900, 0, EXIT_NEVER_FITS),
-        (-1, 900, 1, EXIT_TERMINATED),  # it got further
-        (60, 900, 0, EXIT_TERMINATED),  # preempted
-        (-1, 300, 0, EXIT_TERMINATED),  # for most of its time it waited for its turn
+        (-1, 900, 0, False, EXIT_NEVER_FITS),
+        (-1, 900, 1, False, EXIT_TERMINATED),  # it got further
+        (-1, 900, 0, True, EXIT_TERMINATED),  # so did this one: it scores the data first
+        (60, 900, 0, False, EXIT_TERMINATED),  # preempted
+        (-1, 300, 0, False, EXIT_TERMINATED),  # for most of its time it waited for its turn
     ],
 )
 def test_a_job_whose_whole_time_is_too_short_is_not_queued_again_for_ever(
-    left_s: float, had_s: float, saves: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    left_s: float, had_s: float, saves: int, scored: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, saving = time.time(), Loop().saving
     saving.saves = saves
@@ -154,7 +155,7 @@ def test_a_job_whose_whole_time_is_too_short_is_not_queued_again_for_ever(
     with Leaving() as leaving:
         TrainRun(
             job, task, World(), leaving, start, places, lambda *_: None, lambda: True,
-            deadline=Deadline(now + left_s), _saving=saving, _began=now - had_s,
+            deadline=Deadline(now + left_s), got_further=scored, _saving=saving, _began=now - had_s,
         )  # fmt: skip
         with pytest.raises(SystemExit) as leave:
             os.kill(os.getpid(), signal.SIGTERM)
