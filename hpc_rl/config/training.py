@@ -243,7 +243,9 @@ class JointTrainConfig(GrpoTrainConfig):
     """How the reward model is trained."""
 
     def faults(self) -> Iterator[Fault]:
-        """Solutions that nobody has labelled."""
+        """Solutions that nobody has labelled; FSDP, which knows one model."""
         yield from super().faults()
+        if self.fsdp is not None:
+            yield Fault(("fsdp",), f"{self.fsdp}, but two models at once are not trained with it", "null, or deepspeed")
         if self.rollouts == "live":
             yield Fault(("rollouts",), "live, but the reward model learns from graded solutions", "round")

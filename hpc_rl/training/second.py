@@ -8,7 +8,7 @@ trainer's, so all ranks stay in step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -60,12 +60,11 @@ class Second:
         Raises
         ------
         ValueError
-            With FSDP, and with float16 without DeepSpeed.
+            With float16 without DeepSpeed.
         """
         args, self._accelerator, self._state = trainer.args, trainer.accelerator, trainer.state
         self._deepspeed = trainer.is_deepspeed_enabled
-        if trainer.is_fsdp_enabled:
-            raise ValueError("two models at once are trained with DeepSpeed or with neither, not with FSDP")
+        assert not trainer.is_fsdp_enabled, "checked with the config"
         if self._accelerator.scaler is not None:
             raise ValueError("two models at once are not trained in float16 without DeepSpeed: use bfloat16")
         if args.gradient_checkpointing:
@@ -74,23 +73,27 @@ class Second:
                 self.model.enable_input_require_grads()
         self.model.train()
         decayed = set(trainer.get_decay_parameter_names(self.model))
+
+        def schedule(optimizer: Any) -> Any:
+            return get_scheduler(args.lr_scheduler_type, optimizer, self._options.warmup_steps, steps)
+
+        if self._deepspeed:
+            self._prepare_deepspeed(self._adamw(decayed), schedule)
+        else:
+            self.wrapped = self._accelerator.prepare_model(self.model)
+            self._optimizer = self._adamw(decayed)
+            self._scheduler = schedule(self._optimizer)
+
+    def _adamw(self, decayed: Set[str]) -> Any:
+        """The optimizer that the trainer has, with our numbers; weights that are not named do not decay."""
         options = self._options
-        optimizer: Any = torch.optim.AdamW(
+        return torch.optim.AdamW(
             [
                 {"params": [p for n, p in self._trained() if n in decayed], "weight_decay": options.weight_decay},
                 {"params": [p for n, p in self._trained() if n not in decayed], "weight_decay": 0.0},
             ],
             lr=options.learning_rate, betas=options.adam_betas, eps=EPSILON, fused=torch.cuda.is_available(),
         )  # fmt: skip
-
-        def schedule(optimizer: Any) -> Any:
-            return get_scheduler(args.lr_scheduler_type, optimizer, options.warmup_steps, steps)
-
-        if self._deepspeed:
-            self._prepare_deepspeed(optimizer, schedule)
-        else:
-            self.wrapped = self._accelerator.prepare_model(self.model)
-            self._optimizer, self._scheduler = optimizer, schedule(optimizer)
 
     def _prepare_deepspeed(self, optimizer: Any, schedule: Any) -> None:
         import deepspeed

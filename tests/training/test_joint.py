@@ -147,6 +147,8 @@ def test_the_reward_is_a_mixture_of_correctness_and_the_score_within_its_group(d
     assert mixed(rollouts, 1.0).rewards == pytest.approx(right.reshape(-1))
 
 
-def test_a_reward_model_beside_samples_that_nobody_has_graded_is_refused(data: Path, tmp_path: Path) -> None:
+def test_what_two_models_at_once_cannot_do_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(configs.ConfigError, match="the reward model learns from graded solutions"):
         open_(tmp_path / "run", data.parent / "model", "joint.rollouts=live")
+    with pytest.raises(configs.ConfigError, match="two models at once are not trained with it"):
+        open_(tmp_path / "run", data.parent / "model", "joint.fsdp=configs/fsdp/full_shard.json")
