@@ -16,13 +16,37 @@ from tests.waiting import PATIENCE_S
 
 
 def meet(folder: Path) -> int:
-    """Find the others, talk, part."""
+    """Find the others, talk, gather, part."""
     from hpc_rl.training.distributed import all_gather_objects, broadcast_object, process_group
 
     with process_group(folder, preflight_s=PATIENCE_S) as world:
         everyone = all_gather_objects({"rank": world.rank, "pid": os.getpid()})
         print("HEARD", [one["rank"] for one in everyone], broadcast_object(f"from {world.rank}"), flush=True)
+        _gather_uneven(world.rank)
     return 0
+
+
+def _gather_uneven(rank: int) -> None:
+    """Gather what TRL does, a number for each row and one for each rank, where rank 1 has only a filler."""
+    import torch
+    import torch.distributed as dist
+
+    from hpc_rl.training.uneven import uneven_rows
+
+    class Gathers:
+        """What accelerate's Accelerator does on CPUs."""
+
+        def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+            found = [torch.empty_like(tensor) for _ in range(2)]
+            dist.all_gather(found, tensor)
+            return torch.cat(found)
+
+    accelerator = Gathers()
+    with uneven_rows(accelerator, (2, 0)):
+        of_rows = accelerator.gather(torch.tensor([[1.0, 2.0], [9.0]][rank]))
+        of_ranks = accelerator.gather(torch.tensor([[5.0 + rank]]))
+    print("GATHERED", of_rows.tolist(), of_ranks.flatten().tolist(), flush=True)
+    print("AS BEFORE", accelerator.gather(torch.tensor([rank])).tolist(), flush=True)
 
 
 def meet_two_nodes(folder: Path) -> int:
