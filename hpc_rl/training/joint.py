@@ -176,7 +176,7 @@ def train(run: TrainRun) -> Trained | None:
     result = stored.finish(run, trainer, checkpoints, began, trainer.second)
     if result is None:
         return None
-    return replace(result, metrics={**result.metrics, "reward_model": {**questions.numbers(), **_means(trainer)}})
+    return replace(result, metrics={**result.metrics, "reward_model": questions.numbers()})
 
 
 def _read(run: TrainRun, tokenizer: Any, pad_id: int, options: JointTrainConfig) -> Units[Question]:
@@ -200,14 +200,3 @@ def _plan_beside(
         questions, shape, epochs=options.epochs, passes=options.passes, steps=steps,
         run_seed=run.job.config.run.seed, round=run.round,
     )  # fmt: skip
-
-
-def _means(trainer: JointGrpo) -> dict[str, float]:
-    """Over the steps since this attempt began or went on."""
-    steps = [entry for entry in trainer.state.log_history if "loss/reward_model" in entry]
-    names = {"loss/reward_model": "mean_loss", "loss/policy": "mean_policy_loss", "reward_model/accuracy": "accuracy"}
-    return {
-        ours: sum(values) / len(values)
-        for theirs, ours in names.items()
-        if (values := [float(entry[theirs]) for entry in steps if theirs in entry])
-    }

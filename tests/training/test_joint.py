@@ -87,10 +87,11 @@ def test_the_loss_is_the_sum_of_both(trained: tuple[Workspace, Notes]) -> None:
     ws, notes = trained
     policy, judge, both = (notes[name]["losses"] for name in ("grpo", "reward_model", "joint"))
     assert both == pytest.approx([a + b for a, b in zip(policy, judge, strict=True)], abs=1e-5)
-    said = made(ws).metrics["reward_model"]
+    said = made(ws).metrics
     assert said["mean_policy_loss"] == pytest.approx(sum(policy) / len(policy), abs=1e-5)
-    assert said["mean_loss"] == pytest.approx(sum(judge) / len(judge), abs=1e-5)
-    assert (said["units"], said["solutions"]) == (21, 63)
+    assert said["mean_reward_model_loss"] == pytest.approx(sum(judge) / len(judge), abs=1e-5)
+    assert said["mean_reward_model_accuracy"] == pytest.approx(made(ws, "reward_model").metrics["mean_accuracy"])
+    assert (said["reward_model"]["units"], said["reward_model"]["solutions"]) == (21, 63)
 
 
 def test_both_models_are_in_one_manifest_and_the_next_round_finds_them(trained: tuple[Workspace, Notes]) -> None:
