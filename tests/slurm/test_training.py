@@ -58,7 +58,13 @@ DISTURB: dict[str, Callable[[ClusterRun, str], None]] = {
 
 
 @pytest.mark.parametrize(
-    "names", [list(DISTURB)[:3], pytest.param(list(DISTURB)[3:], marks=pytest.mark.slow)], ids=" ".join
+    "names",
+    [
+        ["dpo", "grpo", "joint"],
+        pytest.param(["sft", "weighted_sft"], marks=pytest.mark.slow),
+        pytest.param(["rloo", "reward_model"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
 )
 def test_every_algorithm_goes_on_as_if_nothing_had_happened(
     cluster: SlurmCluster, tmp_path: Path, names: list[str]
