@@ -39,8 +39,11 @@ from hpc_rl.training.rollouts import Rollout, Rollouts, advantages
 from hpc_rl.training.run import Trained, TrainRun
 from hpc_rl.training.second import Second
 from hpc_rl.training.solutions import Question
+from hpc_rl.training.stored import reference_weights, scoring
 from hpc_rl.training.trl_parts import disable_dropout_in_model
 from hpc_rl.training.units import Units
+
+__all__ = ["reference_weights", "scoring", "train"]
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import pytest
 
 from hpc_rl.run import atomic, manifest
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.training import logprobs
+from hpc_rl.training import algorithms, logprobs
 from hpc_rl.training.errors import UnusableData
 from hpc_rl.training.scores import INDEX, VALUES, Part, Scores
 from hpc_rl.training.units import id_hashes
@@ -157,3 +157,10 @@ def test_a_shard_without_anything_to_train_on_has_an_output_without_rows(
     assert reference.main(["--workspace", str(ws.root), "--round", "1"]) == 0
     assert [manifest.read(ws, 1, "reference", shard).metrics["units"] for shard in range(2)] == [8, 0]
     assert train(ws).metrics["used_samples"] == 8
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo", "dpo", "joint"])
+def test_an_algorithm_whose_config_names_a_reference_stage_can_be_scored_by_it(name: str) -> None:
+    scored = algorithms.load_scored(name)
+    assert callable(scored.scoring)
+    assert callable(scored.reference_weights)
