@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, GenerationConfig
 from hpc_rl.engines.merging import WEIGHTS
 from hpc_rl.engines.model_files import copy_files, model_files
 from hpc_rl.run import atomic
+from hpc_rl.training import check_base
 from hpc_rl.training.checkpoints import sync_files
 from hpc_rl.training.consolidate import Consolidated, State
 from hpc_rl.training.export_verify import BadExport, Probe, auto_class, verify_adapter, verify_full
@@ -89,6 +90,7 @@ def _write_adapter(trained: Consolidated, folder: Path, dtype: str, merged: Path
     trained_before, config.inference_mode = config.inference_mode, True  # as PEFT's own save_pretrained does
     config.save_pretrained(folder)
     config.inference_mode = trained_before
+    check_base.write(folder, str(config.base_model_name_or_path))
     loaded = verify_adapter(folder, trained.model, trained.state, trained.probe, dtype)
     if merged is None:
         return

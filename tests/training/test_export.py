@@ -22,7 +22,7 @@ from transformers import (
 from transformers.trainer_utils import align_special_tokens
 
 from hpc_rl.engines.reward_model import RewardModel, TransformersJudge
-from hpc_rl.training import consolidate, export, export_verify, models
+from hpc_rl.training import check_base, consolidate, export, export_verify, models
 from hpc_rl.training.consolidate import Consolidated
 from hpc_rl.training.export_verify import BadExport
 from tests.full_disk import full_disk
@@ -94,6 +94,8 @@ def test_with_both_the_adapter_and_the_merged_model_answer_as_in_training(
     whole = gathered(trained(base, head, lora=True), base)
     folder = export.write(whole, tmp_path / "round_01", "t", dtype="float32", export="both")
     assert answers(peft.PeftModel.from_pretrained(of_base(base, head), folder), whole.probe) < 1e-5
+    check_base.check(HEADS[head], base, folder)
+    assert (folder / check_base.TRAINED_ON).is_file(), "and another base would be refused by it"
     assert answers(HEADS[head].from_pretrained(folder / "merged"), whole.probe) < 1e-4
 
 
