@@ -93,7 +93,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         log.info("step %d of %d: %s", state.global_step, state.max_steps, said)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Tell `status`."""
+        """Tell `status`. The last step is logged in any case: the manifest says how a training ended."""
+        control.should_log |= state.global_step == state.max_steps
         self._progress(state.global_step, state.max_steps)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

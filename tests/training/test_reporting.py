@@ -16,9 +16,11 @@ from transformers import AutoTokenizer, Qwen2Config
 from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.training import samples_log, throughput
+from hpc_rl.training.finishing import numbers
 from hpc_rl.training.samples_log import Samples, shown
 from hpc_rl.training.throughput import Meter
 from jobs import train
+from tests.training import small
 from tests.training.conftest import NewRun
 from tools import tiny_chat_model
 
@@ -135,6 +137,14 @@ def test_fillers_are_not_shown_and_repeated_tokens_once(tokenizer: Any) -> None:
     (row,) = shown(batch, ["a", "filler"], tokenizer)
     assert row.completion == "<|image_pad|>…yes"
     assert samples_log.Shown("a", "one\ntwo", "three").markdown() == "a\n\n---\n\n    one\n    two\n\n---\n\n    three"
+
+
+def test_the_last_step_is_logged_however_seldom_steps_are(tmp_path: Path) -> None:
+    trained = small.trainer(small.opened(tmp_path))
+    trained.args.logging_steps = 4
+    trained.train()
+    assert list(small.losses(trained)) == [4, small.STEPS]
+    assert numbers(trained)["last_loss"] == small.losses(trained)[small.STEPS]
 
 
 def test_the_first_batch_since_the_last_log_is_taken_once(tokenizer: Any) -> None:
