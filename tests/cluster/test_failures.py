@@ -17,6 +17,9 @@ from hpc_rl.cluster.failures import (
 )
 
 TRACEBACK = "Traceback (most recent call last):\n  File ...\nKeyError: 'speaker_problm'\n"
+HOST = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"
+)
 GPU = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB\n"
 # the words of vLLM 0.31
 GPU_TAKEN = (
@@ -75,13 +78,7 @@ def in_worker(log: str) -> str:
         (124, "", False, Outcome.LEFT),
         (1, GPU, False, Outcome.OUT_OF_MEMORY),
         (1, "RuntimeError: CUDA error: out of memory", False, Outcome.OUT_OF_MEMORY),
-        (
-            1,
-            "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
-            "tried to allocate 4503599627370496 bytes. Error code 12",
-            False,
-            Outcome.OUT_OF_MEMORY,
-        ),
+        (1, f"RuntimeError: {HOST}", False, Outcome.OUT_OF_MEMORY),
         (1, GPU_TAKEN, False, Outcome.OUT_OF_MEMORY),
         (1, CPU_CACHE, False, Outcome.OUT_OF_MEMORY),
         (1, "MemoryError\n", False, Outcome.OUT_OF_MEMORY),
