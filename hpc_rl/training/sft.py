@@ -51,11 +51,14 @@ def fit(run: TrainRun, trainer_class: type[Sft], *, weighted: bool) -> Trained |
     Raises
     ------
     ValueError
-        When a model that sees is to read packed texts: it counts positions in more than one dimension.
+        When a model that sees is to read packed texts: it counts positions in more than one dimension. When the task
+        has pictures.
     """
     began = time.monotonic()
     task, options = run.task, run.task.settings
     assert isinstance(options, SftTrainConfig)
+    if task.pictures is not None:
+        raise ValueError(f"{task.section} is trained on texts alone, but its task names pictures: {task.pictures}")
     if options.packing and isinstance(task.role.model, VisionModelConfig):
         raise ValueError(f"{task.section}.packing is true, which is for models without pictures: set it false")
     processor = run.processor()
