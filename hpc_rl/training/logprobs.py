@@ -29,7 +29,7 @@ from hpc_rl.engines.loading import tokenizer_of
 from hpc_rl.engines.weights import Weights
 from hpc_rl.run.private import untrusted
 from hpc_rl.training import models
-from hpc_rl.training.base import IN_MODEL_DTYPE, SHARE, UNITS, Tensors
+from hpc_rl.training.base import IN_MODEL_DTYPE, ROWS, SHARE, UNITS, Tensors
 from hpc_rl.training.checkpoints import Checkpoints
 from hpc_rl.training.distributed import all_gather_objects, barrier, broadcast_object
 from hpc_rl.training.errors import UnusableData
@@ -166,7 +166,7 @@ def _scored(
     with _loaded(run, weights, scoring) as (model, device, dtype):
         for number in range(first, len(scoring.batches)):
             batch = dict(scoring.batches[number])
-            ids, share = batch.pop(UNITS), float(batch.pop(SHARE))
+            ids, share, _ = batch.pop(UNITS), float(batch.pop(SHARE)), batch.pop(ROWS)
             for name, value in batch.items():
                 if torch.is_tensor(value):
                     batch[name] = value.to(device, dtype if name in IN_MODEL_DTYPE else value.dtype)
