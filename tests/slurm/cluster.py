@@ -235,7 +235,12 @@ class SlurmCluster:
             raise TimeoutError(f"{error}\n{self.run(['squeue', '--long']).stdout}") from None
 
     def start_now(self, job_id: str) -> None:
-        """Let a requeued job skip the wait that Slurm puts before its next start (BeginTime)."""
+        """Let a requeued job skip the wait that Slurm puts before its next start (BeginTime).
+
+        What is left of the last one must be gone: its end, reported late, would count as that of the next.
+        """
+        left = f"slurmstepd: [{self.job(job_id)['JobId']}."
+        wait_for(lambda: not any(self.processes(node, left) for node in self.nodes), f"what is left of job {job_id}")
         self.run(["scontrol", "update", f"JobId={job_id}", "StartTime=now"])
 
     # --- nodes
