@@ -38,7 +38,7 @@ class Corrected:
                 demystifying RL collapse from the training-inference mismatch")
 
     Both are TRL's (`vllm_importance_sampling_mode` token_truncate and sequence_mask). `old_per_token_logps` and
-    `sampling_per_token_logps` are (B, T); `importance_sampling_ratio` is (B, T) or (B, 1).
+    `sampling_per_token_logps` are (B, T); `importance_sampling_ratio` is (B, T) or (B, 1), and so is `beyond_cap`.
 
     Parameters
     ----------
@@ -55,12 +55,16 @@ class Corrected:
         sampled = _padded([item.unit.logprobs for item in items], items)
         difference = old - sampled
         if self._mode == "truncate":
-            weights = difference.exp().clamp(max=self._cap)
+            weights = difference.exp()
+            beyond = weights > self._cap
+            weights = weights.clamp(max=self._cap)
         else:
             weights = difference.sum(1, keepdim=True).exp()
-            weights = weights.masked_fill(weights > self._cap, 0.0)
+            beyond = weights > self._cap
+            weights = weights.masked_fill(beyond, 0.0)
         return {
             "old_per_token_logps": old, "sampling_per_token_logps": sampled, "importance_sampling_ratio": weights,
+            "beyond_cap": beyond,
         }  # fmt: skip
 
 

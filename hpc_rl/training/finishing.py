@@ -18,6 +18,7 @@ MEANS = {
     "clip_ratio/region_mean": "mean_clip_ratio", "completions/mean_length": "mean_length",
     "frac_reward_zero_std": "mean_share_of_equal_groups", "throughput/step_s": "mean_step_s",
     "throughput/tokens_per_s": "mean_tokens_per_s", "throughput/mfu_percent": "mean_mfu_percent",
+    "sampling/importance_ratio_mean": "mean_importance_ratio", "sampling/beyond_cap": "mean_beyond_cap",
     "rewards/accuracies": "mean_accuracy", "accuracy": "mean_accuracy", "margin": "mean_margin",
     "loss/policy": "mean_policy_loss", "loss/reward_model": "mean_reward_model_loss",
     "reward_model/accuracy": "mean_reward_model_accuracy",

@@ -29,7 +29,8 @@ from hpc_rl.training import logprobs, stored
 from hpc_rl.training.batches import Batches
 from hpc_rl.training.collate import ByPlace
 from hpc_rl.training.grpo_base import OnPolicy, common, options_of
-from hpc_rl.training.rollouts import EPSILON, Rollouts
+from hpc_rl.training.plan import Step
+from hpc_rl.training.rollouts import EPSILON, Rollout, Rollouts
 from hpc_rl.training.run import Trained, TrainRun
 from hpc_rl.training.stored import Stored, reference_weights, scoring
 from hpc_rl.training.trl_parts import RLOOConfig, RLOOTrainer
@@ -42,7 +43,22 @@ class Rloo(OnPolicy, RLOOTrainer):  # type: ignore[misc]
 
 
 class StoredRloo(Stored, Rloo):
-    """RLOO on exactly the samples of a plan."""
+    """RLOO on exactly the samples of a plan.
+
+    Parameters
+    ----------
+    divergence
+        (N,) of each sample, as in `advantages`; None where it counts for nothing.
+    """
+
+    def __init__(self, *, divergence: NDArray[np.float64] | None, **others: Any) -> None:
+        super().__init__(**others)
+        self._divergence = divergence
+
+    def _describe(self, step: Step[Rollout]) -> None:
+        super()._describe(step)
+        if self._divergence is not None:
+            self._record("kl", float(self._divergence[step.places].sum() / step.total("tokens")))
 
 
 def rloo_config(run: TrainRun, output: Path, **more: Any) -> RLOOConfig:
@@ -98,6 +114,6 @@ def train(run: TrainRun) -> Trained | None:
     trainer = StoredRloo(
         plan=made, rollouts=rollouts, batches=Batches(made, run.world.rank, tensors, worth),
         parts=list(run.task.rewards), args=args, model=run.model(tokenizer_of(processor)), processor=processor,
-        beta=0.0, initial_model=None, **run.driving(checkpoints),
+        beta=0.0, initial_model=None, divergence=divergence if options.beta else None, **run.driving(checkpoints),
     )  # fmt: skip
     return stored.finish(run, trainer, checkpoints, began)

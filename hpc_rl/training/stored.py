@@ -73,7 +73,19 @@ class Stored(OnPolicy):
         sampled, now = inputs[theirs], self._logprobs
         assert now is not None, "the loss is computed from the policy's log-probabilities"
         self._compare((now - sampled)[inputs["completion_mask"].bool()].float())
+        if "beyond_cap" in inputs:
+            self._count_corrections(inputs)
         return loss
+
+    def _count_corrections(self, inputs: Tensors) -> None:
+        """Record the mean weight, and the share that was beyond the cap, of all ranks' tokens or completions."""
+        weights, mask = inputs["importance_sampling_ratio"], inputs["completion_mask"].bool()
+        real = mask if weights.shape == mask.shape else mask.any(1, keepdim=True)
+        ours = torch.stack([weights[real].sum(), inputs["beyond_cap"][real].sum(), real.sum()])
+        total, beyond, number = self.accelerator.gather(ours[None]).sum(0).tolist()
+        if number:
+            self._record("sampling/importance_ratio_mean", total / number)
+            self._record("sampling/beyond_cap", beyond / number)
 
     def _compare(self, difference: torch.Tensor) -> None:
         """Record how far the policy is from the one that sampled, over the tokens of all ranks' batches."""
