@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+LARGEST = 50.0
+"""Differences beyond it have the ratio e^50: larger ones end in infinity, which is no number for a manifest."""
+
 
 @dataclass(frozen=True)
 class FirstStep:
@@ -37,7 +40,7 @@ class FirstStep:
     @classmethod
     def of(cls, difference: torch.Tensor, low: float, high: float, *, rank: int, step: int) -> FirstStep:
         """From (N,) log π now − log π when sampled, and the range 1 − low … 1 + high of ratios that are not clipped."""
-        ratio = difference.exp()
+        ratio = difference.clamp(max=LARGEST).exp()
         far = (ratio < 1 - low) | (ratio > 1 + high)
         some = difference.numel() > 0
         return cls(
@@ -54,7 +57,7 @@ class FirstStep:
 
 def of_batch(difference: torch.Tensor) -> torch.Tensor:
     """(6,) of a rank's batch, to be gathered for `summary`: see there. `difference` is that of `FirstStep.of`."""
-    ratio = difference.exp()
+    ratio = difference.clamp(max=LARGEST).exp()
     nothing = difference.new_zeros(1)
     return torch.stack([
         difference.abs().sum(), ratio.sum(), difference.new_tensor(float(difference.numel())),

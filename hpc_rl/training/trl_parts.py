@@ -24,7 +24,7 @@ from trl import (  # noqa: E402
     SFTConfig,
     SFTTrainer,
 )
-from trl.models import prepare_deepspeed  # noqa: E402
+from trl.models import prepare_deepspeed, prepare_fsdp  # noqa: E402
 from trl.trainer import dpo_trainer  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
     add_fused_lm_head,
@@ -56,4 +56,5 @@ __all__ = [
     "disable_dropout_in_model",
     "get_peak_flops",
     "prepare_deepspeed",
+    "prepare_fsdp",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +17,9 @@ from transformers import AutoTokenizer, Qwen2Config
 
 from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.training import samples_log, throughput
+from hpc_rl.training import mismatch, samples_log, throughput
 from hpc_rl.training.finishing import numbers
+from hpc_rl.training.mismatch import FirstStep
 from hpc_rl.training.samples_log import Samples, shown
 from hpc_rl.training.throughput import Meter
 from jobs import train
@@ -137,6 +140,13 @@ def test_fillers_are_not_shown_and_repeated_tokens_once(tokenizer: Any) -> None:
     (row,) = shown(batch, ["a", "filler"], tokenizer)
     assert row.completion == "<|image_pad|>…yes"
     assert samples_log.Shown("a", "one\ntwo", "three").markdown() == "a\n\n---\n\n    one\n    two\n\n---\n\n    three"
+
+
+def test_ratios_without_bounds_are_numbers_that_json_knows() -> None:
+    far = torch.tensor([-200.0, 0.0, 200.0])
+    first = asdict(FirstStep.of(far, 0.2, 0.2, rank=0, step=0))
+    assert "Infinity" not in json.dumps([first, mismatch.summary(mismatch.of_batch(far)[None])])
+    assert first["ratio_max"] > 1e20 and first["logprob_difference_max"] == 200
 
 
 def test_the_last_step_is_logged_however_seldom_steps_are(tmp_path: Path) -> None:
