@@ -10,7 +10,7 @@ step it is 1 if tokens, pictures and ranks line up. For truncate and mask see `h
 Where we differ from TRL: samples whose grading failed are no rows of a batch instead of rows with advantage 0; groups
 whose rewards are equal are left out, so dapo's number of tokens does not count theirs (`drop_equal_groups: false` keeps
 them); a mean over rows (grpo, dr_grpo) is over those of the whole optimizer step. bnpo averages over the tokens of each
-forward pass, as in TRL.
+forward pass, as in TRL, and each pass counts by its rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hpc_rl.training.batches import Batches, Maker
 from hpc_rl.training.checkpoints import Checkpoints
 from hpc_rl.training.collate import Advantages
 from hpc_rl.training.corrections import Corrected, Reference
-from hpc_rl.training.grpo_base import Grpo, grpo_config, options_of
+from hpc_rl.training.grpo_base import Grpo, beside, grpo_config, options_of
 from hpc_rl.training.plan import Plan
 from hpc_rl.training.rollouts import Rollout, Rollouts
 from hpc_rl.training.run import Trained, TrainRun
@@ -114,6 +114,6 @@ def trainer_of(
         weighted=options.correction != "clip", plan=made, rollouts=rollouts,
         batches=batches(made, run.world.rank, *makers), parts=list(run.task.rewards), args=args,
         model=run.model(tokenizer), processor=processor, beta=options.beta,
-        initial_model=(lambda: run.initial_model(tokenizer)) if options.reference == "live" else None,
+        initial_model=beside(run) if options.reference == "live" else None,
         **run.driving(checkpoints),
     )  # fmt: skip

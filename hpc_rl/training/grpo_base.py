@@ -6,13 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import is_peft_model
-
 from hpc_rl.config.training import GrpoTrainConfig, OnPolicyTrainConfig
+from hpc_rl.engines.loading import tokenizer_of
 from hpc_rl.training import settings
 from hpc_rl.training.base import Driven
 from hpc_rl.training.run import TrainRun
-from hpc_rl.training.trl_parts import GRPOConfig, GRPOTrainer, add_fused_lm_head, prepare_deepspeed
+from hpc_rl.training.trl_parts import GRPOConfig, GRPOTrainer, add_fused_lm_head, prepare_deepspeed, prepare_fsdp
 
 
 def options_of(run: TrainRun) -> OnPolicyTrainConfig:
@@ -54,8 +53,8 @@ class OnPolicy(Driven):
     beta
         Weight of the KL term.
     initial_model
-        Loads the model that KL is measured to; not called where there is no KL, nor with LoRA, where it is the policy
-        without its adapter. None where batches come with its log-probabilities.
+        Loads the model that KL is measured to; not called where there is no KL. None where batches come with its
+        log-probabilities, and where it is the policy without its adapter (`beside`).
     """
 
     model: Any
@@ -66,22 +65,35 @@ class OnPolicy(Driven):
     ) -> None:
         super().__init__(processing_class=processor, reward_funcs=[_named(part) for part in parts], **others)
         self.beta, self.ref_model = beta, None
-        if beta and initial_model is not None and not is_peft_model(self.model):
+        if beta and initial_model is not None:
             self.ref_model = self._prepare_reference(initial_model())
 
     def _prepare_reference(self, model: Any) -> Any:
         add_fused_lm_head(model, temperature=self.temperature)
         if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
             return prepare_deepspeed(model, self.accelerator)
+        if self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            return prepare_fsdp(model, self.accelerator)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
 
 class Grpo(OnPolicy, GRPOTrainer):  # type: ignore[misc]
-    """TRL's GRPO trainer. Some of its losses are sums over tokens of the whole step, the others means over rows."""
+    """TRL's GRPO trainer. dapo is a sum over tokens of the whole step, the other losses are means of a forward pass."""
 
     def __init__(self, **others: Any) -> None:
         super().__init__(**others)
-        self.mean_over_rows = self.loss_type in ("grpo", "dr_grpo")
+        self.mean_over_rows = self.loss_type != "dapo"
+
+
+def beside(run: TrainRun) -> Callable[[], Any] | None:
+    """What loads the run's initial model, to be asked with each batch; None where it is the policy without its adapter.
+
+    It is not where a round before left a merged model: then the adapter lies on that one.
+    """
+    section = run.task.role.model
+    if section.lora is not None and run.start.base == str(section.path):
+        return None
+    return lambda: run.initial_model(tokenizer_of(run.processor()))
 
 
 def _named(part: str) -> Callable[..., list[float]]:

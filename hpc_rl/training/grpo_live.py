@@ -8,6 +8,7 @@ group (L11): TRL takes its NaN rewards out of mean and deviation and gives it ad
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +19,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from hpc_rl.services.calling import ServiceRefused, ServiceUnavailable
 from hpc_rl.training.distributed import World, all_gather_objects, broadcast_object
-from hpc_rl.training.grpo_base import Grpo, OnPolicy, grpo_config, options_of
+from hpc_rl.training.grpo_base import Grpo, OnPolicy, beside, grpo_config, options_of
 from hpc_rl.training.run import Trained, TrainRun
 from hpc_rl.training.task import find
 
@@ -140,7 +143,9 @@ class Live(OnPolicy):
     """
 
     reward_funcs: list[Any]
+    num_iterations: int
     _buffered_inputs: Any
+    _step: int
 
     def __init__(self, *, game: Game, rewards: LiveRewards, **others: Any) -> None:
         prompts = [[{"role": "user", "content": prompt}] for prompt in game.prompts]
@@ -149,10 +154,39 @@ class Live(OnPolicy):
         self._game, self._rewards = game, rewards
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        if self._buffered_inputs is None and self.state.global_step:
+        if not self._step and self.state.global_step:
             # Resumed: TRL counts forward passes from 0 and would generate at the wrong ones.
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
         return super()._prepare_inputs(generation_batch)
+
+    def _save_more(self, folder: Path) -> None:
+        """Completions that are to be used in further steps (`passes`): no later attempt could draw them again."""
+        super()._save_more(folder)
+        used = self.state.global_step * self.args.gradient_accumulation_steps
+        if used % (self.args.steps_per_generation * self.num_iterations):
+            tensors = {
+                f"{number}.{name}": value.contiguous()
+                for number, batch in enumerate(self._buffered_inputs)
+                for name, value in batch.items()
+                if torch.is_tensor(value)
+            }
+            others = [{k: v for k, v in batch.items() if not torch.is_tensor(v)} for batch in self._buffered_inputs]
+            save_file(tensors, self._completions(folder), {"others": json.dumps(others)})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        file = None if checkpoint is None else self._completions(Path(checkpoint))
+        if file is not None and file.exists():
+            with safe_open(file, "pt", str(self.accelerator.device)) as opened:
+                batches: list[dict[str, Any]] = json.loads(opened.metadata()["others"])
+                names = opened.keys()
+                for key in names:
+                    number, _, name = key.partition(".")
+                    batches[int(number)][name] = opened.get_tensor(key)
+            self._buffered_inputs = batches
+
+    def _completions(self, folder: Path) -> Path:
+        return folder / f"completions_{self.accelerator.process_index}.safetensors"
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
         """Pictures are loaded here, once per generation, and not with every row that the loader repeats."""
@@ -204,7 +238,7 @@ def train_live(run: TrainRun, trainer_class: Callable[..., Live], config: Callab
         rewards = LiveRewards(run.world, game, parts, run.places.debug)
         trainer = trainer_class(
             game=game, rewards=rewards, parts=parts, args=args, model=model, processor=processor, beta=options.beta,
-            initial_model=lambda: run.initial_model(tokenizer), **run.driving(checkpoints),
+            initial_model=beside(run), **run.driving(checkpoints),
         )  # fmt: skip
         run.seconds["loading"] = time.monotonic() - began
         result = run.train(trainer, checkpoints)

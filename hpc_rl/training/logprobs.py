@@ -47,6 +47,9 @@ Forward = Callable[[Any, Tensors], Sequence[NDArray[np.float32]]]
 PICTURES = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
 SAFE_S = 30.0
 """A pass that is killed has to do again what it did in so long at most."""
+LOOK_AGAIN_S = 0.5
+STAGE = "stage"
+"""Parts that hold what the reference stage has scored are called so."""
 
 
 class BatchesOfARank(Protocol):
@@ -231,14 +234,29 @@ def _once(
         barrier()
     else:
         log.info("log-probabilities under weights %s are in %s", weights.hash[:16], folder)
-    scores = Scores(folder)
-    if len(missing := scores.missing(scoring.units)):
-        (first,) = scoring.units.rows(missing[:1])
-        raise UnusableData(
-            f"{len(missing)} of {len(scoring.units)} units have no log-probabilities under the reference, the first is "
-            f"{first.id}. Remove the reference stage's folder of the round and launch: it is done again."
-        )
-    return scores
+    return _complete(run, folder, scoring.units)
+
+
+def _complete(run: TrainRun, folder: Path, units: Any) -> Scores:
+    """What is in a folder, once every rank sees all of it: other nodes' files may be late."""
+    late = time.monotonic() + run.job.config.cluster.file_system_lag_s
+    while True:
+        scores = Scores(folder)
+        missing = scores.missing(units)
+        everyone = all_gather_objects((len(missing), time.monotonic() > late))
+        most = max(count for count, _ in everyone)
+        if not most:
+            return scores
+        if everyone[0][1]:
+            break
+        time.sleep(LOOK_AGAIN_S)
+    first = units.rows(missing[:1])[0].id if len(missing) else "seen by this rank"
+    way_out = (
+        "Remove the reference stage's folder of the round and launch: it is done again."
+        if any(folder.glob(f"{STAGE}-*"))
+        else f"Ranks write them to {folder}: do all nodes see that folder? See cluster.file_system_lag_s."
+    )
+    raise UnusableData(f"{most} of {len(units)} units have no log-probabilities, the first is {first}. {way_out}")
 
 
 def _by_stage(run: TrainRun, weights: Weights, folder: Path) -> None:
@@ -249,7 +267,7 @@ def _by_stage(run: TrainRun, weights: Weights, folder: Path) -> None:
             f"{run.task.section}.reference is stage, but the recipe {run.job.config.recipe} has none for it. Set it to "
             "pass, or see hpc_rl/recipes/reference.py"
         )
-    part = Part(folder, f"stage-{run.world.rank}")
+    part = Part(folder, f"{STAGE}-{run.world.rank}")
     part.begin(0)
     every = run.job.inputs(data.stage.round, data.stage.name)
     for shard, made in enumerate(islice(every, run.world.rank, None, run.world.size)):

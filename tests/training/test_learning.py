@@ -21,8 +21,8 @@ def test_rewards_lift_a_model_from_one_in_ten_to_eight_in_ten(
     forgetful: Path, tmp_path: Path, algorithm: str, seed: int
 ) -> None:
     options = (
-        "rollouts=live", f"live_max_steps={STEPS}", "learning_rate=4e-4", "per_device_batch_size=128", "passes=1", "lr_scheduler=linear",
-        "weight_decay=0", "adam_betas=[0.9, 0.999]", "save_steps=1000",
+        "rollouts=live", f"live_max_steps={STEPS}", "learning_rate=4e-4", "per_device_batch_size=128", "passes=1",
+        "lr_scheduler=linear", "weight_decay=0", "adam_betas=[0.9, 0.999]", "save_steps=1000",
     )  # fmt: skip
     sampling = ("sample.prompts_per_round=2000", "sample.samples_per_prompt=8", "logging.log_every_steps=20")
     section = [f"algorithm={algorithm}", f"run.seed={seed}", *(f"{algorithm}.{one}" for one in options)]

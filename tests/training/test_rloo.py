@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +17,14 @@ import torch
 from hpc_rl import config as configs
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.training.errors import NothingToLearn
+from hpc_rl.training.reporting import Reporter
 from jobs import reference
 from tests.training import arithmetic
 from tests.training.on_policy import Sample, Trained, commit, config_of, draw, graded, open_, train
 
 LIVE = ("rollouts=live", "live_max_steps=2", "beta=0.05", "drop_equal_groups=false")
 STORED = ("beta=0.05", "drop_equal_groups=false")
+BNPO = "grpo grpo.loss_type=bnpo"
 KINDS = ["grpo", "grpo grpo.loss_type=grpo", "grpo grpo.loss_type=dr_grpo grpo.scale_rewards=none", "rloo"]
 
 
@@ -83,6 +88,62 @@ def test_passes_of_different_sizes_are_one_step(model: Path, tmp_path: Path, dra
     assert cut.grad_norms == pytest.approx(whole.grad_norms, rel=1e-4) and whole.grad_norms[0] > 1e-3
 
 
+@pytest.mark.parametrize("kind", [*KINDS, BNPO])
+def test_a_pass_without_samples_changes_nothing(model: Path, tmp_path: Path, drawn: list[Sample], kind: str) -> None:
+    """Seven samples in seven passes, and in eight, of which one has only a filler."""
+    found = []
+    for accumulation in (7, 8):
+        shape = ("per_device_batch_size=1", f"gradient_accumulation_steps={accumulation}", "passes=1")
+        size = "sample.samples_per_prompt=" + ("7" if accumulation == 7 else "4")
+        ws = open_(tmp_path / f"{accumulation}", model, *settings(kind, *shape), "sample.prompts_per_round=2", size)
+        commit(ws, [*drawn[:7], replace(drawn[7], reward=None)])
+        found.append(train(ws))
+    assert [len(one.losses) for one in found] == [7, 8]
+    assert found[1].grad_norms == pytest.approx(found[0].grad_norms, rel=1e-4)
+
+
+def test_with_merged_weights_the_divergence_is_to_the_initial_model_too(
+    model: Path, tmp_path: Path, drawn: list[Sample]
+) -> None:
+    """The second round's adapter lies on the first one's weights, so the policy without it is not the initial model."""
+    found = []
+    for name in ("pass", "live"):
+        more = ("beta=0.5", f"reference={name}", "export=merged")
+        lora = "model.lora={r: 4, target_modules: [q_proj, v_proj]}"
+        ws = open_(tmp_path / name, model, "run.rounds=2", lora, *settings("grpo", *more))
+        commit(ws, drawn)
+        commit(ws, drawn, round=2, weights=train(ws).weights)
+        found.append(train(ws, round=2))
+    assert found[1].losses == pytest.approx(found[0].losses, abs=1e-6)
+    assert found[0].metrics["mean_kl"] > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_live_rollouts_go_on_where_they_were_left(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Left between two passes over the same completions: the second uses them, and draws no others."""
+    of = [*settings(kind, "rollouts=live", "live_max_steps=6", "save_steps=1000")]
+    of += ["sample.max_tokens=3", "sample.prompts_per_round=12"]
+    undisturbed = train(open_(tmp_path / "undisturbed", model, *of))
+    ws = open_(tmp_path / "left", model, *of)
+    told = Reporter.on_step_end
+
+    def tell(reporter: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
+        told(reporter, args, state, control, **more)
+        if state.global_step == 2:  # which is heard in the third step
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Reporter, "on_step_end", tell)
+    with pytest.raises(SystemExit):
+        train(ws)
+    monkeypatch.setattr(Reporter, "on_step_end", told)
+    again = train(ws)
+    assert again.metrics["resumed_from_step"] == 3
+    assert any(undisturbed.losses[3:]) and again.losses == undisturbed.losses[3:]
+    assert again.weights == undisturbed.weights
+
+
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
 def test_groups_with_equal_rewards_are_left_out_and_counted(
     model: Path, tmp_path: Path, drawn: list[Sample], kind: str
@@ -123,6 +184,10 @@ def test_what_the_sampler_did_otherwise_is_made_up_for(
     found = train(ws)
     assert found.losses[0] == pytest.approx(total / sum(len(one.token_ids) for one in drawn), abs=1e-5)
     assert found.metrics["first_step_logprob_difference_max"] == pytest.approx(math.log(4), abs=1e-4)
+    tokens = sum(len(one.token_ids) for one in drawn)
+    beyond = 8 / tokens if correction == "truncate" else 0.5  # every other sample: its first token, or all of it
+    assert found.metrics["mean_beyond_cap"] == pytest.approx(beyond, rel=1e-3)
+    assert 0 < found.metrics["mean_importance_ratio"] < 1.5
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
@@ -157,6 +222,8 @@ def test_the_divergence_is_to_the_initial_model_whoever_scores_it(
         return
     now = graded(config_of(ws), said, ws.checkpoint_dir("model", 1))
     divergence = np.array([sum(one.logprobs) - sum(was.logprobs) for one, was in zip(now, drawn, strict=True)])
+    per_token = divergence.sum() / sum(len(one.token_ids) for one in drawn)
+    assert found[0].metrics["mean_kl"] == pytest.approx(per_token, rel=1e-3) and per_token > 1e-4
     rewards = np.array([one.reward[0] + 0.5 * one.reward[1] for one in drawn if one.reward]) - 0.5 * divergence
     groups = rewards.reshape(4, 4)
     worth = (groups - (groups.sum(1, keepdims=True) - groups) / 3).ravel()
