@@ -237,11 +237,12 @@ class SlurmCluster:
     def start_now(self, job_id: str) -> None:
         """Let a requeued job skip the wait that Slurm puts before its next start (BeginTime).
 
-        What is left of the last one must be gone: its end, reported late, would count as that of the next.
+        The next second is soon enough. Within that in which its last start ends, slurmd still refuses the job's
+        credentials, and it fails (slurm_cred.c, `slurm_cred_handle_reissue`: they count if made after the revocation).
         """
         left = f"slurmstepd: [{self.job(job_id)['JobId']}."
         wait_for(lambda: not any(self.processes(node, left) for node in self.nodes), f"what is left of job {job_id}")
-        self.run(["scontrol", "update", f"JobId={job_id}", "StartTime=now"])
+        self.run(["scontrol", "update", f"JobId={job_id}", "StartTime=now+1"])
 
     # --- nodes
 

@@ -62,8 +62,9 @@ def requeue(run: ClusterRun, *options: str) -> tuple[Endpoint, Endpoint]:
     """Requeue the listener's job; returns what it has published before and what it publishes afterwards."""
     before = published(run)[0]
     run.cluster.run(["scontrol", "requeue", before.job_id])
-    for option in (*options, "StartTime=now"):
+    for option in options:
         run.cluster.run(["scontrol", "update", f"JobId={before.job_id}", option])
+    run.cluster.start_now(before.job_id)
     after = wait_for_another(run, before)
     assert (after.replica, after.job_id) == (before.replica, before.job_id), run.tool("hpc_rl.status").stdout
     assert (before.restart, after.restart) == (0, 1)
