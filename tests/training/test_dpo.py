@@ -221,7 +221,7 @@ def test_pairs_lift_a_model_from_one_in_ten_to_eight_in_ten(forgetful: Path, tmp
     ]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), path)
     shape = Shape(ranks=1, accumulation=1, batch=128)
-    made = plan.make(pairs.read([path], tokenizer), shape, epochs=15, run_seed=seed, round=1)
+    made = plan.make(pairs.read([path], tokenizer), shape, epochs=6, run_seed=seed, round=1)
     trainer = trainer_of(
         TrainedModelConfig(path=str(forgetful), dtype="float32"), DpoTrainConfig(nll_weight=1.0), made,
         Pairs(tokenizer.pad_token_id), tokenizer,
