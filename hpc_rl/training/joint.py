@@ -28,7 +28,7 @@ from hpc_rl.config.training import JointTrainConfig
 from hpc_rl.engines.loading import load_processor
 from hpc_rl.run.seeds import derive
 from hpc_rl.training import grpo, models, plan, solutions, stored
-from hpc_rl.training.base import SHARE, UNITS, Tensors
+from hpc_rl.training.base import ROWS, SHARE, UNITS, Tensors
 from hpc_rl.training.batches import Batches, Maker
 from hpc_rl.training.check_base import vocabulary
 from hpc_rl.training.collate import Solutions
@@ -114,8 +114,11 @@ class JointGrpo(StoredGrpo):
         return total
 
     def _judge(self, batch: Tensors) -> torch.Tensor:
-        """The reward model's pass; its part of L_RM."""
+        """The reward model's pass; its part of L_RM. One without questions on any rank is left out: a step's last pass
+        has some if any has (`hpc_rl.training.plan`), so a step without questions changes nothing."""
         units, share = batch.pop(UNITS), batch.pop(SHARE)
+        if not any(batch.pop(ROWS)):
+            return torch.zeros((), device=self.accelerator.device)
         moved = {name: of.to(self.accelerator.device) if torch.is_tensor(of) else of for name, of in batch.items()}
         with self.second.passing():
             with self.compute_loss_context_manager():
@@ -143,7 +146,7 @@ def train(run: TrainRun) -> Trained | None:
     Raises
     ------
     ValueError
-        When the rollouts have no parts `correctness` and `score`; when there are fewer questions than optimizer steps.
+        When the rollouts have no parts `correctness` and `score`.
     """
     began = time.monotonic()
     options, role, start = run.task.settings, run.task.second, run.second

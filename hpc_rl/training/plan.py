@@ -65,7 +65,7 @@ class Step(Generic[U]):
     units, shape
         Where its units are, and how they are dealt out.
     places
-        (n,) which of them, in order.
+        (n,) which of them, in order; none in a step that is there beside another plan's.
     """
 
     units: Units[U]
@@ -100,7 +100,7 @@ class Step(Generic[U]):
         """What a mean over the units of a forward pass is multiplied by, so that the mean over all passes of the step
         is that over all of its units; 0 for a filler."""
         own = self._own(rank, number)
-        return float((own.stop - own.start) * self.shape.accumulation * self.shape.ranks / len(self.places))
+        return float((own.stop - own.start) * self.shape.accumulation * self.shape.ranks / (len(self.places) or 1))
 
     def _own(self, rank: int, number: int) -> slice:
         start, end = _share(0, len(self.places), self.shape.ranks, rank)
@@ -111,7 +111,8 @@ class Step(Generic[U]):
 
     @cached_property
     def _filler(self) -> Item[U]:
-        shortest = self.places[[int(np.argmin(self.index["length"]))]]
+        among = self.places if len(self.places) else np.arange(len(self.units))
+        shortest = among[[int(np.argmin(self.units.index["length"][among]))]]
         return Item(self.units.rows(shortest)[0], int(shortest[0]), 0)
 
 
@@ -190,12 +191,12 @@ def make(
     passes
         How many optimizer steps in a row use the same units (μ in the GRPO paper).
     steps
-        Deal an epoch's units out over so many steps instead, whatever fits into a step then.
+        Deal an epoch's units out over so many steps instead: of more steps than units some stay empty.
 
     Raises
     ------
     ValueError
-        When there are more steps than units, or a step would not hold its units.
+        When a step would not hold its units.
     """
     firsts, sizes = units.starts[:-1], np.diff(units.starts)
     orders = []
@@ -206,7 +207,7 @@ def make(
         within = np.arange(len(units)) - np.repeat(ends - sizes[groups], sizes[groups])
         orders.append(np.repeat(firsts[groups], sizes[groups]) + within)
     fewest = ceil(len(units) / shape.samples)
-    if steps is not None and not fewest <= steps <= len(units):
+    if steps is not None and steps < fewest:
         raise ValueError(f"{len(units)} units in steps of up to {shape.samples} cannot be dealt out over {steps} steps")
     return Plan(units, shape, orders, steps or fewest, passes)
 

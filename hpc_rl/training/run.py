@@ -22,7 +22,7 @@ from hpc_rl.config.modeling import VisionModelConfig
 from hpc_rl.engines.base import banned_ids
 from hpc_rl.engines.loading import load_processor
 from hpc_rl.engines.memory import note_notches
-from hpc_rl.engines.weights import Weights
+from hpc_rl.engines.weights import Weights, noted_hash
 from hpc_rl.orchestrate.job import Job
 from hpc_rl.run.seeds import derive
 from hpc_rl.training import models, settings
@@ -46,6 +46,8 @@ NOT_IN_A_CHECKPOINT = {
     "per_device_batch_size", "gradient_accumulation_steps", "export", "fused_kernels", "log_completions",
 }  # fmt: skip
 """Settings that may change between a checkpoint and its continuation; of batch and accumulation the product counts."""
+DRAWN_WITH = {"temperature", "max_tokens", "samples_per_prompt"}
+"""Of sampling, what may not: live samples are drawn so, and losses divide by them."""
 
 
 @dataclass(frozen=True)
@@ -210,12 +212,15 @@ class TrainRun:
     def checkpoints(self, work: str) -> Checkpoints:
         """The stage's checkpoints; `work` is the fingerprint of what is trained on."""
         task, config = self.task, self.job.config
+        notes = self.job.ws.root / "cache" / "weights"
+        base = broadcast_object(noted_hash(Path(self.start.base), notes) if self.world.is_main else None)
         same = {
-            "work": work, "round": self.round, "weights": self.start.hash, "ranks": self.world.size,
+            "work": work, "round": self.round, "weights": self.start.hash, "base": base, "ranks": self.world.size,
             "units_of_a_step": self.shape.accumulation * self.shape.batch, "algorithm": task.algorithm,
             "settings": task.settings.model_dump(mode="json", exclude=NOT_IN_A_CHECKPOINT),
             "model": task.role.model.model_dump(mode="json", exclude={"path"}), "deepspeed": self.deepspeed,
-            "seed": config.run.seed, "temperature": task.sampling.temperature,
+            "seed": config.run.seed, "rewards": dict(task.rewards),
+            "sampling": task.sampling.model_dump(mode="json", include=DRAWN_WITH),
         }  # fmt: skip
         fingerprint = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
         checkpoints = Checkpoints(

@@ -39,6 +39,9 @@ SETTINGS = (
     "joint.reward_model.loss=selected", "reward_model.loss=selected",
 )  # fmt: skip
 
+SHORT = ("max_length=29", "too_long=drop")
+"""Leaves out all but a few questions."""
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -92,6 +95,23 @@ def test_the_loss_is_the_sum_of_both(trained: tuple[Workspace, Notes]) -> None:
     assert said["mean_reward_model_loss"] == pytest.approx(sum(judge) / len(judge), abs=1e-5)
     assert said["mean_reward_model_accuracy"] == pytest.approx(made(ws, "reward_model").metrics["mean_accuracy"])
     assert (said["reward_model"]["units"], said["reward_model"]["solutions"]) == (21, 63)
+
+
+def test_with_fewer_questions_than_steps_the_reward_model_steps_only_where_it_has_some(
+    data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data / "rounds", tmp_path / "rounds")
+    short = [f"{name}.{field}" for name in ("reward_model", "joint.reward_model") for field in SHORT]
+    one_by_one = ("reward_model.per_device_batch_size=1", "reward_model.gradient_accumulation_steps=1")
+    small = ("joint.per_device_batch_size=4", "joint.gradient_accumulation_steps=1")
+    once = ("reward_model.epochs=1", "joint.epochs=1")
+    ws = open_(tmp_path, data.parent / "model", *one_by_one, *small, *once, *short)
+    train_all(tmp_path, ["reward_model", "joint"])
+    steps, questions = made(ws).metrics["steps"], made(ws).metrics["reward_model"]["units"]
+    assert steps > questions == made(ws, "reward_model").metrics["steps"] > 1
+    beside, alone = weights(ws, "judge"), weights(ws, "reward_model")
+    for name, tensor in alone.items():
+        assert beside[name].numpy() == pytest.approx(tensor.numpy(), abs=1e-6), name
 
 
 def test_both_models_are_in_one_manifest_and_the_next_round_finds_them(trained: tuple[Workspace, Notes]) -> None:

@@ -132,9 +132,19 @@ def test_units_can_be_dealt_out_over_more_steps() -> None:
     made = plan.make(units, shape, epochs=2, run_seed=0, round=1, steps=7)
     assert len(made) == 14 and {len(step.items) for step in made} == {1, 2}
     assert Counter(item.place for step in made for item in step.items) == dict.fromkeys(range(10), 2)
-    for steps in (2, 11):
-        with pytest.raises(ValueError, match=rf"10 units in steps of up to 4 cannot be dealt out over {steps} steps"):
-            plan.make(units, shape, epochs=1, run_seed=0, round=1, steps=steps)
+    with pytest.raises(ValueError, match=r"10 units in steps of up to 4 cannot be dealt out over 2 steps"):
+        plan.make(units, shape, epochs=1, run_seed=0, round=1, steps=2)
+
+
+def test_of_more_steps_than_units_some_have_fillers_only() -> None:
+    made = plan.make(units_of([1] * 3), Shape(2, 2, 1), epochs=1, run_seed=0, round=1, steps=5)
+    assert sorted(len(step.items) for step in made) == [0, 0, 1, 1, 1]
+    for step in made:
+        for number in range(2):
+            assert sum(step.rows(number)) == (len(step.items) if number == 1 else 0), "what there is comes last"
+            for rank in range(2):
+                (item,) = step.batch(rank, number)
+                assert item.weight == step.rows(number)[rank] and step.share(rank, number) == 4 * item.weight
 
 
 def test_a_plan_in_order_goes_through_all_units_once() -> None:
