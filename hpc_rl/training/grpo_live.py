@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from hpc_rl.training.run import Trained, TrainRun
 from hpc_rl.training.task import find
 
 log = logging.getLogger(__name__)
+
+JUDGED = "judged"
+"""Of a checkpoint: the file with what was judged until then, and, numbered, those that the judge had written."""
 
 Parts = tuple[float, ...] | None
 """Parts of a reward in the order of the task's; None where nobody gave a score."""
@@ -130,6 +134,23 @@ class LiveRewards:
                     file.write(f"---- step {step} {self._game.ids[asked.row]}\n{asked.text}\n{self._parts} {parts}\n")
         return mine
 
+    def save(self, folder: Path) -> None:
+        """Write what was judged until now into a checkpoint (rank 0)."""
+        if self._world.is_main:
+            (folder / JUDGED).write_text(json.dumps({"samples": self.samples, "left_out": self.left_out}))
+            for number, output in enumerate(self._game.outputs):
+                if output.exists():
+                    shutil.copyfile(output, folder / f"{JUDGED}.{number}")
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint: what an earlier attempt's judge wrote until then is this one's (L22)."""
+        if self._world.is_main:
+            found = json.loads((folder / JUDGED).read_text())
+            self.samples, self.left_out = found["samples"], found["left_out"]
+            for number, output in enumerate(self._game.outputs):
+                if (written := folder / f"{JUDGED}.{number}").exists():
+                    shutil.copyfile(written, output)
+
 
 class Live(OnPolicy):
     """Before TRL's trainer in the list of bases: it is trained on samples that it draws by itself.
@@ -162,10 +183,11 @@ class Live(OnPolicy):
     def _save_more(self, folder: Path) -> None:
         """Completions that are to be used in further steps (`passes`): no later attempt could draw them again."""
         super()._save_more(folder)
+        self._rewards.save(folder)
         used = self.state.global_step * self.args.gradient_accumulation_steps
         if used % (self.args.steps_per_generation * self.num_iterations):
             tensors = {
-                f"{number}.{name}": value.contiguous()
+                f"{number}.{name}": value.detach().cpu().clone()  # some are one tensor in all batches
                 for number, batch in enumerate(self._buffered_inputs)
                 for name, value in batch.items()
                 if torch.is_tensor(value)
@@ -175,8 +197,10 @@ class Live(OnPolicy):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        file = None if checkpoint is None else self._completions(Path(checkpoint))
-        if file is not None and file.exists():
+        if checkpoint is None:
+            return
+        self._rewards.load(Path(checkpoint))
+        if (file := self._completions(Path(checkpoint))).exists():
             with safe_open(file, "pt", str(self.accelerator.device)) as opened:
                 batches: list[dict[str, Any]] = json.loads(opened.metadata()["others"])
                 names = opened.keys()

@@ -17,6 +17,7 @@ mean is over the rows of the whole optimizer step; `normalize_advantages` takes 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,7 @@ def advantages(rollouts: Rollouts, divergence: NDArray[np.float64], options: Rlo
     divergence
         (N,) Σ_t log π_old(t) − log π_ref(t) of each sample.
     """
-    rewards = rollouts.rewards
-    if options.reward_clip is not None:
-        rewards = rewards.clip(-options.reward_clip, options.reward_clip)
-    rewards = rewards - options.beta * divergence
+    rewards = rollouts.rewards - options.beta * divergence
     sizes = np.diff(rollouts.starts)
     others = np.repeat(np.add.reduceat(rewards, rollouts.starts[:-1]), sizes) - rewards
     found: NDArray[np.float64] = rewards - others / np.repeat(sizes - 1, sizes)
@@ -94,11 +92,19 @@ def advantages(rollouts: Rollouts, divergence: NDArray[np.float64], options: Rlo
     return found
 
 
+def clipped(rollouts: Rollouts, clip: float | None) -> Rollouts:
+    """The same samples with rewards between −clip and clip; the round's mean reward stays what it is."""
+    if clip is None:
+        return rollouts
+    means = {"reward": rollouts.mean(), **{f"reward_{part}": rollouts.mean(part) for part in rollouts.parts}}
+    return replace(rollouts.with_rewards(rollouts.rewards.clip(-clip, clip)), means=means)
+
+
 def train(run: TrainRun) -> Trained | None:
     """See `hpc_rl.training.algorithms.Algorithm`."""
     began, options = time.monotonic(), options_of(run)
     assert isinstance(options, RlooTrainConfig)
-    rollouts = stored.read(run)
+    rollouts = stored.read(run, lambda found: clipped(found, options.reward_clip))
     made = stored.make_plan(run, rollouts)
     checkpoints = run.checkpoints(made.fingerprint())
     args = rloo_config(run, checkpoints.own)

@@ -104,7 +104,11 @@ def play(run: TrainRun) -> Iterator[Game]:
     assert isinstance(config, OnPolicyConfig)
     sums = asked(config)
 
-    def judge(said: Sequence[Asked], _step: int) -> list[Parts]:
+    written = run.places.output("judged.txt")
+
+    def judge(said: Sequence[Asked], step: int) -> list[Parts]:
+        with written.open("a") as file:
+            file.writelines(f"{step} {one.row} {one.text}\n" for one in said)
         return [worth(one.text, sums[one.row]) for one in said]
 
-    yield Game([f"{a}+{b}" for a, b in sums], [arithmetic.question(one) for one in sums], judge)
+    yield Game([f"{a}+{b}" for a, b in sums], [arithmetic.question(one) for one in sums], judge, outputs=[written])

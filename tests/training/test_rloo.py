@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from hpc_rl import config as configs
+from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.training.errors import NothingToLearn
 from hpc_rl.training.reporting import Reporter
@@ -118,14 +119,16 @@ def test_with_merged_weights_the_divergence_is_to_the_initial_model_too(
     assert found[0].metrics["mean_kl"] > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+@pytest.mark.parametrize(("kind", "accumulation"), [("grpo", 1), ("grpo", 2), ("rloo", 2)])
 def test_live_rollouts_go_on_where_they_were_left(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, accumulation: int
 ) -> None:
     """Left between two passes over the same completions: the second uses them, and draws no others."""
     of = [*settings(kind, "rollouts=live", "live_max_steps=6", "save_steps=1000")]
-    of += ["sample.max_tokens=3", "sample.prompts_per_round=12"]
-    undisturbed = train(open_(tmp_path / "undisturbed", model, *of))
+    of += ["sample.max_tokens=3", f"sample.prompts_per_round={12 * accumulation}"]
+    of.append(f"{kind}.gradient_accumulation_steps={accumulation}")
+    whole = open_(tmp_path / "undisturbed", model, *of)
+    undisturbed = train(whole)
     ws = open_(tmp_path / "left", model, *of)
     told = Reporter.on_step_end
 
@@ -140,8 +143,11 @@ def test_live_rollouts_go_on_where_they_were_left(
     monkeypatch.setattr(Reporter, "on_step_end", told)
     again = train(ws)
     assert again.metrics["resumed_from_step"] == 3
-    assert any(undisturbed.losses[3:]) and again.losses == undisturbed.losses[3:]
+    assert any(undisturbed.losses[3 * accumulation :]) and again.losses == undisturbed.losses[3 * accumulation :]
     assert again.weights == undisturbed.weights
+    assert again.metrics["samples"] == undisturbed.metrics["samples"]
+    judged = [manifest.read(one, 1, "train", 0).path("judged.txt").read_text() for one in (ws, whole)]
+    assert judged[0] == judged[1], "the first attempt's verdicts too"
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
@@ -239,3 +245,13 @@ def test_what_a_config_may_not_ask_for(model: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(configs.ConfigError, match=f"(?s){said}"):
             open_(tmp_path, model, *settings(kind, *wrong))
+
+
+def test_groups_that_are_equal_once_clipped_are_left_out(model: Path, tmp_path: Path, drawn: list[Sample]) -> None:
+    """Of the rewards 2.5 and 4.5 the clip makes 2; those of the other groups stay between."""
+    high = [replace(one, reward=(1.0 + n % 2, 3.0 + 2 * (n % 2))) for n, one in enumerate(drawn[:4])]
+    ws = open_(tmp_path, model, *settings("rloo", "reward_clip=2"))
+    commit(ws, [*high, *drawn[4:]])
+    found = train(ws).metrics
+    assert (found["equal_groups"], found["used_samples"]) == (1, 12)
+    assert found["mean_reward"] == pytest.approx((3.5 + 3 * 0.25) / 4), "of the rewards as they were"
