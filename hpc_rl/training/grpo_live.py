@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from datasets import Dataset
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils.data import Sampler
 
 from hpc_rl.services.calling import ServiceRefused, ServiceUnavailable
 from hpc_rl.training.distributed import World, all_gather_objects, broadcast_object
@@ -174,6 +175,10 @@ class Live(OnPolicy):
         super().__init__(train_dataset=rows, batches=None, **others)
         self._game, self._rewards = game, rewards
 
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
+        """TRL's order of the prompts, but of each epoch by itself: a training that goes on knows no earlier ones."""
+        return _ByEpoch(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))  # type: ignore[misc]
+
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if not self._step and self.state.global_step:
             # Resumed: TRL counts forward passes from 0 and would generate at the wrong ones.
@@ -229,6 +234,20 @@ class Live(OnPolicy):
         table = torch.tensor([nothing if p is None else p for p in parts], device=self.accelerator.device)
         gathered: torch.Tensor = self.accelerator.gather(table.float())
         return gathered
+
+
+class _ByEpoch(Sampler[int]):
+    """The order of a `RepeatSampler` of TRL, drawn anew from its seed and the number of the epoch."""
+
+    def __init__(self, sampler: Any, epoch: Callable[[], int]) -> None:
+        self._sampler, self._epoch = sampler, epoch
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self._sampler.generator.manual_seed(self._sampler.seed + self._epoch())
+        return iter(self._sampler)
 
 
 class LiveGrpo(Live, Grpo):

@@ -123,9 +123,9 @@ def test_with_merged_weights_the_divergence_is_to_the_initial_model_too(
 def test_live_rollouts_go_on_where_they_were_left(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, accumulation: int
 ) -> None:
-    """Left between two passes over the same completions: the second uses them, and draws no others."""
-    of = [*settings(kind, "rollouts=live", "live_max_steps=6", "save_steps=1000")]
-    of += ["sample.max_tokens=3", f"sample.prompts_per_round={12 * accumulation}"]
+    """Left between two passes over the same completions: the second uses them. Two epochs, in different orders."""
+    of = [*settings(kind, "rollouts=live", "live_max_steps=8", "save_steps=1000")]
+    of += ["sample.max_tokens=3", f"sample.prompts_per_round={8 * accumulation}"]
     of.append(f"{kind}.gradient_accumulation_steps={accumulation}")
     whole = open_(tmp_path / "undisturbed", model, *of)
     undisturbed = train(whole)
