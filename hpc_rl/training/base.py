@@ -192,6 +192,23 @@ class Driven:
         """For trainers with more state than transformers knows of: write it below `folder`, on all ranks."""
 
 
+class CountsTokens:
+    """Mixin before TRL's trainers that count tokens themselves (`num_tokens`): a resumed training counts on.
+
+    TRL keeps the number in an attribute, which begins at 0 again; here it is in the trainer's state, as GRPO's is.
+    """
+
+    state: Any
+
+    @property
+    def _total_train_tokens(self) -> int:
+        return int(self.state.num_input_tokens_seen)
+
+    @_total_train_tokens.setter
+    def _total_train_tokens(self, tokens: int) -> None:
+        self.state.num_input_tokens_seen = tokens
+
+
 def check_losses(passes: Passes, accelerator: Any, what: str) -> None:
     """Refuse an optimizer step with a loss that is no number. All ranks must call it.
 

@@ -23,7 +23,7 @@ from hpc_rl.config.training import DpoTrainConfig
 from hpc_rl.engines.loading import tokenizer_of
 from hpc_rl.engines.weights import Weights
 from hpc_rl.training import logprobs, models, pairs, pixels, plan, settings
-from hpc_rl.training.base import Driven
+from hpc_rl.training.base import CountsTokens, Driven
 from hpc_rl.training.batches import Batches
 from hpc_rl.training.check_base import vocabulary
 from hpc_rl.training.collate import ByPlace, Pairs
@@ -32,7 +32,7 @@ from hpc_rl.training.trl_parts import DPOConfig, DPOTrainer
 from hpc_rl.training.units import Units
 
 
-class Dpo(Driven, DPOTrainer):  # type: ignore[misc]
+class Dpo(CountsTokens, Driven, DPOTrainer):  # type: ignore[misc]
     """TRL's trainer on the pairs of a plan, whose batches hold `ref_chosen_logps` and `ref_rejected_logps` (B,).
 
     With `ref_model` they need not.

@@ -2,6 +2,8 @@
 
 Each time that it runs out is a notch (counted as for engines, `hpc_rl.engines.memory`): half as many units in a forward
 pass, twice as many passes. So the gradient is the same sum, its checkpoints go on, and only the time of a step differs.
+Two losses are means over the tokens of a forward pass by their definition, and differ with its size: GRPO's bnpo, and
+DPO's `nll_weight`.
 Without torch, since recipes ask on the login node.
 """
 

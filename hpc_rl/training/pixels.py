@@ -61,10 +61,15 @@ class Pictures:
         Raises
         ------
         UnusableData
-            When a prompt's image tokens do not fit its pictures.
+            When a prompt's row has no pictures, or its image tokens do not fit them.
         """
         found = [self.of(row) for _, row, _ in rows]
-        for (unit, _, prompt), (_, grids) in zip(rows, found, strict=True):
+        for (unit, row, prompt), (_, grids) in zip(rows, found, strict=True):
+            if not len(grids):
+                raise UnusableData(
+                    f"row {row!r}, of which {unit} is, has no pictures: rows with pictures and rows without are not "
+                    "trained together. Leave it out, or train each kind in a stage of its own"
+                )
             tokens, expected = int(np.sum(prompt == self.image_id)), self._tokens(grids)
             if tokens != expected:
                 raise UnusableData(
@@ -78,11 +83,14 @@ class Pictures:
         }
 
     def of(self, row_id: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patches (N, values) of all pictures of a row, and their grids (pictures, 3)."""
+        """Patches (N, values) of all pictures of a row, and their grids (pictures, 3); a row may have none."""
         if row_id in self._kept:
             self._kept.move_to_end(row_id)
             return self._kept[row_id]
-        made = self._processor(images=list(self._images_of(row_id)), return_tensors="pt")
+        images = list(self._images_of(row_id))
+        if not images:  # no image processor takes that
+            return torch.empty(0, 0), torch.empty(0, 3, dtype=torch.long)
+        made = self._processor(images=images, return_tensors="pt")
         found = self._kept[row_id] = (made["pixel_values"], made["image_grid_thw"])
         self._room -= found[0].nbytes
         while self._room < 0 and len(self._kept) > 1:

@@ -17,7 +17,7 @@ from hpc_rl.config.modeling import VisionModelConfig
 from hpc_rl.config.training import SftTrainConfig
 from hpc_rl.engines.loading import tokenizer_of
 from hpc_rl.training import collate, plan, settings, texts
-from hpc_rl.training.base import Driven
+from hpc_rl.training.base import CountsTokens, Driven
 from hpc_rl.training.batches import Batches
 from hpc_rl.training.check_base import vocabulary
 from hpc_rl.training.run import Trained, TrainRun
@@ -25,7 +25,7 @@ from hpc_rl.training.trl_parts import SFTConfig, SFTTrainer
 from hpc_rl.training.units import Units
 
 
-class Sft(Driven, SFTTrainer):  # type: ignore[misc]
+class Sft(CountsTokens, Driven, SFTTrainer):  # type: ignore[misc]
     """TRL's trainer on the texts, or packs of texts, of a plan."""
 
     mean_over_rows = False

@@ -137,7 +137,7 @@ class _Writer(Writer):
         graded = pc.invert(batch["left_out"])
         used = batch.filter(graded)
         lengths = {name: pc.list_value_length(used[name]).to_numpy() for name in TOKENS}
-        _check(used, lengths, file)
+        _check(used, lengths, ("reward", *self._rewards), file)
         rows = self.add(file, batch["sample_id"].to_pylist(), graded.to_numpy(zero_copy_only=False), used)
         for name in ("group", "attempt", "reward", *self._rewards):
             rows[name] = used[name].to_numpy(zero_copy_only=False)
@@ -172,19 +172,23 @@ class _Writer(Writer):
         return _Samples(self.save(index, {}), roles, self._parts, counts, next(iter(self._weights)))
 
 
-def _check(batch: pa.RecordBatch, lengths: dict[str, NDArray[np.int32]], file: Path) -> None:
-    """Every sample must have tokens, a log-probability for each, and a reward that is a number."""
+def _check(batch: pa.RecordBatch, lengths: dict[str, NDArray[np.int32]], rewards: Sequence[str], file: Path) -> None:
+    """Every sample must have tokens, a log-probability for each, and rewards (columns) that are numbers."""
     prompts, tokens, logprobs = (lengths[name] for name in TOKENS)
     values = batch["logprobs"].flatten().to_numpy(zero_copy_only=False)
     infinite = np.zeros(len(batch), np.bool_)
     infinite[owners(batch["logprobs"])[~np.isfinite(values)]] = True
+    bad: NDArray[np.bool_] = ~np.isfinite(
+        np.array([batch[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in rewards])
+    )
     complaints: Sequence[tuple[NDArray[np.bool_], Callable[[int], str]]] = (
         ((tokens == 0) | (prompts == 0), lambda row: "has no tokens"),
         (tokens != logprobs, lambda row: f"has {tokens[row]} tokens and {logprobs[row]} log-probabilities"),
         (infinite, lambda row: "has a log-probability that is no number"),
-        (~np.isfinite(batch["reward"].to_numpy(zero_copy_only=False)), lambda row: "has a reward that is no number"),
+        (bad.any(axis=0), lambda row: f"has a {rewards[int(np.argmax(bad[:, row]))]} that is no number"),
     )
     for wrong, complaint in complaints:
         if wrong.any():
             row = int(np.argmax(wrong))
-            raise UnusableData(f"sample {batch['sample_id'][row].as_py()} in {file} {complaint(row)}")
+            sample, of = (batch[name][row].as_py() for name in ("sample_id", "row_id"))
+            raise UnusableData(f"sample {sample} (of row {of}) in {file} {complaint(row)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,14 @@ def test_a_vision_token_in_a_completion_is_named(processor: Any) -> None:
     pad = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     with pytest.raises(UnusableData, match=r"r01-a-g0 holds a vision token, which sampling must ban"):
         made(maker(processor, images), rollout(processor, "a", images["a"], [95, pad]), tokens=[2])
+
+
+def test_a_row_without_pictures_among_such_with_pictures_is_named(processor: Any) -> None:
+    images: dict[str, list[Image.Image]] = {"a": [Image.new("RGB", (56, 56), "red")], "b": []}
+    samples = [rollout(processor, "a", images["a"], [95]), rollout(processor, "a", images["a"], [95])]
+    samples[1] = replace(samples[1], id="r01-b-g0", row_id="b")
+    with pytest.raises(UnusableData, match=r"row 'b', of which sample r01-b-g0 is, has no pictures"):
+        made(maker(processor, images), *samples, tokens=[1, 1])
 
 
 def test_pictures_are_loaded_again_when_there_is_no_room_for_them(processor: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoProcessor, AutoTokenizer
 from hpc_rl.config.modeling import LoraConfig, SpeakerConfig, TrainedModelConfig
 from hpc_rl.config.training import DpoTrainConfig
 from hpc_rl.training import logprobs, models, pairs, plan
+from hpc_rl.training.base import ROWS, SHARE, UNITS
 from hpc_rl.training.batches import Batches
 from hpc_rl.training.collate import ByPlace, Pairs
 from hpc_rl.training.dpo import Dpo, dpo_config
@@ -74,25 +76,25 @@ def trained(trainer: Any) -> Losses:
 
 def trainer_of(
     section: TrainedModelConfig, options: DpoTrainConfig, made: Plan[Pair], maker: Pairs, processor: Any,
-    **arguments: Any,
+    adapter: Path | None = None, **arguments: Any,
 ) -> Dpo:  # fmt: skip
     """Our trainer, with the reference that the options ask for."""
     base = str(section.path)
     args, makers, live = dpo_config(options, **arguments), [maker], None
-    frozen = models.load_frozen(section, base, None, deepspeed=False)
+    frozen = models.load_frozen(section, base, adapter, deepspeed=False)
     if options.reference == "live":
         live = frozen
     else:
         add_fused_lm_head(frozen)
         with torch.no_grad():
             known = np.concatenate([
-                np.stack(logprobs.pairs(frozen, {n: t for n, t in batch.items() if torch.is_tensor(t)}))
+                np.stack(logprobs.pairs(frozen, {n: t for n, t in batch.items() if n not in (UNITS, SHARE, ROWS)}))
                 for batch in Batches(plan.in_order(made.units, Shape(1, 1, 4)), 0, maker)
             ])  # fmt: skip
         makers.append(ByPlace(ref_chosen_logps=known[:, 0], ref_rejected_logps=known[:, 1]))
     trainer = Dpo(
         batches=Batches(made, 0, *makers), seal=lambda folder: None, args=args, ref_model=live,
-        model=models.load(section, base, None, deepspeed=False, seed=1), processing_class=processor,
+        model=models.load(section, base, adapter, deepspeed=False, seed=1), processing_class=processor,
     )  # fmt: skip
     names = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert not any(".ref." in name for name, _ in trainer.model.named_parameters()), "no second adapter"
@@ -102,20 +104,34 @@ def trainer_of(
 
 def ours(
     section: TrainedModelConfig, options: DpoTrainConfig, units: Any, maker: Pairs, processor: Any, output: Path,
-    shape: Shape = SHAPE,
+    shape: Shape = SHAPE, adapter: Path | None = None,
 ) -> Losses:  # fmt: skip
     """Losses of our trainer on all pairs in order."""
     made = plan.in_order(units, shape)
-    return trained(trainer_of(section, options, made, maker, processor, **common(output, shape)))
+    return trained(trainer_of(section, options, made, maker, processor, adapter, **common(output, shape)))
 
 
-def bare(section: TrainedModelConfig, data: Dataset, processor: Any, output: Path, **more: Any) -> Losses:
+def bare(
+    section: TrainedModelConfig, data: Dataset, processor: Any, output: Path, adapter: Path | None = None, **more: Any
+) -> Losses:
     """Losses of TRL's own."""
     args = DPOConfig(**common(output), max_length=None, train_sampling_strategy="sequential", **more)
     return trained(DPOTrainer(
-        model=models.load(section, str(section.path), None, deepspeed=False, seed=1), args=args,
+        model=models.load(section, str(section.path), adapter, deepspeed=False, seed=1), args=args,
         train_dataset=data, processing_class=processor,
     ))  # fmt: skip
+
+
+def adapter_of(section: TrainedModelConfig, folder: Path) -> Path:
+    """What a round before may have left."""
+    model = models.load(section, str(section.path), None, deepspeed=False, seed=1)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    model.save_pretrained(folder)
+    return folder
 
 
 def chats() -> Dataset:
@@ -135,27 +151,36 @@ def assert_same(found: Losses, expected: Losses) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lora", "reference", "options", "trl"),
+    ("lora", "later", "reference", "options", "trl"),
     [
-        (None, "pass", {"beta": 0.3}, {"beta": 0.3}),
-        (LORA, "pass", {"beta": 2.0, "nll_weight": 0.7}, {
+        (None, False, "pass", {"beta": 0.3}, {"beta": 0.3}),
+        (LORA, False, "pass", {"beta": 2.0, "nll_weight": 0.7}, {
             "beta": 2.0, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7]}),
-        (LORA, "live", {"beta": 2.0, "label_smoothing": 0.2}, {
+        (LORA, False, "live", {"beta": 2.0, "label_smoothing": 0.2}, {
             "beta": 2.0, "loss_type": ["robust"], "label_smoothing": 0.2}),
+        (LORA, True, "pass", {"beta": 0.5}, {"beta": 0.5}),
+        (LORA, True, "live", {"beta": 0.5}, {"beta": 0.5}),
     ],
 )  # fmt: skip
 def test_losses_are_those_of_trl(
-    model: Path, file: Path, tmp_path: Path, lora: LoraConfig | None, reference: Any, options: Any, trl: Any
-) -> None:
-    """Chat template, masks and padding included; the second step shows what the first one trained."""
+    model: Path, file: Path, tmp_path: Path, lora: LoraConfig | None, later: bool, reference: Any, options: Any,
+    trl: Any,
+) -> None:  # fmt: skip
+    """Chat template, masks and padding included; the second step shows what the first one trained.
+
+    In a `later` round the model has an adapter to begin with, and so has the reference: the first loss is log 2.
+    """
     section = TrainedModelConfig(path=str(model), dtype="float32", lora=lora)
+    adapter = adapter_of(section, tmp_path / "adapter") if later else None
     tokenizer = AutoTokenizer.from_pretrained(model)
     units = pairs.read([file], tokenizer)
     found = ours(
         section, DpoTrainConfig(reference=reference, **options), units, Pairs(tokenizer.pad_token_id), tokenizer,
-        tmp_path / "ours",
+        tmp_path / "ours", adapter=adapter,
     )  # fmt: skip
-    assert_same(found, bare(section, chats(), tokenizer, tmp_path / "bare", **trl))
+    assert_same(found, bare(section, chats(), tokenizer, tmp_path / "bare", adapter, **trl))
+    if later:
+        assert found[0][0] == pytest.approx(math.log(2), abs=1e-5), "the reference is the policy itself"
 
 
 def test_losses_of_pairs_with_pictures_are_those_of_trl(tmp_path: Path) -> None:

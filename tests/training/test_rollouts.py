@@ -139,9 +139,14 @@ def test_advantages_are_those_of_trl(points: list[list[int]], scale: str) -> Non
     [
         ([graded(0, 0), graded(0, 0)], "r01-0-speaker-g0 is there twice"),
         ([graded(0, 0), graded(0, 1, weights_hash="v")], "different weights: v, w"),
-        ([graded(0, 0), graded(0, 1, logprobs=(-1.0,))], "r01-0-speaker-g1 in .* 2 tokens and 1 log-prob"),
-        ([graded(0, 0), graded(0, 1, logprobs=(-1.0, float("nan")))], "r01-0-speaker-g1 in .* no number"),
-        ([graded(0, 0), graded(0, 1, token_ids=(), logprobs=())], "r01-0-speaker-g1 in .* no tokens"),
+        ([graded(0, 0), graded(0, 1, logprobs=(-1.0,))], "r01-0-speaker-g1 .* 2 tokens and 1 log-prob"),
+        (
+            [graded(0, 0), graded(0, 1, logprobs=(-1.0, float("nan")))],
+            "r01-0-speaker-g1 .* a log-probability that is no number",
+        ),
+        ([graded(0, 0), graded(0, 1, token_ids=(), logprobs=())], "r01-0-speaker-g1 .of row row0. in .* no tokens"),
+        ([graded(0, 0), graded(0, 1, float("inf"))], "r01-0-speaker-g1 .* has a reward that is no number"),
+        ([graded(0, 0), graded(0, 1, reward_format=float("nan"))], "g1 .* has a reward_format that is no number"),
         ([graded(0, 0), graded(1, 0), graded(1, 1, None)], "1 of 3 samples were left out: no group has two"),
     ],
 )

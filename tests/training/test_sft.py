@@ -51,8 +51,8 @@ def settings(output: Path, **more: Any) -> SFTConfig:
     return SFTConfig(
         output_dir=str(output), per_device_train_batch_size=SHAPE.batch,
         gradient_accumulation_steps=SHAPE.accumulation, num_train_epochs=1, learning_rate=1e-2, logging_steps=1,
-        max_length=None, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
-        gradient_checkpointing=False, **more,
+        max_length=None, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
+        gradient_checkpointing=False, **{"save_strategy": "no", **more},
     )  # fmt: skip
 
 
@@ -92,6 +92,24 @@ def test_losses_are_those_of_trl(model: Path, file: Path, tmp_path: Path) -> Non
     assert len(found) == 2
     for one, other in zip(found, trained(bare), strict=True):
         assert one == pytest.approx(other, abs=1e-6)
+
+
+def test_the_count_of_tokens_goes_on_after_a_resume(model: Path, file: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    units = texts.read([file], tokenizer)
+
+    def counts(output: Path, resumed: str | None = None) -> list[int]:
+        trainer = Sft(
+            batches=Batches(plan.in_order(units, SHAPE), 0, collate.Texts(pad_of(model))), seal=lambda folder: None,
+            args=settings(output, save_strategy="steps", save_steps=1),
+            model=AutoModelForCausalLM.from_pretrained(model), processing_class=tokenizer,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resumed)
+        return [int(entry["num_tokens"]) for entry in trainer.state.log_history if "num_tokens" in entry]
+
+    whole = counts(tmp_path / "whole")
+    assert len(whole) == 2 and 0 < whole[0] < whole[1]
+    assert counts(tmp_path / "resumed", str(tmp_path / "whole/checkpoint-1")) == whole
 
 
 def test_a_packed_text_has_the_log_probabilities_that_it_has_alone(model: Path, file: Path) -> None:
