@@ -237,8 +237,9 @@ class SlurmCluster:
     def start_now(self, job_id: str) -> None:
         """Let a requeued job skip the wait that Slurm puts before its next start (BeginTime).
 
-        The next second is soon enough. Within that in which its last start ends, slurmd still refuses the job's
-        credentials, and it fails (slurm_cred.c, `slurm_cred_handle_reissue`: they count if made after the revocation).
+        The next second is soon enough. A job that was started again within the second in which its last start ended
+        was seen to fail at once and without a log, probably as slurmd counts credentials only if they were made after
+        it had revoked the last ones (slurm_cred.c, `slurm_cred_handle_reissue`).
         """
         left = f"slurmstepd: [{self.job(job_id)['JobId']}."
         wait_for(lambda: not any(self.processes(node, left) for node in self.nodes), f"what is left of job {job_id}")
