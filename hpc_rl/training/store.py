@@ -185,7 +185,7 @@ def _check(batch: pa.RecordBatch, lengths: dict[str, NDArray[np.int32]], rewards
         ((tokens == 0) | (prompts == 0), lambda row: "has no tokens"),
         (tokens != logprobs, lambda row: f"has {tokens[row]} tokens and {logprobs[row]} log-probabilities"),
         (infinite, lambda row: "has a log-probability that is no number"),
-        (bad.any(axis=0), lambda row: f"has a {rewards[int(np.argmax(bad[:, row]))]} that is no number"),
+        (np.logical_or.reduce(bad), lambda row: f"has a {rewards[int(np.argmax(bad[:, row]))]} that is no number"),
     )
     for wrong, complaint in complaints:
         if wrong.any():

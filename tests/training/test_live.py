@@ -71,8 +71,13 @@ def test_two_ranks_share_one_asker(new_run: NewRun) -> None:
     assert len(lines) == 24 and {line["step"] for line in lines} == {0, 1, 2}
     asked = {(json.dumps(line["description"]), tuple(line["candidates"])) for line in lines if line["description"]}
     assert scored == 3 * len(asked), "each question with its candidates went out once, for all ranks"
-    assert made.metrics["mean_clip_ratio"] == 0, "on-policy: the ratio is 1"
-    assert made.made_from["weights"] != made.made_from["weights_out"]
+    groups: dict[tuple[int, str], set[float]] = {}
+    for line in lines:
+        groups.setdefault((line["step"], line["id"]), set()).add(line["reward"])
+    equal = sum(len(rewards) == 1 for rewards in groups.values())
+    assert len(groups) == 6 and equal < 6, "there is something to learn"
+    assert made.metrics["mean_share_of_equal_groups"] == pytest.approx(equal / 6)
+    assert made.metrics["mean_grad_norm"] > 0, "and it is learned from: with equal rewards all gradients are 0"
 
 
 def test_without_a_listener_all_ranks_are_blocked_and_nothing_is_scored(new_run: NewRun) -> None:
