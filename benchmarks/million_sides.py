@@ -150,11 +150,8 @@ def train(root: Path, ready: Callable[[], None]) -> dict[str, Any]:
     """All that the training job reads: games, samples, the plan, and each batch of one epoch; no model."""
     from hpc_rl.data.lewis import read_rows
     from hpc_rl.orchestrate.job import load
-    from hpc_rl.training import (
-        grpo,  # noqa: F401  (its libraries are part of the process)
-        plan,
-        store,
-    )
+    from hpc_rl.training.algorithms import grpo  # noqa: F401  (its libraries are part of the process)
+    from hpc_rl.training.data import plan, store
 
     job = load(root, ROUND, "train")
     config: Any = job.config

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = open_job("reference", argv)
     task = _task(job)
     from hpc_rl.engines.gpus import check_gpus
-    from hpc_rl.training.leaving import Leaving
+    from hpc_rl.training.ranks.leaving import Leaving
 
     check_gpus(job.config, job.stage.name)
     with Leaving() as leaving:
@@ -54,7 +54,7 @@ def _run(job: Job, task: TrainTask, shard: Shard, leaving: Any) -> TrainRun:
     from hpc_rl.engines.memory import notches_of
     from hpc_rl.engines.weights import weights_of
     from hpc_rl.training import memory
-    from hpc_rl.training.distributed import World
+    from hpc_rl.training.ranks.distributed import World
     from hpc_rl.training.run import Places, TrainRun
 
     assert shard.lease is not None, "an array's shards are claimed"

@@ -19,8 +19,8 @@ from hpc_rl.orchestrate import gate
 from hpc_rl.orchestrate.job import Job, Shard, open_job
 
 if TYPE_CHECKING:
-    from hpc_rl.training.distributed import World
-    from hpc_rl.training.leaving import Leaving
+    from hpc_rl.training.ranks.distributed import World
+    from hpc_rl.training.ranks.leaving import Leaving
     from hpc_rl.training.run import Places
     from hpc_rl.training.task import TrainTask
 
@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = job.config
     task = recipes.load(config.recipe).training(config, job.stage.id)
     from hpc_rl.engines.gpus import check_gpus
-    from hpc_rl.training.distributed import process_group
-    from hpc_rl.training.leaving import Leaving
+    from hpc_rl.training.ranks.distributed import process_group
+    from hpc_rl.training.ranks.leaving import Leaving
 
     check_gpus(config, job.stage.name)
     # without an entry process nobody kills, and the site's delay is as good a limit as any
@@ -78,7 +78,7 @@ def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, lea
     from hpc_rl.engines.weights import weights_of
     from hpc_rl.services.calling import ServiceUnavailable
     from hpc_rl.training import algorithms, memory
-    from hpc_rl.training.distributed import broadcast_object
+    from hpc_rl.training.ranks.distributed import broadcast_object
     from hpc_rl.training.run import TrainRun
 
     _set_up_wandb(job)
@@ -157,7 +157,7 @@ def _append_predictions(job: Job, outputs: Sequence[Path]) -> None:
 
 def _claims(job: Job, leader: bool) -> Iterator[tuple[Shard, str]]:
     """The stage's shard on every rank, with the token of rank 0's claim; rank 0's exit is every rank's."""
-    from hpc_rl.training.distributed import broadcast_object
+    from hpc_rl.training.ranks.distributed import broadcast_object
 
     with closing(cast(Generator[Shard, None, None], job.shards(leader=leader))) as shards:
         while True:
@@ -182,7 +182,7 @@ def _claims(job: Job, leader: bool) -> Iterator[tuple[Shard, str]]:
 @contextmanager
 def _blocked_by_lost_rank() -> Iterator[None]:
     """A rank that lost another one, or did not find it, is not to blame: it exits as blocked. Others' logs say more."""
-    from hpc_rl.training.meeting import MeetingFailed
+    from hpc_rl.training.ranks.meeting import MeetingFailed
 
     try:
         yield

@@ -10,8 +10,8 @@ import yaml
 
 from hpc_rl.config import training as sections
 from hpc_rl.config.schema import StageConfig
-from hpc_rl.training import pairs, solutions, store, texts
 from hpc_rl.training.algorithms import MODULES
+from hpc_rl.training.data import pairs, solutions, store, texts
 from hpc_rl.training.task import TrainTask
 
 REPOSITORY = Path(__file__).resolve().parents[1]

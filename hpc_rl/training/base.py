@@ -1,7 +1,8 @@
 """What all trainers share: batches that a plan laid out, checkpoints that are sealed, an end where numbers end.
 
-TRL's trainers load, shuffle and shard data by themselves. Here a plan has decided all of that (`hpc_rl.training.plan`),
-so `Driven` puts its batches in the place of theirs; losses, optimizers and DeepSpeed are TRL's and transformers'.
+TRL's trainers load, shuffle and shard data by themselves. Here a plan has decided all of that
+(`hpc_rl.training.data.plan`), so `Driven` puts its batches in the place of theirs; losses, optimizers and DeepSpeed are
+TRL's and transformers'.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 
-from hpc_rl.training.distributed import all_gather_objects
 from hpc_rl.training.errors import CheckpointFailed, Diverged
-from hpc_rl.training.reporting import Reporter
-from hpc_rl.training.uneven import uneven_rows
+from hpc_rl.training.ranks.distributed import all_gather_objects
+from hpc_rl.training.ranks.uneven import uneven_rows
+from hpc_rl.training.reporting.reporter import Reporter
 
 Tensors = dict[str, Any]
 Passes = list[tuple[torch.Tensor, tuple[str, ...]]]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rl.engines.weights import Role, weights_hash
-from hpc_rl.training import consolidate, export, models
+from hpc_rl.training import models
+from hpc_rl.training.exporting import consolidate, export
 
 log = logging.getLogger(__name__)
 

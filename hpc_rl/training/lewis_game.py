@@ -17,7 +17,7 @@ from hpc_rl.grading.game import judge, weights_of
 from hpc_rl.grading.predictions import prediction
 from hpc_rl.orchestrate.job import Job
 from hpc_rl.services.client import ListenerClient
-from hpc_rl.training.grpo_live import Asked, Game, Parts
+from hpc_rl.training.algorithms.grpo_live import Asked, Game, Parts
 from hpc_rl.training.run import TrainRun
 
 

@@ -30,9 +30,9 @@ from hpc_rl.engines.weights import Weights
 from hpc_rl.run.private import untrusted
 from hpc_rl.training import models
 from hpc_rl.training.base import IN_MODEL_DTYPE, ROWS, SHARE, UNITS, Tensors
-from hpc_rl.training.checkpoints import Checkpoints
-from hpc_rl.training.distributed import all_gather_objects, barrier, broadcast_object
+from hpc_rl.training.checkpointing.checkpoints import Checkpoints
 from hpc_rl.training.errors import UnusableData
+from hpc_rl.training.ranks.distributed import all_gather_objects, barrier, broadcast_object
 from hpc_rl.training.scores import INDEX, Part, Scores
 from hpc_rl.training.trl_parts import add_fused_lm_head
 
@@ -53,7 +53,7 @@ STAGE = "stage"
 
 
 class BatchesOfARank(Protocol):
-    """The forward passes of one rank (`hpc_rl.training.batches.Batches`)."""
+    """The forward passes of one rank (`hpc_rl.training.data.batches.Batches`)."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, number: int) -> Tensors: ...
@@ -66,7 +66,7 @@ class Scoring:
     Attributes
     ----------
     units
-        All of them (`hpc_rl.training.units.Units`).
+        All of them (`hpc_rl.training.data.units.Units`).
     batches
         This rank's part of them, each unit once; as many batches on every rank.
     forward

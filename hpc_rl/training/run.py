@@ -26,16 +26,16 @@ from hpc_rl.engines.weights import Weights, noted_hash
 from hpc_rl.orchestrate.job import Job
 from hpc_rl.run.seeds import derive
 from hpc_rl.training import models, settings
-from hpc_rl.training.checkpoints import Checkpoint, Checkpoints
-from hpc_rl.training.distributed import World, barrier, broadcast_object
+from hpc_rl.training.checkpointing.checkpoints import Checkpoint, Checkpoints
+from hpc_rl.training.checkpointing.saving import Saving
+from hpc_rl.training.checkpointing.sealing import Sealing
+from hpc_rl.training.data.plan import Shape
 from hpc_rl.training.errors import CheckpointFailed, Diverged
 from hpc_rl.training.finishing import Final, numbers, put_all_in_place
-from hpc_rl.training.leaving import EXIT_GRACE_S, Leaving
-from hpc_rl.training.plan import Shape
-from hpc_rl.training.reporting import Reporter
-from hpc_rl.training.samples_log import Samples
-from hpc_rl.training.saving import Saving
-from hpc_rl.training.sealing import Sealing
+from hpc_rl.training.ranks.distributed import World, barrier, broadcast_object
+from hpc_rl.training.ranks.leaving import EXIT_GRACE_S, Leaving
+from hpc_rl.training.reporting.reporter import Reporter
+from hpc_rl.training.reporting.samples_log import Samples
 from hpc_rl.training.second import Second
 from hpc_rl.training.task import Data, TrainTask
 

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_rl.training.data.units import id_hashes
 from hpc_rl.training.errors import UnusableData
-from hpc_rl.training.units import id_hashes
 
 ROW = np.dtype([("id_hash", "<u8"), ("batch", "<i4"), ("length", "<i4")])
 """Of the index: which unit, in which batch it was scored, how many values it has."""

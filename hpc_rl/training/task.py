@@ -49,7 +49,7 @@ class TrainTask:
         pictures, in the order in which the prompt has them. None: texts alone.
     live
         Of an algorithm that samples by itself: `module:function`, called with the run; a context manager that gives a
-        `hpc_rl.training.grpo_live.Game`.
+        `hpc_rl.training.algorithms.grpo_live.Game`.
     """
 
     algorithm: str

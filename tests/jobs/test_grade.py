@@ -12,7 +12,7 @@ from hpc_rl.grading.samples import Sample, read_graded, write_samples
 from hpc_rl.orchestrate.job import load
 from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.training import store
+from hpc_rl.training.data import store
 from jobs import grade
 from tests.jobs.listening import arguments, listener_thread
 

@@ -15,7 +15,7 @@ from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.sampling.prompts import PromptError
 from hpc_rl.sampling.record import read_records
-from hpc_rl.training import store
+from hpc_rl.training.data import store
 from jobs import evaluate, grade, sample
 from tests.jobs.listening import arguments, listener_thread
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hpc_rl.training.checkpoints import COMPLETE
+from hpc_rl.training.checkpointing.checkpoints import COMPLETE
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.runs import ClusterRun
 from tests.training.algorithms_recipe import FILES

@@ -2,7 +2,8 @@
 
 It is also the shortest example of training in a recipe of your own: a config with a model and a section per training, a
 stage whose body is `jobs.train`, and `training`, which says what that trains. The data are parquet files with the
-columns of `hpc_rl.training.texts`, `pairs`, `solutions` and `rollouts`; tests/training/algorithms_body.py writes some.
+columns of `hpc_rl.training.data.texts`, `pairs`, `solutions` and `rollouts`; tests/training/algorithms_body.py writes
+some.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from hpc_rl.orchestrate.job import parse_arguments
-from hpc_rl.training.checkpoints import Checkpoints
-from hpc_rl.training.distributed import World, process_group
+from hpc_rl.training.checkpointing.checkpoints import Checkpoints
 from hpc_rl.training.errors import Diverged
+from hpc_rl.training.ranks.distributed import World, process_group
 from tests.training import small
 from tests.waiting import PATIENCE_S
 

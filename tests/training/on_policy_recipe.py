@@ -13,7 +13,7 @@ from hpc_rl.config.training import GrpoTrainConfig, OnPolicyTrainConfig, RlooTra
 from hpc_rl.engines.weights import Role
 from hpc_rl.orchestrate.graph import Kind, Stage, StageId
 from hpc_rl.recipes import reference
-from hpc_rl.training.grpo_live import Asked, Game, Parts
+from hpc_rl.training.algorithms.grpo_live import Asked, Game, Parts
 from hpc_rl.training.run import TrainRun
 from hpc_rl.training.task import Data, TrainTask
 from tests.training import arithmetic

@@ -1,7 +1,7 @@
 """Ranks that train one stage after the other, and note what with: to start them anew for each takes long.
 
 Run as `python -m tests.training.pool --workspace FOLDER --round 1`, once per rank: all trainings of the workspaces
-`FOLDER/MODE`, one for each of `MODES`; rank 0 notes them in `FOLDER/notes.json`.
+`FOLDER/MODE`, one for each of `MODES` and `lora`; rank 0 notes them in `FOLDER/notes.json`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,17 @@ MODES = {
     "plain": ("DistributedDataParallel", 0), "zero2": ("DeepSpeedEngine", 2), "zero3": ("DeepSpeedEngine", 3)
 }  # fmt: skip
 """Ways to train on several ranks: what wraps the model, and DeepSpeed's stage."""
+LORA = (
+    "model.lora.r=4", "model.lora.alpha=16", "model.lora.dropout=0.0",
+    r"model.lora.target_modules=.*\.(q|k|v|o|gate|up|down)_proj",
+    "grpo.beta=0.2", "grpo.reference=live", "grpo.passes=2", "dpo.reference=live",
+    "joint.reward_model.export=merged",
+)  # fmt: skip
+"""Of one more run, with ZeRO-2: adapters, a divergence from a model in memory, steps that use their samples again."""
+WITH_LORA = ("dpo", "grpo", "joint")
+"""What that one trains."""
+PLAIN = tuple(name for name in FILES if name not in ("weighted_sft", "rloo"))
+"""What is trained without DeepSpeed too; the others are sft and grpo with another loss."""
 Notes = dict[str, dict[str, Any]]
 """By algorithm: `losses` and `grad_norms` of the steps; `engine`, what wrapped the model, and its `zero_stage`."""
 
@@ -41,13 +52,18 @@ def open_run_of_one(folder: Path, *settings: str) -> Path:
     return root
 
 
+def open_run_of_one_with_lora(folder: Path) -> Path:
+    """The same with adapters, with the other's model and data."""
+    return _open(folder, "one_lora", LORA)
+
+
 def open_run_of_two(folder: Path, mode: str) -> Path:
     """The same for two ranks, with the other's model and data."""
-    settings = []
+    settings = list(LORA) if mode == "lora" else []
     for name in FILES:
         settings += [f"stages.train_{name}.nodes=2", f"{name}.per_device_batch_size=2"]
         if mode != "plain":
-            settings.append(f"{name}.deepspeed=configs/deepspeed/{mode}.json")
+            settings.append(f"{name}.deepspeed=configs/deepspeed/{'zero2' if mode == 'lora' else mode}.json")
     return _open(folder, mode, settings)
 
 
@@ -118,7 +134,8 @@ def main(folder: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    notes = {mode: train_all(folder / mode) for mode in MODES}
+    notes = {mode: train_all(folder / mode, PLAIN if mode == "plain" else tuple(FILES)) for mode in MODES}
+    notes["lora"] = train_all(folder / "lora", WITH_LORA)
     if os.environ["RANK"] == "0":
         (folder / "notes.json").write_text(json.dumps(notes))
 

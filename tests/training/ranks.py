@@ -17,7 +17,7 @@ from tests.waiting import PATIENCE_S
 
 def meet(folder: Path) -> int:
     """Find the others, talk, gather, part."""
-    from hpc_rl.training.distributed import all_gather_objects, broadcast_object, process_group
+    from hpc_rl.training.ranks.distributed import all_gather_objects, broadcast_object, process_group
 
     with process_group(folder, preflight_s=PATIENCE_S) as world:
         everyone = all_gather_objects({"rank": world.rank, "pid": os.getpid()})
@@ -31,7 +31,7 @@ def _gather_uneven(rank: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from hpc_rl.training.uneven import uneven_rows
+    from hpc_rl.training.ranks.uneven import uneven_rows
 
     class Gathers:
         """What accelerate's Accelerator does on CPUs."""
@@ -51,8 +51,8 @@ def _gather_uneven(rank: int) -> None:
 
 def meet_two_nodes(folder: Path) -> int:
     """Four ranks of two nodes talk; where the folder has a file `stops`, rank 3 is frozen once all have met."""
-    from hpc_rl.training import preflight
-    from hpc_rl.training.distributed import get_world_info, process_group
+    from hpc_rl.training.ranks import preflight
+    from hpc_rl.training.ranks.distributed import get_world_info, process_group
 
     rank = get_world_info().rank
     os.environ["SLURMD_NODENAME"] = f"node{rank // 2 + 1}"
@@ -72,8 +72,8 @@ def meet_two_nodes(folder: Path) -> int:
 
 def hang(folder: Path) -> int:
     """Rank 0 waits in a collective for a rank that never comes to it."""
-    from hpc_rl.training.distributed import broadcast_object, process_group
-    from hpc_rl.training.leaving import Leaving
+    from hpc_rl.training.ranks.distributed import broadcast_object, process_group
+    from hpc_rl.training.ranks.leaving import Leaving
 
     with Leaving(grace_s=1.0), process_group(folder, preflight_s=PATIENCE_S) as world:
         print("TOGETHER", flush=True)
@@ -91,9 +91,9 @@ def reward_live(folder: Path) -> int:
     from hpc_rl.data.lewis import GameRow
     from hpc_rl.run.workspace import Workspace
     from hpc_rl.services.client import ListenerClient
-    from hpc_rl.training.distributed import process_group
-    from hpc_rl.training.grpo_live import Asked, Game, LiveRewards
+    from hpc_rl.training.algorithms.grpo_live import Asked, Game, LiveRewards
     from hpc_rl.training.lewis_game import Judge
+    from hpc_rl.training.ranks.distributed import process_group
     from tests.training.conftest import PARTS
 
     class Handler(BaseHTTPRequestHandler):
@@ -139,7 +139,7 @@ def reward_live(folder: Path) -> int:
 
 def killed_while_saving(argv: list[str]) -> int:
     """Train, but die as by `kill -9` when the second checkpoint is about to be declared whole."""
-    from hpc_rl.training.checkpoints import Checkpoints
+    from hpc_rl.training.checkpointing.checkpoints import Checkpoints
     from jobs import train
 
     seal, count = Checkpoints.seal, 0

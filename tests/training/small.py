@@ -13,10 +13,10 @@ from transformers import Trainer, TrainingArguments
 from hpc_rl.cluster.walltime import Deadline
 from hpc_rl.config.training import TrainConfig
 from hpc_rl.training.base import UNITS, Driven, Tensors
-from hpc_rl.training.checkpoints import Checkpoints
-from hpc_rl.training.leaving import Leaving
-from hpc_rl.training.saving import Saving
-from hpc_rl.training.sealing import Sealing
+from hpc_rl.training.checkpointing.checkpoints import Checkpoints
+from hpc_rl.training.checkpointing.saving import Saving
+from hpc_rl.training.checkpointing.sealing import Sealing
+from hpc_rl.training.ranks.leaving import Leaving
 
 ACCUMULATION = 2
 STEPS = 6

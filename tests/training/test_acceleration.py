@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -12,13 +13,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
 from pydantic import ValidationError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from hpc_rl.config.training import SftTrainConfig
-from hpc_rl.training import acceleration, consolidate, export, models
+from hpc_rl.training import acceleration, models
+from hpc_rl.training.algorithms.grpo_base import OnPolicy
+from hpc_rl.training.exporting import consolidate, export
 from tests.training.conftest import REPOSITORY
 from tools import tiny_chat_model
 
@@ -103,3 +108,20 @@ def test_a_model_that_fsdp_has_sharded_is_exported_whole(one_rank: Any, lora: bo
     folder = export.write(whole, tmp_path / "round_01", "t", dtype="float32", export="both")
     loaded = AutoModelForCausalLM.from_pretrained(folder / "merged" if lora else folder)
     assert type(loaded).__name__ == "Qwen2ForCausalLM"
+
+
+def test_a_reference_model_beside_one_of_fsdp_is_sharded_too(one_rank: Any, tmp_path: Path) -> None:
+    """accelerate by itself leaves a model that is not trained where it is: on the CPU, whole."""
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_chat_model.write(tmp_path / "base"), dtype=torch.float32)
+    ids = torch.tensor([[3, 4, 5]])
+    expected = model(ids).logits
+    ours: Any = SimpleNamespace(
+        is_deepspeed_enabled=False, is_fsdp_enabled=True, temperature=1.0,
+        accelerator=SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)),
+            device=torch.device("cpu"), torch_device_mesh=None,
+        ),
+    )  # fmt: skip
+    reference = OnPolicy._prepare_reference(ours, model)
+    assert all(isinstance(parameter, DTensor) for parameter in reference.parameters()) and not reference.training
+    assert torch.allclose(reference(ids).logits, expected)

@@ -15,17 +15,17 @@ from PIL import Image
 
 from hpc_rl.engines.base import Prompt, render
 from hpc_rl.engines.loading import load_processor
-from hpc_rl.training import collate, plan
 from hpc_rl.training.base import Tensors
-from hpc_rl.training.batches import Batches
+from hpc_rl.training.data import collate, plan
+from hpc_rl.training.data.batches import Batches
+from hpc_rl.training.data.pairs import Pair
+from hpc_rl.training.data.pixels import Pictures
+from hpc_rl.training.data.plan import Item, Shape, Step
+from hpc_rl.training.data.rollouts import Counts, Rollout, Rollouts
+from hpc_rl.training.data.solutions import Question, Solution
+from hpc_rl.training.data.texts import Pack, Text
+from hpc_rl.training.data.units import INDEX, Units, alone
 from hpc_rl.training.errors import UnusableData
-from hpc_rl.training.pairs import Pair
-from hpc_rl.training.pixels import Pictures
-from hpc_rl.training.plan import Item, Shape, Step
-from hpc_rl.training.rollouts import Counts, Rollout, Rollouts
-from hpc_rl.training.solutions import Question, Solution
-from hpc_rl.training.texts import Pack, Text
-from hpc_rl.training.units import INDEX, Units, alone
 
 LIMITS = (3136, 56 * 56)
 PAD = 0

@@ -17,10 +17,11 @@ from hpc_rl.orchestrate.job import Job, Shard, load
 from hpc_rl.orchestrate.start import open_run
 from hpc_rl.run import atomic, manifest
 from hpc_rl.run.private import untrusted
-from hpc_rl.training import checkpoints, export
-from hpc_rl.training.checkpoints import COMPLETE, Checkpoints
-from hpc_rl.training.damage import sizes
+from hpc_rl.training.checkpointing import checkpoints
+from hpc_rl.training.checkpointing.checkpoints import COMPLETE, Checkpoints
+from hpc_rl.training.checkpointing.damage import sizes
 from hpc_rl.training.errors import CheckpointFailed
+from hpc_rl.training.exporting import export
 from tests.waiting import PATIENCE_S
 
 

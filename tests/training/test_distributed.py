@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.training import distributed
-from hpc_rl.training.distributed import World
+from hpc_rl.training.ranks import distributed
+from hpc_rl.training.ranks.distributed import World
 from tests.training.conftest import start_ranks
 from tests.waiting import PATIENCE_S, wait_for
 

@@ -17,14 +17,15 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from hpc_rl.config.modeling import LoraConfig, SpeakerConfig, TrainedModelConfig
 from hpc_rl.config.training import DpoTrainConfig
-from hpc_rl.training import logprobs, models, pairs, plan
+from hpc_rl.training import logprobs, models
+from hpc_rl.training.algorithms.dpo import Dpo, dpo_config
 from hpc_rl.training.base import ROWS, SHARE, UNITS
-from hpc_rl.training.batches import Batches
-from hpc_rl.training.collate import ByPlace, Pairs
-from hpc_rl.training.dpo import Dpo, dpo_config
-from hpc_rl.training.pairs import Pair
-from hpc_rl.training.pixels import Pictures
-from hpc_rl.training.plan import Plan, Shape
+from hpc_rl.training.data import pairs, plan
+from hpc_rl.training.data.batches import Batches
+from hpc_rl.training.data.collate import ByPlace, Pairs
+from hpc_rl.training.data.pairs import Pair
+from hpc_rl.training.data.pixels import Pictures
+from hpc_rl.training.data.plan import Plan, Shape
 from hpc_rl.training.trl_parts import DPOConfig, DPOTrainer, add_fused_lm_head
 from tests.training import arithmetic
 from tools.tiny_chat_model import write

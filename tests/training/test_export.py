@@ -22,9 +22,10 @@ from transformers import (
 from transformers.trainer_utils import align_special_tokens
 
 from hpc_rl.engines.reward_model import RewardModel, TransformersJudge
-from hpc_rl.training import check_base, consolidate, export, export_verify, models
-from hpc_rl.training.consolidate import Consolidated
-from hpc_rl.training.export_verify import BadExport
+from hpc_rl.training import check_base, models
+from hpc_rl.training.exporting import consolidate, export, export_verify
+from hpc_rl.training.exporting.consolidate import Consolidated
+from hpc_rl.training.exporting.export_verify import BadExport
 from tests.full_disk import full_disk
 from tools import tiny_chat_model
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rl.training import export
+from hpc_rl.training.exporting import export
 from tests.training.test_export import base, gathered, trained
 
 __all__ = ["base"]  # a fixture

@@ -94,9 +94,9 @@ def test_loss_and_gradient_are_those_of_the_formula(new_run: NewRun, speaker: Pa
     from hpc_rl.data.lewis import read_rows
     from hpc_rl.engines.base import BAN_BIAS, banned_ids
     from hpc_rl.engines.loading import load_processor
-    from hpc_rl.training import plan, store
-    from hpc_rl.training.plan import Shape
-    from hpc_rl.training.rollouts import advantages
+    from hpc_rl.training.data import plan, store
+    from hpc_rl.training.data.plan import Shape
+    from hpc_rl.training.data.rollouts import advantages
 
     config = config_of(ws)
     files = [manifest.read(ws, 1, "grade", shard).path("graded.parquet") for shard in range(2)]

@@ -19,10 +19,10 @@ from hpc_rl.orchestrate.start import open_run
 from hpc_rl.run import manifest
 from hpc_rl.run.manifest import Manifest
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.training import store
+from hpc_rl.training.algorithms.joint import mixed
+from hpc_rl.training.algorithms.judging import Objective
+from hpc_rl.training.data import store
 from hpc_rl.training.errors import Diverged
-from hpc_rl.training.joint import mixed
-from hpc_rl.training.judging import Objective
 from tests.training import algorithms_body, algorithms_recipe
 from tests.training.algorithms_recipe import PROMPTS, SAMPLES
 from tests.training.conftest import REPOSITORY

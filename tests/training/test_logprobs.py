@@ -14,9 +14,9 @@ import pytest
 from hpc_rl.run import atomic, manifest
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.training import algorithms, logprobs
+from hpc_rl.training.data.units import id_hashes
 from hpc_rl.training.errors import UnusableData
 from hpc_rl.training.scores import INDEX, VALUES, Part, Scores
-from hpc_rl.training.units import id_hashes
 from jobs import reference
 from tests.training import arithmetic
 from tests.training.on_policy import Sample, commit, draw, open_, train

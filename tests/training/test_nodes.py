@@ -15,7 +15,7 @@ from tests.waiting import PATIENCE_S
 RANK = """
 import json, socket, sys
 import torch.distributed as dist
-from hpc_rl.training.nodes import once_per_node
+from hpc_rl.training.ranks.nodes import once_per_node
 
 rank, folder, fails = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "fails"
 socket.gethostname = lambda: f"node{rank // 2}"  # ranks 0 and 1, ranks 2 and 3
@@ -56,7 +56,7 @@ def test_the_first_rank_of_each_node_works_for_its_node(tmp_path: Path, how: str
 
 
 def test_a_single_process_works_for_itself() -> None:
-    from hpc_rl.training.nodes import once_per_node
+    from hpc_rl.training.ranks.nodes import once_per_node
 
     assert once_per_node(0, lambda: "made") == "made"
     with pytest.raises(OSError, match="no room"):

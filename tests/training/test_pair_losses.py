@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_rl.training.pair_losses import loss
+from hpc_rl.training.algorithms.pair_losses import loss
 
 SCORES = torch.tensor([1.0, -0.5, 2.0, 0.25])
 LABELS = torch.tensor([1.0, 0.0, 0.0, 1.0])

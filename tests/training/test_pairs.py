@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hpc_rl.engines.loading import load_processor, tokenizer_of
-from hpc_rl.training import pairs, solutions
+from hpc_rl.training.data import pairs, solutions
 from hpc_rl.training.errors import NothingToLearn, UnusableData
 
 PAIRS = {

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from hpc_rl.training import plan
-from hpc_rl.training.plan import Plan, Shape
-from hpc_rl.training.units import INDEX, Units, id_hashes
+from hpc_rl.training.data import plan
+from hpc_rl.training.data.plan import Plan, Shape
+from hpc_rl.training.data.units import INDEX, Units, id_hashes
 
 SHAPES = st.builds(Shape, st.integers(1, 4), st.integers(1, 3), st.integers(1, 4))
 

@@ -15,9 +15,9 @@ import pytest
 from hpc_rl.cluster.failures import EXIT_BLOCKED
 from hpc_rl.cluster.rendezvous import hosts, tasks_by_host
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.training import meeting, preflight, versions
-from hpc_rl.training.distributed import World
-from hpc_rl.training.meeting import MeetingFailed, VersionsDiffer
+from hpc_rl.training.ranks import meeting, preflight, versions
+from hpc_rl.training.ranks.distributed import World
+from hpc_rl.training.ranks.meeting import MeetingFailed, VersionsDiffer
 from tests.training.conftest import start_ranks
 from tests.waiting import PATIENCE_S, wait_for
 

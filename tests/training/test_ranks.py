@@ -18,9 +18,9 @@ from hpc_rl.cluster.failures import EXIT_BLOCKED
 from hpc_rl.grading.samples import read_samples
 from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.training.checkpoints import COMPLETE
+from hpc_rl.training.checkpointing.checkpoints import COMPLETE
 from hpc_rl.training.errors import Diverged
-from hpc_rl.training.reporting import Reporter
+from hpc_rl.training.reporting.reporter import Reporter
 from jobs import train as job
 from tests.training.conftest import NewRun, Ranks, start_ranks
 from tests.waiting import PATIENCE_S, wait_for

@@ -17,11 +17,12 @@ from transformers import AutoTokenizer, Qwen2Config
 
 from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.training import mismatch, samples_log, throughput
+from hpc_rl.training.algorithms import mismatch
+from hpc_rl.training.algorithms.mismatch import FirstStep
 from hpc_rl.training.finishing import numbers
-from hpc_rl.training.mismatch import FirstStep
-from hpc_rl.training.samples_log import Samples, shown
-from hpc_rl.training.throughput import Meter
+from hpc_rl.training.reporting import samples_log, throughput
+from hpc_rl.training.reporting.samples_log import Samples, shown
+from hpc_rl.training.reporting.throughput import Meter
 from jobs import train
 from tests.training import small
 from tests.training.conftest import NewRun

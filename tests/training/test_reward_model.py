@@ -15,12 +15,13 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hpc_rl.engines.reward_model import RewardModel, TransformersJudge
-from hpc_rl.training import collate, pair_losses, plan, solutions
-from hpc_rl.training.batches import Batches
+from hpc_rl.training.algorithms import pair_losses
+from hpc_rl.training.algorithms.judging import Objective, in_float32, padding_of, scores
+from hpc_rl.training.algorithms.reward_model import RewardModel as Trainer
+from hpc_rl.training.data import collate, plan, solutions
+from hpc_rl.training.data.batches import Batches
+from hpc_rl.training.data.plan import Shape
 from hpc_rl.training.errors import UnusableData
-from hpc_rl.training.judging import Objective, in_float32, padding_of, scores
-from hpc_rl.training.plan import Shape
-from hpc_rl.training.reward_model import RewardModel as Trainer
 from hpc_rl.training.trl_parts import RewardConfig, RewardTrainer
 from tools.tiny_reward_model import write
 

@@ -18,7 +18,7 @@ from hpc_rl import config as configs
 from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.training.errors import NothingToLearn
-from hpc_rl.training.reporting import Reporter
+from hpc_rl.training.reporting.reporter import Reporter
 from jobs import reference
 from tests.training import arithmetic
 from tests.training.on_policy import Sample, Trained, commit, config_of, draw, graded, open_, train

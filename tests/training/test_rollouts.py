@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_rl.grading.samples import GradedSample, write_samples
-from hpc_rl.training import plan, rollouts, store
+from hpc_rl.training.data import plan, rollouts, store
+from hpc_rl.training.data.rollouts import advantages, have_equal_rewards
 from hpc_rl.training.errors import NothingToLearn, UnusableData
-from hpc_rl.training.rollouts import advantages, have_equal_rewards
 from tests.training.conftest import PARTS
 
 

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hpc_rl.training import rows, texts
+from hpc_rl.training.data import rows, texts
+from hpc_rl.training.data.texts import Text
+from hpc_rl.training.data.units import Units
 from hpc_rl.training.errors import NothingToLearn, UnusableData
-from hpc_rl.training.texts import Text
-from hpc_rl.training.units import Units
 from tests.full_disk import full_disk
 
 GOOD = {"text_id": ["a", "b", "c"], "prompt_token_ids": [[1], [2, 2], [3]], "completion_token_ids": [[4], [5], [6, 7]]}

@@ -22,12 +22,12 @@ from hpc_rl.cluster.walltime import Deadline
 from hpc_rl.config.modeling import SpeakerConfig
 from hpc_rl.config.training import TrainConfig
 from hpc_rl.engines.weights import Role, Weights
-from hpc_rl.training import checkpoints
-from hpc_rl.training.distributed import World
+from hpc_rl.training.checkpointing import checkpoints
+from hpc_rl.training.checkpointing.saving import Saving
 from hpc_rl.training.errors import CheckpointFailed
-from hpc_rl.training.leaving import EXIT_TERMINATED, Leaving
+from hpc_rl.training.ranks.distributed import World
+from hpc_rl.training.ranks.leaving import EXIT_TERMINATED, Leaving
 from hpc_rl.training.run import Places, TrainRun
-from hpc_rl.training.saving import Saving
 from hpc_rl.training.task import TrainTask
 from tests.full_disk import full_disk
 from tests.training import small

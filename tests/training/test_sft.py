@@ -14,12 +14,12 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpc_rl.config.training import SftTrainConfig
-from hpc_rl.training import collate, plan, texts
-from hpc_rl.training.batches import Batches
-from hpc_rl.training.plan import Shape
-from hpc_rl.training.sft import Sft
+from hpc_rl.training.algorithms.sft import Sft
+from hpc_rl.training.algorithms.weighted_sft import WeightedSft
+from hpc_rl.training.data import collate, plan, texts
+from hpc_rl.training.data.batches import Batches
+from hpc_rl.training.data.plan import Shape
 from hpc_rl.training.trl_parts import SFTConfig, SFTTrainer
-from hpc_rl.training.weighted_sft import WeightedSft
 from tools.tiny_chat_model import write
 
 EXAMPLES = [

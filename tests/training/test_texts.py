@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from hpc_rl.engines.base import Prompt, render
 from hpc_rl.engines.loading import load_processor, tokenizer_of
-from hpc_rl.training import collate, plan, texts
-from hpc_rl.training.batches import Batches
+from hpc_rl.training.data import collate, plan, texts
+from hpc_rl.training.data.batches import Batches
+from hpc_rl.training.data.plan import Shape
+from hpc_rl.training.data.texts import Text
+from hpc_rl.training.data.units import INDEX, Units, alone
 from hpc_rl.training.errors import UnusableData
-from hpc_rl.training.plan import Shape
-from hpc_rl.training.texts import Text
-from hpc_rl.training.units import INDEX, Units, alone
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rl.training import elastic
+from hpc_rl.training.ranks import elastic
 from tests.training.conftest import REPOSITORY
 from tests.waiting import PATIENCE_S, wait_for
 
-STANDALONE = ("-m", "hpc_rl.training.elastic", "--standalone", "--nproc-per-node=2", "--max-restarts=0")
+STANDALONE = ("-m", "hpc_rl.training.ranks.elastic", "--standalone", "--nproc-per-node=2", "--max-restarts=0")
 
 
 def start(log: Path, *program: str) -> subprocess.Popen[bytes]:

@@ -1,0 +1,146 @@
+"""From texts and chats to token ids, as the models will meet them again when they answer.
+
+A prompt is a plain text, or the messages of a chat. It is tokenised by itself, as an engine does before it samples, and
+so is what follows it: no token reaches across the border, which is where the loss begins. (TRL tokenises both in one
+piece and then looks for the border.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hpc_rl.engines.loading import control_tokens, tokenizer_of
+from hpc_rl.training.data import columns
+from hpc_rl.training.data.columns import CHAT, STRING, TOKENS, Rows
+
+Chat = list[Mapping[str, str]]
+
+
+def tokens(
+    file: Path, id: str, answers: Sequence[str], encoder: Encoder, more: Mapping[str, pa.DataType]
+) -> Iterator[tuple[Rows, dict[str, pa.Array]]]:
+    """Rows of a file with their prompts and answers as token ids, some at a time.
+
+    Parameters
+    ----------
+    id
+        The column that names rows.
+    answers
+        What follows the column `prompt`. Where the file has `prompt_token_ids` and `ANSWER_token_ids` these are taken.
+    encoder
+        For texts.
+    more
+        Other columns to read.
+
+    Yields
+    ------
+    tuple
+        Rows, and by name their columns `prompt_token_ids` and `ANSWER_token_ids`; none of the lists is empty.
+
+    Raises
+    ------
+    UnusableData
+        When something is missing, of another type or empty, or cannot be shown by the chat template.
+    """
+    texts = ("prompt", *answers)
+    ids = [f"{name}_token_ids" for name in texts]
+    if columns.choose(file, ids, texts) == 0:
+        for rows in columns.read(file, id, {**dict.fromkeys(ids, TOKENS), **more}):
+            yield rows, {name: rows[name] for name in ids}
+        return
+    kind = CHAT if pa.types.is_nested(columns.types_of(file)["prompt"]) else STRING
+    for rows in columns.read(file, id, {"prompt": kind, **dict.fromkeys(answers, STRING), **more}):
+        found = [encoder.prompts(rows, "prompt"), *(encoder.answers(rows, "prompt", answer) for answer in answers)]
+        made = {name: pa.array(values, TOKENS) for name, values in zip(ids, found, strict=True)}
+        for text, values in zip(texts, made.values(), strict=True):
+            rows.refuse_first(pc.equal(pc.list_value_length(values), 0), text, "it has no tokens")
+        yield rows, made
+
+
+class Encoder:
+    """Tokenises columns of text.
+
+    Parameters
+    ----------
+    tokenizer
+        Of the model, or its processor.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer_of(tokenizer)
+
+    @cached_property
+    def _control(self) -> tuple[str, ...]:
+        return control_tokens(self._tokenizer)
+
+    def prompts(self, rows: Rows, column: str) -> list[list[int]]:
+        """Token ids of plain prompts, special tokens of the tokenizer's own included, or of chats, up to where the
+        assistant answers."""
+        if rows[column].type == STRING:
+            return self._ids(rows[column].to_pylist(), True)
+        return self._ids([self._opened(rows, row, column) for row in range(len(rows))], False)
+
+    def answers(self, rows: Rows, prompt: str, column: str) -> list[list[int]]:
+        """Token ids of what follows a prompt: of a plain text and the end-of-text token after it; of what an assistant
+        says and what the chat template puts behind it."""
+        said = rows[column].to_pylist()
+        if rows[prompt].type == STRING:
+            end = self._tokenizer.eos_token_id
+            if end is None:
+                rows.refuse(0, column, "the tokenizer has no eos_token, so nothing would end the text")
+            return [[*ids, end] for ids in self._ids(said, False)]
+        return self._ids([self._answered(rows, row, prompt, column, text) for row, text in enumerate(said)], False)
+
+    def solutions(self, rows: Rows, question: str, solution: str, system_prompt: str | None) -> list[list[int]]:
+        """Token ids of questions with solutions, as the reward-model service shows them to its model."""
+        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        texts = []
+        for row, (asked, said) in enumerate(
+            zip(*(rows[name].to_pylist() for name in (question, solution)), strict=True)
+        ):
+            chat: Chat = [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+            self._check(rows, row, question, [asked])
+            self._check(rows, row, solution, [said])
+            texts.append(self._render(rows, row, question, chat))
+        return self._ids(texts, False)
+
+    def _opened(self, rows: Rows, row: int, column: str) -> str:
+        chat: Chat = rows[column][row].as_py()
+        self._check(rows, row, column, [message["content"] for message in chat])
+        return self._render(rows, row, column, chat, add_generation_prompt=True)
+
+    def _answered(self, rows: Rows, row: int, prompt: str, column: str, text: str) -> str:
+        self._check(rows, row, column, [text])
+        opened = self._opened(rows, row, prompt)
+        chat: Chat = [*rows[prompt][row].as_py(), {"role": "assistant", "content": text}]
+        whole = self._render(rows, row, column, chat)
+        if not whole.startswith(opened):
+            rows.refuse(
+                row, column, "the chat template does not show an answer as the continuation of its prompt (it may drop "
+                "or add something before it, like thoughts). Give token ids in place of texts"
+            )  # fmt: skip
+        return whole[len(opened) :]
+
+    def _check(self, rows: Rows, row: int, column: str, texts: Sequence[str]) -> None:
+        for token in self._control:
+            if any(token in text for text in texts):
+                rows.refuse(row, column, f"it holds the control token {token}, which would end a message in the chat")
+
+    def _render(self, rows: Rows, row: int, column: str, chat: Chat, **more: bool) -> str:
+        if self._tokenizer.chat_template is None:
+            rows.refuse(row, column, "it is a chat, but the model has no chat template (chat_template.jinja)")
+        try:
+            text: str = self._tokenizer.apply_chat_template(chat, tokenize=False, **more)
+        except Exception as error:  # templates are programs, and raise what they like
+            raise rows.complaint(row, column, f"the chat template does not take these messages: {error}") from error
+        return text
+
+    def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
+        found: list[list[int]] = self._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+        return found
