@@ -241,7 +241,7 @@ class TrainRun:
         Diverged, CheckpointFailed
             The message names the checkpoint that the next attempt goes on from.
         SystemExit
-            When it had to leave before the last step; a checkpoint was made.
+            When it had to leave before the final weights were written; a checkpoint was made.
         """
         found = broadcast_object(checkpoints.latest() if self.world.is_main else None)
         if found is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +136,27 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in own.own.iterdir()) == ["checkpoint-4", "checkpoint-6"]
     own.remove()
     assert not tmp_path.exists()
+
+
+def test_an_older_one_that_cannot_be_removed_is_no_fault_of_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on NFS, where a file that is still open leaves a `.nfs` file behind."""
+    own = made(tmp_path, keep=1)
+    save(own, 2)
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", busy)
+        newest = save(own, 4)
+    assert "an older checkpoint cannot be removed now: [Errno 39] Directory not empty" in caplog.text
+    found = own.latest()
+    assert found is not None and found.folder == newest
+    assert (own.own / "checkpoint-2").exists() and not (own.own / "checkpoint-2" / COMPLETE).exists()
+    save(own, 6)
+    assert [path.name for path in own.own.iterdir()] == ["checkpoint-6"]
 
 
 def test_a_job_that_was_taken_for_dead_removes_nothing_that_its_successor_may_be_reading(tmp_path: Path) -> None:

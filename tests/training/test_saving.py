@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hpc_rl.cluster.entry import STARTED
 from hpc_rl.cluster.failures import EXIT_NEVER_FITS, EXIT_OUT_OF_TIME
@@ -81,13 +81,13 @@ def test_every_so_many_steps_and_not_after_the_last() -> None:
 
 
 def test_every_so_many_minutes_where_steps_are_long() -> None:
-    assert Loop(save_steps=1000, save_minutes=10).run(10, step_s=240) == [3, 6, 9]
+    assert Loop(save_steps=1000, save_minutes=10).run(10, step_s=240) == [3, 6, 9, 10]
 
 
 def test_slow_saving_is_done_less_often_and_said(caplog: pytest.LogCaptureFixture) -> None:
     """A save of 10 minutes: after it at least 20 times as long goes by, 200 minutes or 50 steps."""
     loop = Loop(save_steps=1000, save_minutes=10)
-    assert loop.run(120, step_s=240, save_s=600) == [3, 53, 103]
+    assert loop.run(120, step_s=240, save_s=600) == [3, 53, 103, 120]
     assert "a checkpoint takes 600 s, so one follows every 200 minutes and not every 10 (save_minutes)" in caplog.text
 
 
@@ -113,13 +113,41 @@ def test_the_slowest_of_the_last_steps_counts() -> None:
     assert loop.saving.step_s == 10, "the first one, with all that it has to load, is long ago"
 
 
-def test_told_to_leave_it_saves_and_leaves_unless_it_is_done_anyway() -> None:
+@pytest.mark.parametrize("steps", [5, 1])
+def test_told_to_leave_it_saves_and_leaves_after_the_last_step_too(steps: int) -> None:
     leaving = Leaving()
     leaving.asked = True
     loop = Loop(leaving=leaving, save_steps=1000)
-    assert loop.run(5) == [1] and loop.saving.exit_code == EXIT_TERMINATED
-    last = Loop(leaving=leaving, save_steps=1000)
-    assert last.run(1) == [] and last.saving.exit_code is None, "the final weights follow at once"
+    assert loop.run(steps) == [1] and loop.saving.exit_code == EXIT_TERMINATED
+
+
+def test_after_the_last_step_it_saves_what_would_take_long_to_do_again() -> None:
+    """Its final weights follow: a job that ends while they are written has only those to write again."""
+    slow = Loop(save_steps=4)
+    assert slow.run(6, step_s=40) == [4, 6] and slow.saving.exit_code is None
+    assert Loop(save_steps=4).run(6, step_s=20) == [4], "40 s"
+    assert Loop(save_steps=4).run(6, step_s=40, save_s=50) == [4], "less than two checkpoints' worth"
+
+
+def test_where_the_final_weights_do_not_fit_either_it_saves_and_leaves(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    loop = Loop(left_s=170, save_steps=1000)
+    assert loop.run(2, step_s=50, save_s=30) == [1, 2] and loop.saving.exit_code == EXIT_OUT_OF_TIME
+    assert "the final weights and a checkpoint do not fit into the 40 s that are left; saving at step 2" in caplog.text
+    enough = Loop(left_s=200, save_steps=1000)
+    assert enough.run(2, step_s=50, save_s=30) == [1] and enough.saving.exit_code is None
+
+
+def test_a_training_that_is_done_needs_no_room_for_a_checkpoint(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> None:
+        raise CheckpointFailed("no room for a checkpoint")
+
+    loop = Loop(save_steps=1000)
+    monkeypatch.setattr(loop.saving, "_check_room", full)
+    assert loop.run(3, step_s=100) == [] and loop.saving.exit_code is None
+    assert "no room for a checkpoint; the final weights are written without it" in caplog.text
 
 
 def test_a_signal_that_comes_too_late_for_a_checkpoint_is_said_while_it_can_be_changed(
@@ -208,3 +236,30 @@ def test_a_job_whose_time_is_up_has_done_a_step_all_the_same(tmp_path: Path) -> 
     assert made.state.global_step == 1 and made.saving.exit_code == EXIT_OUT_OF_TIME
     found = small.opened(tmp_path, "b").latest()
     assert found is not None and found.step == 1
+
+
+def test_one_that_was_saved_after_its_last_step_goes_on_with_nothing_left_to_do(tmp_path: Path) -> None:
+    leaving = Leaving()
+
+    class AskedAtTheEnd(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+            leaving.asked = state.global_step == small.STEPS - 1
+
+    made = small.trainer(small.opened(tmp_path), options=TrainConfig(save_steps=4), leaving=leaving)
+    made.add_callback(AskedAtTheEnd())
+    made.train()
+    assert made.saving.exit_code == EXIT_TERMINATED
+
+    again = small.opened(tmp_path, "b")
+    found = again.latest()
+    assert found is not None and found.step == small.STEPS
+    resumed = small.trainer(again, model=small.Words().apply(_forget))
+    resumed.train(resume_from_checkpoint=str(found.folder))
+    assert resumed.saving.exit_code is None and small.losses(resumed) == small.losses(made)
+    for name, tensor in small.weights(made).items():
+        assert torch.equal(tensor, small.weights(resumed)[name])
+
+
+def _forget(layer: torch.nn.Module) -> None:
+    for weight in layer.parameters(recurse=False):
+        torch.nn.init.zeros_(weight)

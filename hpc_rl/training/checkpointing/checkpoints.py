@@ -139,9 +139,10 @@ class Checkpoints:
         if problem := self._refusal(folder):
             (folder / COMPLETE).unlink(missing_ok=True)
             raise CheckpointFailed(f"{folder} was written and cannot be read back: {problem}")
-        for older in self._whole()[self._keep :] if self._still_ours() else ():
-            (older / COMPLETE).unlink()  # first: half a folder must not look whole
-            shutil.rmtree(older)
+        if self._still_ours():
+            half_removed = [path for path in self.own.glob("checkpoint-*") if not (path / COMPLETE).exists()]
+            for older in [*self._whole()[self._keep :], *half_removed]:
+                _remove(older)
 
     def _whole(self) -> list[Path]:
         """The whole checkpoints that we could have continued, most steps first."""
@@ -157,6 +158,15 @@ def sync_files(folder: Path) -> None:
     for name in sizes(folder):
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint as far as that goes: whoever saves next, or begins, tries again. The new one is whole."""
+    try:
+        (folder / COMPLETE).unlink(missing_ok=True)  # first: half a folder must not look whole
+        shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("an older checkpoint cannot be removed now: %s", error)
 
 
 def _step(folder: Path) -> int:

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hpc_rl.cluster.failures import EXIT_OUT_OF_TIME
 from hpc_rl.cluster.walltime import Deadline
 from hpc_rl.config.training import TrainConfig
+from hpc_rl.training.errors import CheckpointFailed
 from hpc_rl.training.ranks.leaving import EXIT_TERMINATED, Leaving
 
 log = logging.getLogger(__name__)
@@ -27,13 +28,16 @@ LAST = 20
 """The slowest of the last so many steps, or saves, says how long the next one takes."""
 WORTH = 20
 """Between two checkpoints that are made for the time's sake lies at least so many times what one costs: 5 %."""
+REDONE_S = 60.0
+"""What may be lost while the final weights are written: at most so many seconds, or twice what a checkpoint costs."""
 
 
 class Saving(TrainerCallback):  # type: ignore[misc]
     """Asks for checkpoints, and for the end of training where there is no time for another step (all ranks).
 
     A job with a time limit makes one after its first step: then it knows what saving costs, and finds a disk that is
-    full in its first minute. After the last step there is none, since the final weights follow at once.
+    full in its first minute. After the last step there is one where much would be lost if the job ended while the final
+    weights are written: whoever goes on from it only has those to write.
 
     Parameters
     ----------
@@ -53,7 +57,7 @@ class Saving(TrainerCallback):  # type: ignore[misc]
     Attributes
     ----------
     exit_code
-        With which the process is to leave because training ended before its last step; else None.
+        With which the process is to leave once training has ended, before anything else; else None.
     saves
         Checkpoints made.
     """
@@ -106,20 +110,24 @@ class Saving(TrainerCallback):  # type: ignore[misc]
         """Decide, the same on every rank."""
         now = self._clock()
         self._steps_s.append(now - self._since)
+        last = state.global_step >= state.max_steps
         limited = math.isfinite(self._deadline.left_s())
+        # what follows: another step, or the final weights, which are no smaller work than a checkpoint
+        next_s = self.save_s if last else self.step_s
+        unsaved_s = now - self._saved
+        worth_it = unsaved_s > max(REDONE_S, 2 * self.save_s)
         asked, out_of_time, due = self._any_rank(
             self._leaving.asked,
-            limited and self._deadline.left_s() < self.step_s + self.save_s,
-            now - self._saved >= self.every_s or (limited and not self._saves_s),
+            limited and self._deadline.left_s() < next_s + self.save_s,
+            worth_it if last else unsaved_s >= self.every_s or (limited and not self._saves_s),
         )
-        if state.global_step < state.max_steps:
-            if asked or out_of_time:
-                self.exit_code = EXIT_TERMINATED if asked else EXIT_OUT_OF_TIME
-                control.should_training_stop = True
-                log.info("%s; saving at step %d", "told to leave" if asked else self._why(), state.global_step)
-            if asked or out_of_time or due or state.global_step % self._options.save_steps == 0:
-                self._check_room()
-                control.should_save = True
+        if asked or out_of_time:
+            self.exit_code = EXIT_TERMINATED if asked else EXIT_OUT_OF_TIME
+            control.should_training_stop = True
+            why = "told to leave" if asked else self._why(next_s, last)
+            log.info("%s; saving at step %d", why, state.global_step)
+        if asked or out_of_time or due or (not last and state.global_step % self._options.save_steps == 0):
+            control.should_save = self._has_room(needed=not last or self.exit_code is not None)
         self._since = self._asked_at = self._clock()
         return control
 
@@ -150,9 +158,21 @@ class Saving(TrainerCallback):  # type: ignore[misc]
                 grace_s, needed_s, self._stage, 1.25 * needed_s + 10,
             )  # fmt: skip
 
-    def _why(self) -> str:
+    def _why(self, next_s: float, last: bool) -> str:
         left_s = max(0.0, self._deadline.left_s())
-        return f"another step of {self.step_s:.0f} s and a checkpoint do not fit into the {left_s:.0f} s that are left"
+        what = "the final weights" if last else f"another step of {next_s:.0f} s"
+        return f"{what} and a checkpoint do not fit into the {left_s:.0f} s that are left"
+
+    def _has_room(self, needed: bool) -> bool:
+        """Whether a checkpoint fits. A training that is done goes on to its final weights without one."""
+        try:
+            self._check_room()
+        except CheckpointFailed as error:
+            if needed:
+                raise
+            log.warning("%s; the final weights are written without it", error)
+            return False
+        return True
 
     def _any_rank(self, *said: bool) -> list[bool]:
         """Each, whether any rank says it."""
