@@ -78,6 +78,7 @@ def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, lea
     from hpc_rl.engines.weights import weights_of
     from hpc_rl.services.calling import ServiceUnavailable
     from hpc_rl.training import algorithms, memory
+    from hpc_rl.training.exporting.export import remove_leftovers
     from hpc_rl.training.ranks.distributed import broadcast_object
     from hpc_rl.training.run import TrainRun
 
@@ -87,6 +88,10 @@ def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, lea
     assert starts is not None
     weights = starts[0]
     places = _places(job, task, shard, token, world.rank)
+    folders = [places.final, *([places.second] if places.second else [])]
+    if world.is_main:
+        for folder in folders:
+            remove_leftovers(folder)
     notches = broadcast_object(notches_of(job.ws, job.round, job.stage.name) if world.is_main else 0)
     run = TrainRun(
         job, memory.lowered_task(task, notches), world, leaving, weights, places, shard.progress, shard.still_ours,
@@ -106,7 +111,6 @@ def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, lea
         if gate.is_complete(job.ws, job.stage):
             return
         raise SystemExit(EXIT_BLOCKED)
-    folders = [places.final, *([places.second] if places.second else [])]
     files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     made_from: dict[str, str | None] = {"weights": weights.hash, "weights_out": trained.weights, "base": weights.base}
     if task.second is not None:

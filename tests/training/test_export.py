@@ -206,6 +206,14 @@ def test_more_than_the_disk_has_is_not_begun(base: Path, tmp_path: Path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_who_claims_the_stage_removes_what_killed_attempts_left(tmp_path: Path) -> None:
+    for name in ("round_01", ".tmp-round_01-killed", ".old-round_01-killed", ".tmp-round_012-another", "round_012"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    export.remove_leftovers(tmp_path / "round_01")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-round_012-another", "round_01", "round_012"]
+
+
 def test_a_ban_alone_is_no_divergence() -> None:
     one = torch.randn(1, 3, 8)
     banned = one.clone()

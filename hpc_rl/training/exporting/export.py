@@ -201,6 +201,16 @@ def remove_temporary(target: Path, token: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_leftovers(target: Path) -> None:
+    """Remove what attempts that were killed have left beside `target`: whole models, which would fill the disk.
+
+    For who has just claimed the stage: nobody else writes there any more.
+    """
+    for folder in [*target.parent.glob(f".tmp-{target.name}-*"), *target.parent.glob(f".old-{target.name}-*")]:
+        log.info("removing %s: its attempt was killed while it wrote final weights", folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _temporary(target: Path, token: str) -> Path:
     return target.with_name(f".tmp-{target.name}-{token}")
 
