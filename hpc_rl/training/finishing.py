@@ -90,19 +90,30 @@ def _write(accelerator: Any, final: Final, token: str) -> Path | None:
 
 
 def numbers(trainer: Any) -> dict[str, Any]:
-    """What the trainer's log says of all its steps, those before it was resumed too."""
+    """What the trainer's log says of all its steps, those before it was resumed too.
+
+    A logged number is the mean since the one before, and counts for as many steps.
+    """
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     series: dict[str, list[float]] = {}
+    counts: dict[str, list[int]] = {}
+    last = 0
     for entry in steps:
         for name, value in entry.items():
             if isinstance(value, int | float):
                 series.setdefault(name, []).append(float(value))
+                counts.setdefault(name, []).append(entry["step"] - last)
+        last = entry["step"]
     return {
         "steps": trainer.state.global_step,
-        **{ours: sum(series[name]) / len(series[name]) for name, ours in MEANS.items() if name in series},
+        **{ours: _mean(series[name], counts[name]) for name, ours in MEANS.items() if name in series},
         **{ours: max(series[name]) for name, ours in PEAKS.items() if name in series},
         **{ours: float(steps[0][name]) for name, ours in AT_FIRST.items() if steps and name in steps[0]},
         "last_learning_rate": series.get("learning_rate", [0.0])[-1],
         "last_loss": series.get("loss", [0.0])[-1],
         "trained_parameters": sum(models.size(p) for p in trainer.model.parameters() if p.requires_grad),
     }
+
+
+def _mean(values: Sequence[float], counts: Sequence[int]) -> float:
+    return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)

@@ -84,6 +84,7 @@ def common(run: TrainRun, output: Path) -> dict[str, Any]:
         "fp16": model.dtype == "float16",
         "save_strategy": "no",  # our callback asks for checkpoints
         "logging_steps": config.logging.log_every_steps,
+        "logging_first_step": True,  # by itself: the manifest says how far sampler and trainer are apart in it
         "logging_nan_inf_filter": False,
         "report_to": "wandb" if config.logging.wandb.enabled else "none",
         "run_name": f"{config.run.name}-round_{run.round:02d}",

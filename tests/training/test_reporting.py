@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, Qwen2Config
@@ -84,10 +85,12 @@ def test_tokens_are_counted_without_padding_and_saving_is_no_part_of_a_step(monk
     meter, ones = Meter(), torch.ones(2, 3, dtype=torch.long)
     meter.count({"prompt_ids": ones, "prompt_mask": ones, "completion_ids": ones, "completion_mask": ones.tril()})
     meter.count({"input_ids": ones, "attention_mask": ones.triu(), "completion_mask": ones})  # pairs
-    meter.count({"input_ids": ones, "position_ids": ones})  # packed: there is no padding
+    packed = torch.arange(3).repeat(2)[None]
+    meter.count({"input_ids": packed, "position_ids": packed, "cu_seq_lens_q": torch.tensor([0, 3, 6])})  # no padding
     with meter.paused():
         pass
     trainer = SimpleNamespace(accelerator=Accelerator(cpu=True))
+    assert meter._rows == 2 + 2 + 2  # of packed ones the texts
     found = meter.measured(trainer, steps=5)
     assert found["throughput/step_s"] == (45 - 30) / 5
     assert found["throughput/tokens_per_s"] == ((6 + 3) + 5 + 6) / 15
@@ -102,6 +105,45 @@ def test_mfu_of_a_model_is_that_of_its_matrices() -> None:
     per_token = 6 * (3 * layer + 64 * 1000) + 3 * 6 * 64 * 10  # attention to (10 tokens)/2, scores and values
     assert throughput.mfu(config, False, 1e6, 10, 4, 1e12) == pytest.approx(100 * per_token * 1e6 / 4e12)
     assert throughput.mfu(config, True, 1e6, 10, 4, 1e12) == pytest.approx(100 * per_token * 1e6 / 4e12 * 2 / 3)
+
+
+def whoever_trains(model: Any, **more: Any) -> Any:
+    """A trainer, as far as the MFU asks for one, in bfloat16."""
+    args = SimpleNamespace(bf16=True, fp16=False)
+    return SimpleNamespace(accelerator=Accelerator(cpu=True), model=model, args=args, **more)
+
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def test_models_whose_layers_cannot_be_counted_have_no_mfu_and_train_on() -> None:
+    known = [transformers.LlamaConfig(), Qwen2Config(), transformers.Gemma2Config(), transformers.Qwen3MoeConfig()]
+    assert all(throughput.mfu_or_none(config, False, 1e4, 512, 1, 1e15) for config in known)
+    others = [
+        transformers.GPT2Config(), transformers.GPTNeoXConfig(), transformers.MixtralConfig(),
+        transformers.GptOssConfig(), transformers.DeepseekV2Config(), transformers.DeepseekV3Config(),
+        transformers.Qwen3NextConfig(), transformers.Qwen2MoeConfig(), transformers.MambaConfig(),
+    ]  # fmt: skip
+    assert [throughput.mfu_or_none(config, False, 1e4, 512, 1, 1e15) for config in others] == [None] * len(others)
+    small_gpt2 = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64, n_positions=32)
+    gpt2 = whoever_trains(transformers.GPT2LMHeadModel(small_gpt2))
+    assert throughput._mfu(gpt2, 1e4, 10, 1, H100) is None
+    assert throughput._mfu(whoever_trains(torch.nn.Linear(2, 2)), 1e4, 10, 1, H100) is None
+
+
+def test_a_score_head_is_no_head_of_logits_and_two_models_have_no_mfu() -> None:
+    config = Qwen2Config(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=1000, num_labels=1,
+    )  # fmt: skip
+    policy = whoever_trains(transformers.Qwen2ForCausalLM(config))
+    judge = whoever_trains(transformers.Qwen2ForSequenceClassification(config))
+    found, of_judge = (throughput._mfu(one, 1e6, 10, 4, H100) for one in (policy, judge))
+    assert found is not None and of_judge is not None
+    assert found - of_judge == pytest.approx(100 * 6 * 64 * 999 * 1e6 / (4 * 989e12))
+    assert config.vocab_size == 1000
+    both = whoever_trains(policy.model, second=judge.model)
+    assert throughput._mfu(both, 1e6, 10, 4, H100) is None
 
 
 def test_rows_of_every_kind_of_batch_are_shown_as_text(tokenizer: Any) -> None:
@@ -156,6 +198,19 @@ def test_the_last_step_is_logged_however_seldom_steps_are(tmp_path: Path) -> Non
     trained.train()
     assert list(small.losses(trained)) == [4, small.STEPS]
     assert numbers(trained)["last_loss"] == small.losses(trained)[small.STEPS]
+
+
+def test_means_of_the_manifest_are_over_steps_however_seldom_they_are_logged(tmp_path: Path) -> None:
+    each = small.trainer(small.opened(tmp_path / "each"))
+    each.train()
+    seldom = small.trainer(small.opened(tmp_path / "seldom"))
+    seldom.args.logging_steps, seldom.args.logging_first_step = 4, True  # as `settings.common` has it
+    seldom.train()
+    assert list(small.losses(seldom)) == [1, 4, small.STEPS]
+    assert small.losses(seldom)[1] == small.losses(each)[1]
+    mean = sum(small.losses(each).values()) / small.STEPS
+    assert numbers(seldom)["mean_loss"] == pytest.approx(mean, rel=1e-5)
+    assert numbers(each)["mean_loss"] == pytest.approx(mean, rel=1e-5)
 
 
 def test_the_first_batch_since_the_last_log_is_taken_once(tokenizer: Any) -> None:
