@@ -19,9 +19,10 @@ from hpc_rl.orchestrate import gate
 from hpc_rl.orchestrate.job import Job, Shard, open_job
 
 if TYPE_CHECKING:
+    from hpc_rl.engines.weights import Weights
     from hpc_rl.training.ranks.distributed import World
     from hpc_rl.training.ranks.leaving import Leaving
-    from hpc_rl.training.run import Places
+    from hpc_rl.training.run import Places, Trained, TrainRun
     from hpc_rl.training.task import TrainTask
 
 log = logging.getLogger("hpc_rl")
@@ -79,7 +80,7 @@ def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, lea
     from hpc_rl.services.calling import ServiceUnavailable
     from hpc_rl.training import algorithms, memory
     from hpc_rl.training.exporting.export import remove_leftovers
-    from hpc_rl.training.ranks.distributed import broadcast_object
+    from hpc_rl.training.ranks.distributed import broadcast_object, rank_0_alone
     from hpc_rl.training.run import TrainRun
 
     _set_up_wandb(job)
@@ -88,9 +89,8 @@ def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, lea
     assert starts is not None
     weights = starts[0]
     places = _places(job, task, shard, token, world.rank)
-    folders = [places.final, *([places.second] if places.second else [])]
     if world.is_main:
-        for folder in folders:
+        for folder in places.models:
             remove_leftovers(folder)
     notches = broadcast_object(notches_of(job.ws, job.round, job.stage.name) if world.is_main else 0)
     run = TrainRun(
@@ -102,16 +102,25 @@ def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, lea
     except ServiceUnavailable as error:
         log.error("ServiceUnavailable: %s", error)
         raise SystemExit(EXIT_BLOCKED) from error
-    if shard.lease is None:
-        return
+    with rank_0_alone("the training is committed"):
+        if shard.lease is not None:
+            _commit(job, task, run, shard, trained, starts)
+
+
+def _commit(
+    job: Job, task: TrainTask, run: TrainRun, shard: Shard, trained: Trained | None, starts: Sequence[Weights]
+) -> None:
+    """Declare the training done, unless another job has taken it over, and remove what is not needed any more."""
+    assert shard.lease is not None
     if trained is None or shard.lease.lost:
         log.warning("another job has taken this training over; this copy is thrown away")
-        for path in job.folder.glob(f"shard_*.{token}.*"):
+        for path in job.folder.glob(f"shard_*.{run.places.token}.*"):
             path.unlink(missing_ok=True)
         if gate.is_complete(job.ws, job.stage):
             return
         raise SystemExit(EXIT_BLOCKED)
-    files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+    weights = starts[0]
+    files = sorted(path for folder in run.places.models for path in folder.rglob("*") if path.is_file())
     made_from: dict[str, str | None] = {"weights": weights.hash, "weights_out": trained.weights, "base": weights.base}
     if task.second is not None:
         second, name = starts[1], task.second.name
@@ -122,8 +131,8 @@ def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, lea
         }
     done = shard.commit([*trained.outputs, *files], made_from=made_from, metrics=trained.metrics)
     if done:
+        _append_predictions(job, trained.outputs)  # first: removing may take minutes, in which a kill would lose them
         run.remove_checkpoints()
-        _append_predictions(job, trained.outputs)
 
 
 def _places(job: Job, task: TrainTask, shard: Shard, token: str, rank: int) -> Places:

@@ -11,6 +11,7 @@ from typing import Any
 from hpc_rl.engines.weights import Role, weights_hash
 from hpc_rl.training import models
 from hpc_rl.training.exporting import consolidate, export
+from hpc_rl.training.ranks.distributed import rank_0_alone
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +66,12 @@ def put_all_in_place(
     """
     try:
         written = [_write(accelerator, final, token) for final in finals]
-        hashes = [weights_hash(folder) for folder in written if folder is not None]
-        placed = [
-            folder is not None and export.put_in_place(folder, final.target, token, still_ours)
-            for folder, final in zip(written, finals, strict=True)
-        ]
+        with rank_0_alone("final weights are put in place"):
+            hashes = [weights_hash(folder) for folder in written if folder is not None]
+            placed = [
+                folder is not None and export.put_in_place(folder, final.target, token, still_ours)
+                for folder, final in zip(written, finals, strict=True)
+            ]
     finally:
         if accelerator.is_main_process:
             for final in finals:
@@ -84,9 +86,10 @@ def put_all_in_place(
 def _write(accelerator: Any, final: Final, token: str) -> Path | None:
     """A model's folder under a temporary name, on rank 0."""
     trained = consolidate.gather(accelerator, final.wrapped, final.processor)
-    if trained is None:
-        return None
-    return export.write(trained, final.target, token, dtype=final.role.model.dtype, export=final.export)
+    with rank_0_alone("final weights are written and verified"):
+        if trained is None:
+            return None
+        return export.write(trained, final.target, token, dtype=final.role.model.dtype, export=final.export)
 
 
 def numbers(trainer: Any) -> dict[str, Any]:

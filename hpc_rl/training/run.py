@@ -74,6 +74,11 @@ class Places:
     debug: Path | None
     second: Path | None = None
 
+    @property
+    def models(self) -> list[Path]:
+        """Folders of final weights."""
+        return [self.final, *([self.second] if self.second else [])]
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -284,7 +289,6 @@ class TrainRun:
             assert task.second is not None and places.second is not None
             finals.append(Final(second.wrapped, second.tokenizer, task.second, places.second, second.export))
         hashes = put_all_in_place(finals, trainer.accelerator, places.token, self.still_ours)
-        barrier()
         if hashes is None:
             return None
         self.seconds["exporting"] = time.monotonic() - began

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,35 @@ def meet(folder: Path) -> int:
         everyone = all_gather_objects({"rank": world.rank, "pid": os.getpid()})
         print("HEARD", [one["rank"] for one in everyone], broadcast_object(f"from {world.rank}"), flush=True)
         _gather_uneven(world.rank)
+        _wait_for_rank_0(world.rank)
     return 0
+
+
+def _wait_for_rank_0(rank: int) -> None:
+    """Rank 0 works for longer than a collective may take, and then fails."""
+    import torch
+    import torch.distributed as dist
+
+    from hpc_rl.training.ranks.distributed import rank_0_alone
+    from hpc_rl.training.ranks.meeting import MeetingFailed
+
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+    finished = 0.0
+    with rank_0_alone("it sleeps"):
+        if rank == 0:
+            time.sleep(3)
+            finished = time.time()
+    left = time.time()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=PATIENCE_S))
+    times = [torch.zeros(2, dtype=torch.float64) for _ in range(2)]
+    dist.all_gather(times, torch.tensor([finished, left], dtype=torch.float64))
+    print("WAITED", bool(times[1][1] >= times[0][0] > 0), flush=True)
+    try:
+        with rank_0_alone("it fails"):
+            if rank == 0:
+                raise OSError("disk full")
+    except (OSError, MeetingFailed) as error:
+        print("SAID", error, flush=True)
 
 
 def _gather_uneven(rank: int) -> None:

@@ -87,6 +87,11 @@ def test_rows_of_ranks_with_different_numbers_of_them_are_gathered_without_fille
     assert all("GATHERED [1.0, 2.0] [5.0, 6.0]" in said and "AS BEFORE [0, 1]" in said for said in met)
 
 
+def test_ranks_wait_for_rank_0_longer_than_a_collective_may_take_and_hear_when_it_fails(met: list[str]) -> None:
+    assert all("WAITED True" in said for said in met)
+    assert "SAID disk full" in met[0] and "SAID rank 0 failed while it fails; see its log" in met[1]
+
+
 def test_a_rank_that_hangs_in_a_collective_leaves_on_sigterm(tmp_path: Path) -> None:
     ranks = start_ranks(Workspace(tmp_path), 2, "6", (*PROGRAM, "hang"))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import socket
@@ -16,16 +17,20 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _get_default_store
 
 from hpc_rl.cluster.rendezvous import rank_environment
 from hpc_rl.services.address import LOOPBACK
 from hpc_rl.training.ranks import preflight
 from hpc_rl.training.ranks.leaving import EXIT_GRACE_S, exit_anyway_after
-from hpc_rl.training.ranks.meeting import meet
+from hpc_rl.training.ranks.meeting import MeetingFailed, meet
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+ASK_EVERY_S = 2.0
+_alone = itertools.count()  # the same on all ranks: they enter the blocks in the same order
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,48 @@ def barrier() -> None:
     """Wait for all ranks."""
     if _together():
         dist.barrier()
+
+
+@contextmanager
+def rank_0_alone(what: str) -> Iterator[None]:
+    """Work that rank 0 does in the block, as long as it takes; the other ranks leave the block when it is done.
+
+    They ask rank 0's store again and again: a collective ends after a time, and a model that is written to a slow disk
+    may take longer. All ranks must enter it.
+
+    Parameters
+    ----------
+    what
+        What rank 0 does, for the others' message.
+
+    Raises
+    ------
+    MeetingFailed
+        On the other ranks, when rank 0 fails in it, or is gone.
+    """
+    if not _together():
+        yield
+        return
+    store, key = _get_default_store(), f"hpc_rl/alone/{next(_alone)}"
+    if dist.get_rank() == 0:
+        said = "failed"
+        try:
+            yield
+            said = "done"
+        finally:
+            store.set(key, said)
+        return
+    yield
+    pause_s = 0.05
+    try:
+        while not store.check([key]):
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, ASK_EVERY_S)
+        said = store.get(key).decode()
+    except dist.DistError as error:
+        raise MeetingFailed(f"rank 0 is gone while {what} ({str(error).splitlines()[0]}); see its log") from error
+    if said != "done":
+        raise MeetingFailed(f"rank 0 failed while {what}; see its log")
 
 
 def _together() -> bool:
