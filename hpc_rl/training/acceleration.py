@@ -33,8 +33,14 @@ def arguments(options: TrainConfig, section: str) -> dict[str, Any]:
         file is no JSON object, or sets what the config decides.
     """
     made: dict[str, Any] = {"use_liger_kernel": fused_kernels(options, torch.cuda.is_available())}
-    if options.fsdp is not None:
-        made |= _fsdp(options, Path(options.fsdp), section)
+    config = fsdp_config(options, section)
+    if config is not None:
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"{section}.fsdp is set, and there is no GPU: FSDP works on GPUs only. Set it to null, or deepspeed"
+            )
+        log.info("FSDP: %s", config)
+        made |= {"fsdp": True, "fsdp_config": config, "gradient_checkpointing": False}
     return made
 
 
@@ -47,13 +53,20 @@ def fused_kernels(options: TrainConfig, gpu: bool) -> bool:
     return used
 
 
-def _fsdp(options: TrainConfig, path: Path, section: str) -> dict[str, Any]:
-    field = f"{section}.fsdp"
+def fsdp_config(options: TrainConfig, section: str) -> dict[str, Any] | None:
+    """The FSDP JSON as a dict, with what we decide; None without one.
+
+    Raises
+    ------
+    ValueError
+        When the file is no JSON object, or sets what the config decides.
+    """
+    if options.fsdp is None:
+        return None
+    field, path = f"{section}.fsdp", Path(options.fsdp)
     assert options.deepspeed is None, "the config has a fault otherwise"
-    if not torch.cuda.is_available():
-        raise ValueError(f"{field} is set, and there is no GPU: FSDP works on GPUs only. Set it to null, or deepspeed")
     try:
-        settings = json.loads(path.read_text())
+        settings: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{field}: {path} is not a JSON file ({error})") from error
     if not isinstance(settings, dict):
@@ -64,5 +77,5 @@ def _fsdp(options: TrainConfig, path: Path, section: str) -> dict[str, Any]:
     # FSDP recomputes activations by itself, and transformers refuses to be asked for it twice
     settings["activation_checkpointing"] = options.gradient_checkpointing
     settings.setdefault("state_dict_type", "SHARDED_STATE_DICT")  # else rank 0 gathers all for each checkpoint
-    log.info("FSDP: %s", settings)
-    return {"fsdp": True, "fsdp_config": settings, "gradient_checkpointing": False}
+    made: dict[str, Any] = settings
+    return made

@@ -25,7 +25,7 @@ from hpc_rl.engines.memory import note_notches
 from hpc_rl.engines.weights import Weights, noted_hash
 from hpc_rl.orchestrate.job import Job
 from hpc_rl.run.seeds import derive
-from hpc_rl.training import models, settings
+from hpc_rl.training import acceleration, models, settings
 from hpc_rl.training.checkpointing.checkpoints import Checkpoint, Checkpoints
 from hpc_rl.training.checkpointing.saving import Saving
 from hpc_rl.training.checkpointing.sealing import Sealing
@@ -44,8 +44,10 @@ log = logging.getLogger(__name__)
 NOT_IN_A_CHECKPOINT = {
     "save_steps", "save_minutes", "keep_checkpoints", "backend", "preflight_s",
     "per_device_batch_size", "gradient_accumulation_steps", "export", "fused_kernels", "log_completions",
+    "deepspeed", "fsdp",
 }  # fmt: skip
-"""Settings that may change between a checkpoint and its continuation; of batch and accumulation the product counts."""
+"""Settings that may change between a checkpoint and its continuation; of batch and accumulation the product counts, and
+of files what is in them."""
 DRAWN_WITH = {"temperature", "max_tokens", "samples_per_prompt"}
 """Of sampling, what may not: live samples are drawn so, and losses divide by them."""
 
@@ -224,6 +226,7 @@ class TrainRun:
             "units_of_a_step": self.shape.accumulation * self.shape.batch, "algorithm": task.algorithm,
             "settings": task.settings.model_dump(mode="json", exclude=NOT_IN_A_CHECKPOINT),
             "model": task.role.model.model_dump(mode="json", exclude={"path"}), "deepspeed": self.deepspeed,
+            "fsdp": acceleration.fsdp_config(task.settings, task.section),
             "seed": config.run.seed, "rewards": dict(task.rewards),
             "sampling": task.sampling.model_dump(mode="json", include=DRAWN_WITH),
         }  # fmt: skip

@@ -20,11 +20,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from hpc_rl.config.modeling import SpeakerConfig
 from hpc_rl.config.training import SftTrainConfig
+from hpc_rl.engines.weights import Role, Weights
 from hpc_rl.training import acceleration, models
 from hpc_rl.training.algorithms.grpo_base import OnPolicy
 from hpc_rl.training.exporting import consolidate, export
+from hpc_rl.training.ranks.distributed import World
+from hpc_rl.training.ranks.leaving import Leaving
+from hpc_rl.training.run import Places, TrainRun
+from hpc_rl.training.task import TrainTask
 from tests.training.conftest import REPOSITORY
+from tests.training.test_checkpoints import claimable
 from tools import tiny_chat_model
 
 FSDP = REPOSITORY / "configs/fsdp/full_shard.json"
@@ -64,6 +71,27 @@ def test_what_the_config_decides_does_not_stand_in_the_file(gpu: None, tmp_path:
 def test_fsdp_and_deepspeed_exclude_each_other() -> None:
     with pytest.raises(ValidationError, match="beside deepspeed"):
         SftTrainConfig(fsdp=FSDP, deepspeed=REPOSITORY / "configs/deepspeed/zero2_offload.json")
+
+
+def test_what_is_in_the_files_decides_whether_a_checkpoint_counts_and_not_where_they_lie(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "weights.safetensors").touch()
+    job = claimable(tmp_path)
+
+    def fingerprint(name: str, file: Path) -> str:
+        task = TrainTask("sft", SftTrainConfig(**{name: file}), "sft", Role("a", SpeakerConfig(path=str(tmp_path))), 0)
+        places = Places(tmp_path / "checkpoints", tmp_path, None, "token", lambda name: tmp_path / name, None)
+        start = Weights(str(tmp_path), None, "hash")
+        with Leaving() as leaving:
+            run = TrainRun(job, task, World(), leaving, start, places, lambda *_: None, lambda: True)
+            return run.checkpoints("work").fingerprint
+
+    for name, shipped in {"fsdp": FSDP, "deepspeed": REPOSITORY / "configs/deepspeed/zero2.json"}.items():
+        moved, other = tmp_path / f"{name}.json", tmp_path / f"{name}_other.json"
+        moved.write_text(shipped.read_text())
+        key = {"fsdp": "state_dict_type", "deepspeed": "zero_allow_untested_optimizer"}[name]
+        other.write_text(json.dumps({**json.loads(shipped.read_text()), key: "FULL_STATE_DICT"}))
+        assert fingerprint(name, moved) == fingerprint(name, shipped) != fingerprint(name, other)
 
 
 def test_fused_kernels_are_used_where_they_are_and_the_log_says_so(
