@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import re
+import secrets
 import sys
 import warnings
 from collections.abc import Generator, Iterator, Sequence
@@ -17,6 +19,7 @@ from hpc_rl import recipes
 from hpc_rl.cluster.failures import EXIT_BLOCKED
 from hpc_rl.orchestrate import gate
 from hpc_rl.orchestrate.job import Job, Shard, open_job
+from hpc_rl.run import atomic
 
 if TYPE_CHECKING:
     from hpc_rl.engines.weights import Weights
@@ -83,7 +86,7 @@ def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, lea
     from hpc_rl.training.ranks.distributed import broadcast_object, rank_0_alone
     from hpc_rl.training.run import TrainRun
 
-    _set_up_wandb(job)
+    _set_up_wandb(job, world.is_main)
     roles = [task.role, *([task.second] if task.second else [])]
     starts = broadcast_object([weights_of(job.ws, r, task.trained_rounds) for r in roles] if world.is_main else None)
     assert starts is not None
@@ -209,7 +212,7 @@ def _blocked_by_lost_rank() -> Iterator[None]:
         raise SystemExit(EXIT_BLOCKED) from error
 
 
-def _set_up_wandb(job: Job) -> None:
+def _set_up_wandb(job: Job, main: bool) -> None:
     wandb = job.config.logging.wandb
     if wandb.enabled:
         if importlib.util.find_spec("wandb") is None:
@@ -220,6 +223,16 @@ def _set_up_wandb(job: Job) -> None:
         folder = wandb.dir or job.ws.root / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.update(WANDB_MODE=wandb.mode, WANDB_PROJECT=wandb.project, WANDB_DIR=str(folder))
+        if main:  # the only rank that has a run
+            os.environ.update(WANDB_RUN_ID=_wandb_run(job), WANDB_RESUME="allow")
+
+
+def _wandb_run(job: Job) -> str:
+    """W&B's id of this training: one for all attempts. Who removes the stage's folder to train anew gets a new one."""
+    file = job.folder / "wandb_run.json"
+    if not file.exists():
+        atomic.write_json(file, {"id": secrets.token_hex(8)})
+    return str(json.loads(file.read_text())["id"])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, Qwen2Config
 
+from hpc_rl.orchestrate.job import load
 from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.training.algorithms import mismatch
@@ -220,6 +222,24 @@ def test_the_first_batch_since_the_last_log_is_taken_once(tokenizer: Any) -> Non
         samples.saw({"input_ids": input_ids, "attention_mask": mask}, (text,), 1, tokenizer)
     assert [row.completion for row in samples.take(tokenizer)] == ["yes"]
     assert samples.take(tokenizer) == []
+
+
+def test_all_attempts_of_a_training_are_one_run_of_wandb(
+    new_run: NewRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ws = new_run("logging.wandb.enabled=true")
+
+    def attempt(round: int, main: bool = True) -> str | None:
+        monkeypatch.setattr(os, "environ", {})
+        train._set_up_wandb(load(ws.root, round, "train"), main)
+        assert os.environ["WANDB_MODE"] == "offline" and ("WANDB_RESUME" in os.environ) == main
+        return os.environ.get("WANDB_RUN_ID")
+
+    assert attempt(1, main=False) is None
+    first = attempt(1)
+    assert first is not None and attempt(1) == first != attempt(2)
 
 
 def test_a_debug_file_is_written_as_batches_come(tokenizer: Any, tmp_path: Path) -> None:
