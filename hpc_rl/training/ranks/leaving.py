@@ -43,6 +43,7 @@ class Leaving:
         self.grace_s = grace_s
         self.in_vain: Callable[[], str] = str
         self._deferred = False
+        self._over = False
         self._timers: list[threading.Timer] = []
 
     @contextmanager
@@ -85,13 +86,16 @@ class Leaving:
         with suppress(OSError):
             while heard := self._reader.recv(1):
                 if heard[0] == signal.SIGTERM:
-                    self._timers.append(_exit_later(self.grace_s, self._code))
+                    self._timers.append(timer := _exit_later(self.grace_s, self._code))
+                    if self._over:  # the block was left first, and nobody else would cancel it
+                        timer.cancel()
 
     def __exit__(self, *_: object) -> None:
         if not self._hears:
             return
         signal.set_wakeup_fd(self._previous_fd)
         signal.signal(signal.SIGTERM, self._previous)
+        self._over = True
         self._writer.close()
         self._reader.close()
         for timer in self._timers:
