@@ -7,12 +7,14 @@ import json
 import logging
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import set_seed
 
 from hpc_rl.cluster.entry import STARTED
@@ -30,7 +32,7 @@ from hpc_rl.training.checkpointing.checkpoints import Checkpoint, Checkpoints
 from hpc_rl.training.checkpointing.saving import Saving
 from hpc_rl.training.checkpointing.sealing import Sealing
 from hpc_rl.training.data.plan import Shape
-from hpc_rl.training.errors import CheckpointFailed, Diverged
+from hpc_rl.training.errors import CheckpointFailed, Diverged, UnusableData
 from hpc_rl.training.finishing import Final, numbers, put_all_in_place
 from hpc_rl.training.ranks.distributed import World, barrier, broadcast_object
 from hpc_rl.training.ranks.leaving import EXIT_GRACE_S, Leaving
@@ -134,6 +136,7 @@ class TrainRun:
     got_further: bool = False
     _noted: bool = False
     _saving: Saving | None = None
+    _seal: Sealing | None = None
     _began: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
@@ -199,7 +202,7 @@ class TrainRun:
         shown, board = (options.log_completions, self.places.tensorboard) if self.world.is_main else (0, None)
         self._reporter = Reporter(board, self._progressed, Samples(shown, self.places.debug))
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        seal = Sealing(checkpoints, self.world.is_main, self.job.config.cluster.file_system_lag_s)
+        self._seal = seal = Sealing(checkpoints, self.world.is_main, self.job.config.cluster.file_system_lag_s)
         self._saving = Saving(
             options, self.leaving, self.deadline, seal.check_room, stage=self.job.stage.name, device=device
         )
@@ -256,12 +259,20 @@ class TrainRun:
             self.resumed_from = found.step
             ago_s = time.time() - found.written
             log.info("continuing after step %d, saved %.0f s ago: %s", found.step, ago_s, found.folder)
+            if self._seal is not None:
+                self._seal.expect(found.size)
         began = time.monotonic()
         try:
             with self.leaving.deferred():
                 trainer.train(resume_from_checkpoint=str(found.folder) if found else None)
         except (Diverged, CheckpointFailed) as error:
             raise type(error)(f"{error}. {_kept(checkpoints.latest())}") from error
+        except Exception as error:
+            if found is None or self._saving is None or self._saving.stepping or _not_for_its_content(error):
+                raise
+            why = f"{type(error).__name__}: {error}"
+            then = checkpoints.distrust(found.folder, why)
+            raise CheckpointFailed(f"{found.folder} looks whole, but cannot be gone on from ({why}). {then}") from error
         if self._saving is not None and self._saving.exit_code is not None:
             self._leave(self._saving.exit_code)
         self.leaving.leave_if_asked()
@@ -307,6 +318,13 @@ class TrainRun:
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
         }
         return Trained(hashes[0], metrics, second=hashes[1] if second is not None else None)
+
+
+def _not_for_its_content(error: Exception) -> bool:
+    """Whether reading a checkpoint fails for want of memory, of another rank, or of data to go on with."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | UnusableData | dist.DistError):
+        return True
+    return any(frame.filename == dist.distributed_c10d.__file__ for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _kept(checkpoint: Checkpoint | None) -> str:

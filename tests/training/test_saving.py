@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+import zipfile
 from collections import namedtuple
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,6 +24,8 @@ from hpc_rl.config.modeling import SpeakerConfig
 from hpc_rl.config.training import TrainConfig
 from hpc_rl.engines.weights import Role, Weights
 from hpc_rl.training.checkpointing import checkpoints
+from hpc_rl.training.checkpointing.checkpoints import Checkpoints
+from hpc_rl.training.checkpointing.damage import sizes
 from hpc_rl.training.checkpointing.saving import Saving
 from hpc_rl.training.errors import CheckpointFailed
 from hpc_rl.training.ranks.distributed import World
@@ -160,6 +163,13 @@ def test_a_signal_that_comes_too_late_for_a_checkpoint_is_said_while_it_can_be_c
     assert "Raise stages.train.signal_delay_s to 135 or more" in caplog.text
 
 
+def run_of(folder: Path, leaving: Leaving, **more: Any) -> TrainRun:
+    """A training of no run in particular."""
+    task = TrainTask("sft", TrainConfig(), "train", Role("speaker", SpeakerConfig(path=str(folder))), 0)
+    start, places = Weights(str(folder), None, "hash"), Places(folder, folder, None, "token", folder.joinpath, None)
+    return TrainRun(claimable(folder), task, World(), leaving, start, places, lambda *_: None, lambda: True, **more)
+
+
 @pytest.mark.parametrize(
     ("left_s", "had_s", "saves", "scored", "code"),
     [
@@ -176,15 +186,10 @@ def test_a_job_whose_whole_time_is_too_short_is_not_queued_again_for_ever(
     now, saving = time.time(), Loop().saving
     saving.saves = saves
     monkeypatch.setenv(STARTED, repr(now - 1000))
-    job = claimable(tmp_path)
-    task = TrainTask("sft", TrainConfig(), "train", Role("speaker", SpeakerConfig(path=str(tmp_path))), 0)
-    start = Weights(str(tmp_path), None, "hash")
-    places = Places(tmp_path, tmp_path, None, "token", lambda name: tmp_path / name, None)
     with Leaving() as leaving:
-        TrainRun(
-            job, task, World(), leaving, start, places, lambda *_: None, lambda: True,
-            deadline=Deadline(now + left_s), got_further=scored, _saving=saving, _began=now - had_s,
-        )  # fmt: skip
+        run_of(
+            tmp_path, leaving, deadline=Deadline(now + left_s), got_further=scored, _saving=saving, _began=now - had_s
+        )
         with pytest.raises(SystemExit) as leave:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(PATIENCE_S)
@@ -263,3 +268,89 @@ def test_one_that_was_saved_after_its_last_step_goes_on_with_nothing_left_to_do(
 def _forget(layer: torch.nn.Module) -> None:
     for weight in layer.parameters(recurse=False):
         torch.nn.init.zeros_(weight)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+def test_one_that_only_its_reader_finds_damaged_gives_way_to_the_one_before(name: str, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    first = small.opened(work)
+    small.trainer(first).train()
+    newest, before = first.own / "checkpoint-4", first.own / "checkpoint-2"
+    spoil(newest / name)
+    with pytest.raises(CheckpointFailed) as stopped:
+        attempt(tmp_path / "1", small.opened(work, "b"))
+    said = str(stopped.value)
+    assert said.startswith(f"{newest} looks whole, but cannot be gone on from (UnpicklingError: "), said
+    assert said.endswith(f"The next attempt goes on from the one before it: {before}")
+
+    third = small.opened(work, "c")
+    run = attempt(tmp_path / "2", third)
+    assert run.resumed_from == 2
+    found = third.latest()
+    assert found is not None and found.folder == third.own / "checkpoint-3"
+    assert before.exists() and not newest.exists(), "two are kept"
+
+
+def test_what_is_not_the_checkpoint_s_fault_is_not_held_against_it(tmp_path: Path) -> None:
+    class Large(small.Small):
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    work = tmp_path / "work"
+    first = small.opened(work)
+    small.trainer(first).train()
+    with pytest.raises(torch.OutOfMemoryError):
+        attempt(tmp_path / "1", small.opened(work, "b"), kind=Large)
+    found = first.latest()
+    assert found is not None and found.folder == first.own / "checkpoint-4"
+
+
+def test_the_only_one_is_tried_again_and_said_how_to_do_without(tmp_path: Path) -> None:
+    own = small.opened(tmp_path)
+    small.trainer(own, options=TrainConfig(save_steps=4)).train()
+    (only,) = own.own.iterdir()
+    assert own.distrust(only, "for a test").endswith(f"to begin anew, remove {only}")
+    found = small.opened(tmp_path, "b").latest()
+    assert found is not None and found.folder == only
+
+
+def attempt(folder: Path, checkpoints: Checkpoints, **more: Any) -> TrainRun:
+    """Go on from the latest checkpoint, as a job does, for one step."""
+    folder.mkdir()
+    made = small.trainer(checkpoints, deadline=Deadline(0.0), **more)
+    run = run_of(folder, Leaving(), _saving=made.saving)
+    with pytest.raises(SystemExit):
+        run.train(made, checkpoints)
+    return run
+
+
+def spoil(file: Path) -> None:
+    """Other bytes in the first entry of an archive of torch.save, the pickle; its table of contents is left alone."""
+    with zipfile.ZipFile(file) as archive:
+        pickle = archive.infolist()[0]
+    assert pickle.filename.endswith("data.pkl")
+    with file.open("r+b") as opened:
+        opened.seek(pickle.header_offset + 26)  # PKZIP: lengths of the name and of what is between it and the content
+        lengths = opened.read(4)
+        opened.seek(int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little"), os.SEEK_CUR)
+        opened.write(b"\xff" * pickle.file_size)
+
+
+def test_the_room_for_a_checkpoint_is_known_from_the_one_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = small.opened(tmp_path / "work")
+    small.trainer(own).train()
+    found = own.latest()
+    assert found is not None
+    on_disk = sum(size for name, size in sizes(found.folder).items() if name != checkpoints.COMPLETE)
+    assert found.size == on_disk
+    again = small.opened(tmp_path / "work", "b")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(found.size, 1, found.size - 1))
+    made = small.trainer(again, options=TrainConfig(save_steps=5))
+    (tmp_path / "run").mkdir()
+    run = run_of(tmp_path / "run", Leaving(), _saving=made.saving, _seal=made._seal)
+    with pytest.raises(CheckpointFailed, match="no room for a checkpoint"):
+        run.train(made, again)
+    assert not list(again.own.iterdir()), "nothing was written"

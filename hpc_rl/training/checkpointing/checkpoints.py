@@ -27,6 +27,8 @@ from hpc_rl.training.errors import CheckpointFailed
 log = logging.getLogger(__name__)
 
 COMPLETE = "COMPLETE.json"
+UNREADABLE = "UNREADABLE.json"
+"""Beside it in a checkpoint that a training could not go on from: it is taken where there is no other."""
 STATE = "trainer_state.json"
 PICKLED_ARGUMENTS = "training_args.bin"
 POLL_S = 0.2
@@ -34,11 +36,12 @@ POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: its folder, how many optimizer steps had been done, and when (seconds since the epoch)."""
+    """A whole checkpoint: its folder, optimizer steps done, when (seconds since the epoch), and its size in bytes."""
 
     folder: Path
     step: int
     written: float
+    size: int
 
 
 class Checkpoints:
@@ -78,17 +81,37 @@ class Checkpoints:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def latest(self) -> Checkpoint | None:
-        """The whole checkpoint with the most steps that this job may continue; None to begin anew."""
+        """The whole checkpoint with the most steps that this job may continue; None to begin anew.
+
+        Those that could not be gone on from come last.
+        """
         for folder in self._all():
             reason = self._refusal(folder)
             if reason is None:
-                return Checkpoint(folder, _step(folder), atomic.read_json(folder / COMPLETE)["written"])
+                marker = atomic.read_json(folder / COMPLETE)
+                return Checkpoint(folder, _step(folder), marker["written"], sum(marker["files_bytes"].values()))
             log.info("not continuing %s: %s", folder, reason)
         return None
 
+    def distrust(self, folder: Path, why: str) -> str:
+        """Take others before this checkpoint from now on: it looks whole, and a training could not go on from it.
+
+        It is not removed: a disk or a network may only have been down. Any rank may say so.
+
+        Returns
+        -------
+        str
+            What the next attempt does, for its user.
+        """
+        atomic.write_json(folder / UNREADABLE, {"why": why})
+        found = self.latest()
+        if found is None or found.folder == folder:
+            return f"There is no other one, so the next attempt tries it again; to begin anew, remove {folder}"
+        return f"The next attempt goes on from the one before it: {found.folder}"
+
     def _all(self) -> list[Path]:
-        """Of all claims, most steps first."""
-        return sorted(self.folder.glob("*/checkpoint-*"), key=lambda path: -_step(path))
+        """Of all claims, most steps first; then those that could not be read."""
+        return sorted(self.folder.glob("*/checkpoint-*"), key=lambda path: ((path / UNREADABLE).exists(), -_step(path)))
 
     def _refusal(self, folder: Path) -> str | None:
         """Why a checkpoint is not continued; None if it may be."""
@@ -145,7 +168,7 @@ class Checkpoints:
                 _remove(older)
 
     def _whole(self) -> list[Path]:
-        """The whole checkpoints that we could have continued, most steps first."""
+        """The whole checkpoints that we could have continued, in the order in which we would."""
         return [folder for folder in self._all() if self._refusal(folder) is None]
 
     def remove(self) -> None:

@@ -60,6 +60,8 @@ class Saving(TrainerCallback):  # type: ignore[misc]
         With which the process is to leave once training has ended, before anything else; else None.
     saves
         Checkpoints made.
+    stepping
+        Whether a step has begun: a checkpoint to go on from was read before.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Saving(TrainerCallback):  # type: ignore[misc]
         self._since = self._saved = self._asked_at = clock()
         self.exit_code: int | None = None
         self.saves = 0
+        self.stepping = False
 
     @property
     def step_s(self) -> float:
@@ -103,6 +106,10 @@ class Saving(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The first step begins."""
         self._since = self._saved = self._clock()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Transformers has read the checkpoint, random states last."""
+        self.stepping = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

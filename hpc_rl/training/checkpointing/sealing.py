@@ -34,6 +34,10 @@ class Sealing:
         self._checkpoints, self._is_main, self._patience_s = checkpoints, is_main, patience_s
         self._last_bytes = 0
 
+    def expect(self, size: int) -> None:
+        """Say how many bytes a checkpoint has, as that one had which was gone on from."""
+        self._last_bytes = size
+
     def check_room(self) -> None:
         """Make sure that one as large as the last one fits before anything is written.
 
