@@ -207,7 +207,7 @@ class Runner:
                 code = self._run_body(log, environment)
             self._kill_group()
             outcome = self.record(code, started)
-            if outcome in (Outcome.DONE, Outcome.BLOCKED, Outcome.LEFT) or not left:
+            if self.asked_to_leave or outcome in (Outcome.DONE, Outcome.BLOCKED, Outcome.LEFT) or not left:
                 return code
             left -= 1
             print(f"the service ended ({outcome.value}); starting it again, {left} restarts left", flush=True)

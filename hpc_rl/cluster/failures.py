@@ -66,6 +66,9 @@ def classify(exit_code: int, log_tail: str, asked_to_leave: bool) -> Outcome:
         return Outcome.DONE
     if exit_code == EXIT_NEVER_FITS:  # told to leave or not
         return Outcome.ERROR
+    by_itself = 0 < exit_code < 128 and exit_code not in (EXIT_BLOCKED, EXIT_OUT_OF_TIME)
+    if by_itself and is_out_of_memory(log_tail):
+        return Outcome.OUT_OF_MEMORY  # told to leave or not: a rank that it lost may have ended first, so srun told it
     if asked_to_leave or exit_code == EXIT_OUT_OF_TIME:
         return Outcome.LEFT
     if exit_code == EXIT_BLOCKED:

@@ -22,6 +22,7 @@ def meet(folder: Path) -> int:
 
     with process_group(folder, preflight_s=PATIENCE_S) as world:
         everyone = all_gather_objects({"rank": world.rank, "pid": os.getpid()})
+        print("OTHERS MAY", *(oct(path.stat().st_mode & 0o077) for path in folder.glob("rendezvous-*")), flush=True)
         print("HEARD", [one["rank"] for one in everyone], broadcast_object(f"from {world.rank}"), flush=True)
         _gather_uneven(world.rank)
         _wait_for_rank_0(world.rank)

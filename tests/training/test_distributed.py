@@ -81,6 +81,7 @@ def met(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def test_ranks_meet_although_a_file_of_a_dead_job_lies_there(met: list[str]) -> None:
     assert all("HEARD [0, 1] from 0" in said for said in met)
+    assert all("OTHERS MAY 0o0\n" in said for said in met)
 
 
 def test_rows_of_ranks_with_different_numbers_of_them_are_gathered_without_fillers(met: list[str]) -> None:

@@ -107,7 +107,13 @@ def test_a_node_that_fails_with_both_neighbours_is_at_fault_and_a_lone_pair_is_a
     both = [{name: why for name, why in one.items() if "b" in name.split()} for one in said]
     assert preflight.fault(nodes, both) == "b cannot talk with either of its neighbours: timed out"
     last = [{name: why for name, why in one.items() if "d" in name.split()} for one in said]
-    assert preflight.fault(nodes, last).startswith("c and d cannot talk with each other")
+    assert preflight.fault(nodes, last) == (
+        "d cannot talk with c, which talks well with its other neighbour: timed out"
+    )
+    link = [{"between b and c": "timed out"} if node in "bc" else {} for node in nodes]
+    assert preflight.fault(nodes, link).startswith("b and c cannot talk with each other")
+    pair = [{"between a and b": "timed out"} if node in "ab" else {} for node in nodes]
+    assert preflight.fault(nodes, pair).startswith("a cannot talk with b, which")
     assert preflight.fault(nodes, [{}] * 7 + [None]) == "d (rank 7) hang in the preflight"
     inside = [{"inside c": "no shared memory"} if node == "c" else {} for node in nodes]
     assert preflight.fault(nodes, inside) == "ranks inside c cannot talk: no shared memory"

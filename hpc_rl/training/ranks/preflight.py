@@ -1,8 +1,9 @@
 """Before anything heavy is loaded: every rank talks with every other, and where one cannot, its node is named.
 
 Ranks add up a tensor inside each node, then with the next node (first even pairs, then odd ones), then all together. A
-node that fails with both of its neighbours is at fault; where only one pair fails it is what lies between. Who hangs
-inside a library cannot raise anything: a watch calls the roll after a while and ends the process.
+node that fails with both of its neighbours is at fault, and so is the first or last one when its only neighbour talks
+with another; else, where only one pair fails, it is what lies between. Who hangs inside a library cannot raise
+anything: a watch calls the roll after a while and ends the process.
 """
 
 from __future__ import annotations
@@ -132,14 +133,20 @@ def fault(nodes: Sequence[str], said: Sequence[Mapping[str, str] | None]) -> str
     alone = [talk.nodes[0] for talk in bad if len(talk.nodes) == 1]
     if alone:
         return f"ranks inside {', '.join(alone)} cannot talk: {failed[f'inside {alone[0]}']}"
-    guilty = []
-    for node in dict.fromkeys(nodes):
-        pairs = [talk for talk in all_talks if node in talk.nodes and len(talk.nodes) == 2]
-        if len(pairs) == 2 and all(talk in bad for talk in pairs):
-            guilty.append(node)
+    pairs = {
+        node: [talk for talk in all_talks if node in talk.nodes and len(talk.nodes) == 2]
+        for node in dict.fromkeys(nodes)
+    }
+    well = {node for node, own in pairs.items() if any(talk not in bad for talk in own)}
+    guilty = [node for node, own in pairs.items() if len(own) == 2 and node not in well]
     why = failed[bad[0].name]
     if guilty:
         return f"{', '.join(guilty)} cannot talk with either of its neighbours: {why}"
+    for node, own in pairs.items():  # the first and the last node have one neighbour only
+        if len(own) == 1 and bad == own:
+            (other,) = set(own[0].nodes) - {node}
+            if other in well:
+                return f"{node} cannot talk with {other}, which talks well with its other neighbour: {why}"
     links = ", ".join(f"{talk.nodes[0]} and {talk.nodes[1]}" for talk in bad)
     return f"{links} cannot talk with each other, and no other pair tells which of them is at fault: {why}"
 
