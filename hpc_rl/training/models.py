@@ -60,6 +60,7 @@ def load(
                 parameter.requires_grad_(VISION.isdisjoint(name.split(".")))
     else:
         model = _with_adapter(model, lora, adapter, deepspeed, seed, head)
+        _refuse_shared(model)
     trained = sum(size(p) for p in model.parameters() if p.requires_grad)
     log.info("trained: %s of %s parameters", f"{trained:,}", f"{sum(size(p) for p in model.parameters()):,}")
     if not trained:
@@ -99,12 +100,31 @@ def _with_adapter(model: Any, lora: LoraConfig, adapter: Path | None, deepspeed:
     return loaded
 
 
+def _refuse_shared(model: Any) -> None:
+    """Refuse LoRA on a tensor that is embedding and head in one: merged into one it would change the other too."""
+    base = model.get_base_model()
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    if ends[1] is None or len({id(getattr(end, "base_layer", end).weight) for end in ends}) == 2:
+        return
+    named = [name for name, module in base.named_modules() if module in ends and hasattr(module, "lora_A")]
+    if named:
+        raise ValueError(
+            f"lora.target_modules matches {', '.join(named)} of {base.config.name_or_path}, which shares its weights "
+            "with the other end of the model (tie_word_embeddings): merged, LoRA there would change both. Leave it out"
+        )
+
+
 def ban(model: Any, token_ids: Sequence[int]) -> None:
     """Take tokens that sampling bans (L26) out of the policy's distribution, as the engines do, so that both agree.
 
     The head gets a frozen bias for it; `ban_parameter` names what must not be saved.
     """
     head = _head(model)
+    if hasattr(head, "lora_A"):
+        raise ValueError(
+            f"lora.target_modules matches the head of {model.config.name_or_path}, lm_head. Its bias keeps out tokens "
+            "that sampling bans: leave it out"
+        )
     if head.bias is not None:
         raise ValueError(f"the head of {type(model).__name__} has a bias of its own: this family is not known here")
     bias = torch.zeros(head.out_features, dtype=model.dtype, device=head.weight.device)

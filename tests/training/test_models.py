@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hpc_rl.config.modeling import LoraConfig, SpeakerConfig, TrainedModelConfig
@@ -162,3 +163,21 @@ def test_an_adapter_from_elsewhere_is_judged_by_its_shapes(base: Path, adapter: 
         edit(other, **changed)
         with pytest.raises(WrongBase, match=said):
             check_base.check(AutoModelForCausalLM, other, foreign)
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_lora_on_an_end_of_the_model_that_is_the_other_end_too_is_refused(copy: Path, module: str) -> None:
+    lora = LoraConfig(r=4, alpha=8, dropout=0.0, target_modules=("q_proj", module))
+    edit(copy, tie_word_embeddings=True)
+    weights = load_file(copy / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"target_modules matches (model\.)?{module} of .* shares its weights"):
+        models.load(section(copy, lora), str(copy), None, deepspeed=False, seed=1)
+
+
+def test_lora_on_a_head_that_bans_tokens_is_refused(base: Path) -> None:
+    lora = LoraConfig(r=4, alpha=8, dropout=0.0, target_modules=("q_proj", "lm_head"))
+    model = models.load(section(base, lora), str(base), None, deepspeed=False, seed=1)
+    with pytest.raises(ValueError, match=r"target_modules matches the head of .* leave it out"):
+        models.ban(model, [1])
