@@ -19,6 +19,7 @@ from hpc_rl import recipes
 from hpc_rl.cluster.failures import EXIT_BLOCKED
 from hpc_rl.orchestrate import gate
 from hpc_rl.orchestrate.job import Job, Shard, open_job
+from hpc_rl.orchestrate.spent import CHECKPOINTS, remove_spent
 from hpc_rl.run import atomic
 
 if TYPE_CHECKING:
@@ -92,9 +93,11 @@ def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, lea
     assert starts is not None
     weights = starts[0]
     places = _places(job, task, shard, token, world.rank)
-    if world.is_main:
-        for folder in places.models:
-            remove_leftovers(folder)
+    with rank_0_alone("leftovers are removed"):
+        if world.is_main:
+            remove_spent(job.ws, (stage for stage in job.graph.work if stage.round <= job.round))
+            for folder in places.models:
+                remove_leftovers(folder)
     notches = broadcast_object(notches_of(job.ws, job.round, job.stage.name) if world.is_main else 0)
     run = TrainRun(
         job, memory.lowered_task(task, notches), world, leaving, weights, places, shard.progress, shard.still_ours,
@@ -143,7 +146,7 @@ def _places(job: Job, task: TrainTask, shard: Shard, token: str, rank: int) -> P
 
     name = job.stage.name
     return Places(
-        checkpoints=job.folder / "checkpoints",
+        checkpoints=job.folder / CHECKPOINTS,
         final=job.ws.checkpoint_dir(task.role.name, job.round),
         tensorboard=job.ws.tb_dir / f"round_{job.round:02d}" / name if job.config.logging.tensorboard else None,
         token=token,

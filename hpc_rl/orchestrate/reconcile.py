@@ -24,6 +24,7 @@ from hpc_rl.orchestrate import overview
 from hpc_rl.orchestrate.decide import Cancel, Decision, Policy, Submit, View, WriteOff, decide
 from hpc_rl.orchestrate.graph import Graph, StageId
 from hpc_rl.orchestrate.requests import build_request, submission_name, task_count
+from hpc_rl.orchestrate.spent import remove_spent
 from hpc_rl.run import atomic, manifest
 from hpc_rl.run.closed import check_closed
 from hpc_rl.run.lease import Lease, acquire_patiently
@@ -167,6 +168,8 @@ def reconcile(
             _carry_out(run, executor, code, decision, ledger, view, report, say, lease)
         finally:
             _write_state(run, _view_after(run, view, report), report)
+    if decision.status == "finished":
+        remove_spent(run.ws, run.graph.work)
     return report
 
 

@@ -15,6 +15,7 @@ from hpc_rl.cluster.base import ExecutorError, JobRequest, Queued
 from hpc_rl.orchestrate.decide import Policy
 from hpc_rl.orchestrate.graph import StageId
 from hpc_rl.orchestrate.reconcile import RECONCILE_LEASE, Report, Run, RunBusy, look, reconcile
+from hpc_rl.orchestrate.spent import remove_spent
 from hpc_rl.run import atomic, manifest
 from hpc_rl.run.lease import acquire
 from hpc_rl.run.ledger import Ledger
@@ -229,6 +230,22 @@ def test_a_finished_run_leaves_nothing_waiting(make_run: MakeRun) -> None:
         finish(run, round)
     assert bring(run, cluster).decision.status == "finished"
     assert not cluster.live()
+
+
+def test_checkpoints_of_a_stage_whose_job_was_killed_before_it_removed_them_go(make_run: MakeRun) -> None:
+    run = make_run()
+    cluster = Cluster(run)
+    bring(run, cluster)
+    finish(run, 1)
+    kept = [run.ws.stage_dir(round, "train") / "checkpoints" for round in (1, 2, 3)]
+    for folder in kept:
+        (folder / "token" / "checkpoint-3").mkdir(parents=True)
+    remove_spent(run.ws, run.graph.work)
+    assert [folder.exists() for folder in kept] == [False, True, True], "of a stage that is not done they are needed"
+    for round in (2, 3):
+        finish(run, round)
+    assert bring(run, cluster).decision.status == "finished"
+    assert not any(folder.exists() for folder in kept)
 
 
 def test_a_paused_run_is_left_alone_until_it_is_resumed(make_run: MakeRun) -> None:
