@@ -202,7 +202,8 @@ class TrainRun:
         shown, board = (options.log_completions, self.places.tensorboard) if self.world.is_main else (0, None)
         self._reporter = Reporter(board, self._progressed, Samples(shown, self.places.debug))
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self._seal = seal = Sealing(checkpoints, self.world.is_main, self.job.config.cluster.file_system_lag_s)
+        lag_s, first_here = self.job.config.cluster.file_system_lag_s, self.world.local_rank == 0
+        self._seal = seal = Sealing(checkpoints, self.world.is_main, lag_s, first_here)
         self._saving = Saving(
             options, self.leaving, self.deadline, seal.check_room, stage=self.job.stage.name, device=device
         )

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from hpc_rl.run import atomic, manifest
 from hpc_rl.run.private import untrusted
 from hpc_rl.training.checkpointing import checkpoints
 from hpc_rl.training.checkpointing.checkpoints import COMPLETE, Checkpoints
-from hpc_rl.training.checkpointing.damage import sizes
+from hpc_rl.training.checkpointing.damage import damage, sizes
 from hpc_rl.training.errors import CheckpointFailed
 from hpc_rl.training.exporting import export
 from tests.waiting import PATIENCE_S
@@ -136,6 +137,23 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in own.own.iterdir()) == ["checkpoint-4", "checkpoint-6"]
     own.remove()
     assert not tmp_path.exists()
+
+
+def test_those_that_this_process_made_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def note(folder: Path, files_bytes: Mapping[str, int]) -> str | None:
+        read.append(folder.name)
+        return damage(folder, files_bytes)
+
+    before = save(made(tmp_path, "a"), 1)
+    own = made(tmp_path, "b", keep=2)
+    monkeypatch.setattr(checkpoints, "damage", note)
+    for step in (2, 4, 6):
+        save(own, step)
+    assert "checkpoint-2" not in read[read.index("checkpoint-4") :]
+    assert "checkpoint-4" not in read[read.index("checkpoint-6") :]
+    assert not before.exists() and sorted(path.name for path in own.own.iterdir()) == ["checkpoint-4", "checkpoint-6"]
 
 
 def test_an_older_one_that_cannot_be_removed_is_no_fault_of_the_new_one(

@@ -66,6 +66,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self.own, self.fingerprint = folder, folder / token, fingerprint
         self._keep, self._still_ours = keep, still_ours
+        self._sealed: set[Path] = set()
 
     def create(self) -> None:
         """Make our own folder, which nobody else may enter, and remove what attempts before left half written.
@@ -162,14 +163,22 @@ class Checkpoints:
         if problem := self._refusal(folder):
             (folder / COMPLETE).unlink(missing_ok=True)
             raise CheckpointFailed(f"{folder} was written and cannot be read back: {problem}")
+        self._sealed.add(folder)
         if self._still_ours():
             half_removed = [path for path in self.own.glob("checkpoint-*") if not (path / COMPLETE).exists()]
             for older in [*self._whole()[self._keep :], *half_removed]:
                 _remove(older)
 
     def _whole(self) -> list[Path]:
-        """The whole checkpoints that we could have continued, in the order in which we would."""
-        return [folder for folder in self._all() if self._refusal(folder) is None]
+        """The whole checkpoints that we could have continued, in the order in which we would.
+
+        Those that this process sealed are not read again: with hundreds of ranks they are thousands of files.
+        """
+        return [
+            folder
+            for folder in self._all()
+            if (folder in self._sealed and (folder / COMPLETE).exists()) or self._refusal(folder) is None
+        ]
 
     def remove(self) -> None:
         """Remove all checkpoints of the stage, of every claim: its final weights are there and verified (L23)."""

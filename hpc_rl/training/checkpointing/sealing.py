@@ -12,7 +12,7 @@ from pathlib import Path
 from hpc_rl.training.checkpointing.checkpoints import Checkpoints, sync_files
 from hpc_rl.training.checkpointing.damage import sizes
 from hpc_rl.training.errors import CheckpointFailed
-from hpc_rl.training.ranks.distributed import all_gather_objects, broadcast_object
+from hpc_rl.training.ranks.distributed import all_gather_objects, barrier, broadcast_object
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +28,13 @@ class Sealing:
         On rank 0, which declares them whole.
     patience_s
         How late a file of another host may become visible.
+    for_host
+        On one rank of each host at least, which forces to disk what all of its ranks have written.
     """
 
-    def __init__(self, checkpoints: Checkpoints, is_main: bool, patience_s: float) -> None:
+    def __init__(self, checkpoints: Checkpoints, is_main: bool, patience_s: float, for_host: bool = True) -> None:
         self._checkpoints, self._is_main, self._patience_s = checkpoints, is_main, patience_s
+        self._for_host = for_host
         self._last_bytes = 0
 
     def expect(self, size: int) -> None:
@@ -62,9 +65,10 @@ class Sealing:
         CheckpointFailed
             When a part is not on disk or not readable; those before it are all there.
         """
-        failures = [found for found in all_gather_objects(_sync(folder)) if found]
-        seen = all_gather_objects(sizes(folder))  # a host sees its own files at once, and those of others late
-        problem = "; ".join(failures)
+        barrier()  # the other ranks of this host have written too
+        problem = "; ".join(found for found in all_gather_objects(_sync(folder) if self._for_host else "") if found)
+        # a host sees its own files at once, and those of others late
+        seen = all_gather_objects(sizes(folder) if self._for_host else {})
         together: dict[str, int] = {}
         for listing in seen:
             together |= {name: max(size, together.get(name, 0)) for name, size in listing.items()}
