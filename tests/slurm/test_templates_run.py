@@ -30,6 +30,12 @@ if first and Path("wait").exists():
     time.sleep(600)
 sys.exit(int(Path("status").read_text()) if first and Path("status").exists() else 0)
 """
+ALL_HAVE_SAID = """
+Path("said", os.environ["RANK"]).touch()
+while len(os.listdir("said")) < int(os.environ["WORLD_SIZE"]):
+    time.sleep(0.1)
+sys.exit"""
+"""The first rank that ends has its siblings ended by torchrun, whatever they were about to say."""
 
 
 @pytest.fixture
@@ -131,8 +137,9 @@ def test_torchrun_starts_the_same_ranks_and_what_they_end_with_is_the_jobs(
     (repository / "status").write_text("75")
     (repository / "hpc_rl").symlink_to(REPOSITORY / "hpc_rl")
     (repository / "jobs/train.py").write_text(
-        BODY.replace("SLURM_PROCID", "RANK").replace("SLURM_NTASKS", "WORLD_SIZE")
+        BODY.replace("SLURM_PROCID", "RANK").replace("SLURM_NTASKS", "WORLD_SIZE").replace("sys.exit", ALL_HAVE_SAID)
     )
+    (repository / "said").mkdir()
     environment = {"PATH": f"{Path(sys.executable).parent}:{cluster.env()['PATH']}"}
     template = ("slurm_templates/train_torchrun.sbatch", str(workspace), "1")
     job = cluster.sbatch(*SMALL, "--gpus-per-node=2", *template, cwd=repository, env=environment)
