@@ -10,7 +10,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from hpc_rl.orchestrate.job import Job, Shard, open_job
 from hpc_rl.training.task import TrainTask
 
 if TYPE_CHECKING:
+    from hpc_rl.training.logprobs import Loaded
     from hpc_rl.training.run import TrainRun
 
 log = logging.getLogger("hpc_rl")
@@ -33,9 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hpc_rl.training.ranks.leaving import Leaving
 
     check_gpus(job.config, job.stage.name)
-    with Leaving() as leaving:
+    with Leaving() as leaving, ExitStack() as block:
+        model: Loaded | None = None  # loaded with the first shard that has anything to score, for all of this task's
         for shard in job.shards():
-            _score(_run(job, task, shard, leaving), shard)
+            model = _score(_run(job, task, shard, leaving), shard, model, block)
     return 0
 
 
@@ -69,8 +72,14 @@ def _run(job: Job, task: TrainTask, shard: Shard, leaving: Any) -> TrainRun:
     return TrainRun(job, task, World(), leaving, start, places, shard.progress, shard.still_ours)
 
 
-def _score(run: TrainRun, shard: Shard) -> None:
-    """Score a shard, and commit it; one without anything to train on has an output without rows."""
+def _score(run: TrainRun, shard: Shard, model: Loaded | None, block: ExitStack) -> Loaded | None:
+    """Score a shard, and commit it; one without anything to train on has an output without rows.
+
+    Returns
+    -------
+    Loaded or None
+        The model to score the next shard with: the given one, or one that was loaded in `block`.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -80,21 +89,23 @@ def _score(run: TrainRun, shard: Shard) -> None:
     algorithm, data, began = algorithms.load_scored(run.task.algorithm), run.task.data, time.monotonic()
     assert data is not None, "what is scored is what is trained on"
     weights = algorithm.reference_weights(run)
-    found: Iterator[Any]
+    rows: dict[str, Any] = {}
     try:
         scoring = algorithm.scoring(
             run, [run.job.input(data.stage.round, data.stage.name, shard.index).path(data.file)]
         )
-        shard.progress(0, len(scoring.units))
-        found = logprobs.score(run, weights, scoring)
     except NothingToLearn as nothing:
         log.info("shard %d: %s", shard.index, nothing)
-        found = iter(())
-    rows = dict(found)
+    else:
+        shard.progress(0, len(scoring.units))
+        model = model or block.enter_context(logprobs.load(run, weights, scoring))
+        for _, ids, values in logprobs.score(model, scoring):
+            rows.update(zip(ids, values, strict=True))
     path = shard.output("reference.parquet")
     pq.write_table(pa.table([list(rows), list(rows.values())], schema=_schema(pa)), path)
     seconds = {"seconds": round(time.monotonic() - began, 2)}
     shard.commit([path], made_from={"weights": weights.hash}, metrics={"units": len(rows), **seconds})
+    return model
 
 
 def _schema(pa: Any) -> Any:

@@ -144,43 +144,50 @@ def by_pass(run: TrainRun, checkpoints: Checkpoints, weights: Weights, scoring: 
         part.begin(first)
         log.info("scoring %d units with weights %s, from batch %d", len(scoring.units), weights.hash[:16], first)
         began = safe = time.monotonic()
-        for number, ids, values in _scored(run, weights, scoring, first):
-            part.add(number, ids, values)
-            if time.monotonic() - safe > SAFE_S:
-                part.flush()
-                run.got_further, safe = True, time.monotonic()
-                log.info("scored %d of %d batches in %.0f s", number + 1, len(scoring.batches), safe - began)
+        with load(run, weights, scoring) as loaded:
+            for number, ids, values in score(loaded, scoring, first):
+                part.add(number, ids, values)
+                if time.monotonic() - safe > SAFE_S:
+                    part.flush()
+                    run.got_further, safe = True, time.monotonic()
+                    log.info("scored %d of %d batches in %.0f s", number + 1, len(scoring.batches), safe - began)
         part.flush()
         run.seconds["scoring"] = run.seconds.get("scoring", 0.0) + time.monotonic() - began
 
     return _once(run, checkpoints, weights, scoring, write)
 
 
-def score(run: TrainRun, weights: Weights, scoring: Scoring) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Ids and numbers of this rank's units."""
-    for _, ids, values in _scored(run, weights, scoring, 0):
-        yield from zip(ids, values, strict=True)
+@dataclass(eq=False)
+class Loaded:
+    """A model to score with (None after `load`'s block), its device, and the number type of its pictures."""
+
+    model: Any
+    device: torch.device
+    dtype: torch.dtype
 
 
-def _scored(
-    run: TrainRun, weights: Weights, scoring: Scoring, first: int
+def score(
+    loaded: Loaded, scoring: Scoring, first: int = 0
 ) -> Iterator[tuple[int, Sequence[str], Sequence[NDArray[np.float32]]]]:
-    """Batches from `first` on: their numbers, and ids and numbers of their units. A filler has a pass but no result."""
-    with _loaded(run, weights, scoring) as (model, device, dtype):
-        for number in range(first, len(scoring.batches)):
-            batch = dict(scoring.batches[number])
-            ids, share, _ = batch.pop(UNITS), float(batch.pop(SHARE)), batch.pop(ROWS)
-            for name, value in batch.items():
-                if torch.is_tensor(value):
-                    batch[name] = value.to(device, dtype if name in IN_MODEL_DTYPE else value.dtype)
-            values = scoring.forward(model, batch)
-            if share:
-                yield number, ids, values
+    """Batches of this rank from `first` on: their numbers, and ids and numbers of their units.
+
+    A filler has a pass but no result. Call it within `load`'s block.
+    """
+    for number in range(first, len(scoring.batches)):
+        batch = dict(scoring.batches[number])
+        ids, share, _ = batch.pop(UNITS), float(batch.pop(SHARE)), batch.pop(ROWS)
+        for name, value in batch.items():
+            if torch.is_tensor(value):
+                batch[name] = value.to(loaded.device, loaded.dtype if name in IN_MODEL_DTYPE else value.dtype)
+        values = scoring.forward(loaded.model, batch)
+        if share:
+            yield number, ids, values
 
 
 @contextmanager
-def _loaded(run: TrainRun, weights: Weights, scoring: Scoring) -> Iterator[tuple[Any, torch.device, Any]]:
-    """A model to score with, its device, and the number type of its pictures; as in training, but for the gradient."""
+def load(run: TrainRun, weights: Weights, scoring: Scoring) -> Iterator[Loaded]:
+    """A model for this scoring, and others of the same kind, as long as the block lasts: as in training, but for the
+    gradient."""
     section, deepspeed = run.task.role.model, run.deepspeed
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
@@ -195,13 +202,15 @@ def _loaded(run: TrainRun, weights: Weights, scoring: Scoring) -> Iterator[tuple
     else:  # the other stages spread gradients and optimizer only
         model.to(device)
     mixed = deepspeed is None and dtype != torch.float32
+    loaded = Loaded(model, device, torch.float32 if deepspeed is None else dtype)
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype) if mixed else nullcontext():
-            yield model, device, torch.float32 if deepspeed is None else dtype
+            yield loaded
     finally:
         if engine is not None:
             engine.destroy()
         del model, engine
+        loaded.model = None  # whoever still holds this holds no weights
         gc.collect()
         if gpu:
             torch.cuda.empty_cache()

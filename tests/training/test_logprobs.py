@@ -149,6 +149,17 @@ def test_a_stage_that_scored_other_units_or_with_other_weights_is_refused(
         train(other)
 
 
+def test_a_task_loads_the_reference_once_for_all_of_its_shards(
+    model: Path, tmp_path: Path, drawn: list[Sample], caplog: pytest.LogCaptureFixture
+) -> None:
+    ws = open_(tmp_path, model, "grpo.beta=0.5", "grpo.reference=stage")
+    commit(ws, drawn)
+    with caplog.at_level("INFO"):
+        assert reference.main(["--workspace", str(ws.root), "--round", "1"]) == 0
+    assert [manifest.read(ws, 1, "reference", shard).metrics["units"] for shard in range(2)] == [8, 8]
+    assert sum("attention" in record.getMessage() for record in caplog.records) == 1, "a model that is loaded says so"
+
+
 def test_a_shard_without_anything_to_train_on_has_an_output_without_rows(
     model: Path, tmp_path: Path, drawn: list[Sample]
 ) -> None:
