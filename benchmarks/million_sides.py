@@ -94,18 +94,16 @@ def sample(root: Path, ready: Callable[[], None]) -> dict[str, Any]:
     from hpc_rl.orchestrate.job import load
     from hpc_rl.sampling.at_work import Origin
     from hpc_rl.sampling.checked import check_source
+    from hpc_rl.sampling.lewis import source as source_of
     from hpc_rl.sampling.record import Recorder
     from hpc_rl.sampling.stream import Stream
-    from jobs.sample import lewis_source
 
     job = load(root, ROUND, "sample")
     job.folder.mkdir(parents=True, exist_ok=True)
     config: Any = job.config
     libraries = _load_engine_libraries()
     ready()
-    source = check_source(
-        lewis_source(job, config), job.stage.shards, config.speaker.path, config.speaker, config.sample
-    )
+    source = check_source(source_of(job), job.stage.shards, config.speaker.path, config.speaker, config.sample)
     with job.claims() as claims, Recorder(job.folder, claims.token) as task:
         origin = Origin(config.run.seed, ROUND, WEIGHTS, task.name)
         stream = Stream(
@@ -132,7 +130,7 @@ def grade(root: Path, ready: Callable[[], None]) -> dict[str, Any]:
     """The grading job, all but the calls of the listener: another process's answers are drawn at random here."""
     from hpc_rl.data.lewis import read_rows
     from hpc_rl.orchestrate.job import load
-    from jobs import grade as body
+    from jobs.lewis import grade as body
 
     job = load(root, ROUND, "grade")
     job.folder.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sums_recipe import Sums, SumsConfig
+from benchmarks.sums_recipe import SumsConfig
+from hpc_rl import recipes
 from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.grading.samples import iter_samples
 from hpc_rl.orchestrate.job import Job, load
@@ -44,7 +45,7 @@ from hpc_rl.run import manifest
 from hpc_rl.sampling.record import read_records
 from hpc_rl.sampling.source import Source
 from hpc_rl.sampling.tasks import TaskQueue
-from jobs.sample import lewis_source
+from hpc_rl.training.task import find
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TARGET = 0.95
@@ -56,7 +57,6 @@ class Case:
     """What is sampled: `prompts` × `samples` completions of at most `max_tokens` tokens."""
 
     name: str
-    body: str
     config: str
     prompts: int
     samples: int
@@ -66,7 +66,7 @@ class Case:
 
     def settings(self, model: Path) -> list[str]:
         """Overrides of its config."""
-        own = [f"data.train_rows={self.prompts}"] if self.body == "jobs.sample" else [f"speaker.path={model}"]
+        own = [f"data.train_rows={self.prompts}"] if self.config == IMAGES else [f"speaker.path={model}"]
         sizes = {
             "prompts_per_round": self.prompts,
             "samples_per_prompt": self.samples,
@@ -76,13 +76,12 @@ class Case:
         return own + [f"sample.{name}={value}" for name, value in sizes.items()]
 
 
-IMAGES = ("jobs.sample", "configs/tiny/lewis.yaml")
-TEXT = ("benchmarks.sums_body", "benchmarks/sums.yaml")
+IMAGES, TEXT = "configs/tiny/lewis.yaml", "benchmarks/sums.yaml"
 CASES = {
     case.name: case
     for case in (
-        Case("images", *IMAGES, prompts=1024, samples=4, max_tokens=48),
-        Case("text", *TEXT, prompts=1024, samples=4, max_tokens=48),
+        Case("images", IMAGES, prompts=1024, samples=4, max_tokens=48),
+        Case("text", TEXT, prompts=1024, samples=4, max_tokens=48),
         Case("short", *TEXT, prompts=2048, samples=4, max_tokens=8, counts=False),
         Case("long", *TEXT, prompts=128, samples=4, max_tokens=384, counts=False),
     )
@@ -177,11 +176,11 @@ def _prepare(case: Case, folder: Path) -> Job:
     from tools.tiny_chat_model import write
 
     model, root = folder / "model", folder / "run"
-    if case.body != "jobs.sample":
+    if case.config == TEXT:
         write(model)
     settings = [word for setting in case.settings(model) for word in ("--set", setting)]
     _run(["hpc_rl.launch", case.config, "--workspace", str(root), "--init", *settings])
-    for module in ("jobs.prepare", "jobs.dataset") if case.body == "jobs.sample" else ():
+    for module in ("jobs.lewis.prepare", "jobs.lewis.dataset") if case.config == IMAGES else ():
         _run([module, "--workspace", str(root), "--round", "0"])
     return load(root, 1, "sample")
 
@@ -200,11 +199,8 @@ def _requests(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def _source(job: Job) -> Source:
-    config = job.config
-    if isinstance(config, SumsConfig):
-        return Sums(config.sample, job.round)
-    assert isinstance(config, LewisConfig)
-    return lewis_source(job, config)
+    made: Source = find(recipes.load(job.config.recipe).sampling(job.config, job.stage.id).source)(job)
+    return made
 
 
 def _bare(job: Job, requests: Path, lines: Sequence[Mapping[str, Any]]) -> Turn:
@@ -239,7 +235,7 @@ def _bare(job: Job, requests: Path, lines: Sequence[Mapping[str, Any]]) -> Turn:
 
 def _job(case: Case, prepared: Job, root: Path) -> Turn:
     shutil.copytree(prepared.ws.root, root, symlinks=True)
-    _, process_s = _timed([case.body, "--workspace", str(root), "--round", "1"])
+    _, process_s = _timed(["jobs.sample", "--workspace", str(root), "--round", "1"])
     job = load(root, 1, "sample")
     paths = [manifest.read(job.ws, 1, "sample", shard).path("samples.parquet") for shard in range(job.stage.shards)]
     token_ids = {sample.sample_id: sample.token_ids for path in paths for sample in iter_samples(path)}

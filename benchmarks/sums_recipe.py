@@ -1,7 +1,7 @@
 """A recipe that samples answers to sums and does nothing else: the text side of benchmarks/sampling.py.
 
 It is also the shortest example of sampling in a recipe of your own: a config with a model and a `sample` section, one
-stage, a `Source` that says what is asked and what counts, and a job body (benchmarks/sums_body.py).
+stage, `sampling`, which says what it samples, and a `Source` that says what is asked and what counts.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from hpc_rl.config.modeling import SpeakerConfig
 from hpc_rl.config.phases import SampleConfig
 from hpc_rl.config.schema import Config
 from hpc_rl.engines.base import Completion, Prompt, Sampling
+from hpc_rl.engines.weights import Role
 from hpc_rl.orchestrate.graph import Kind, Stage, StageId
+from hpc_rl.orchestrate.job import Job
 from hpc_rl.sampling.rules import KAccepted, Outcome, Rule
+from hpc_rl.sampling.source import SampleTask
 from hpc_rl.sampling.tasks import Task
 
 ROLE = "solver"
@@ -41,7 +44,18 @@ def stages(config: SumsConfig, round: int) -> Iterable[Stage]:
     if round > 0:
         shards = ceil(config.sample.prompts_per_round / config.sample.shard_size)
         needs = (StageId(round - 1, "sample"),) if round > 1 else ()
-        yield Stage(StageId(round, "sample"), "benchmarks.sums_body", Kind.ARRAY, needs=needs, shards=shards)
+        yield Stage(StageId(round, "sample"), "jobs.sample", Kind.ARRAY, needs=needs, shards=shards)
+
+
+def sampling(config: SumsConfig, stage: StageId) -> SampleTask:
+    """Answers of a model that is not trained."""
+    return SampleTask(Role("speaker", config.speaker), 0, config.sample, "benchmarks.sums_recipe:source")
+
+
+def source(job: Job) -> Sums:
+    """The round's sums."""
+    assert isinstance(job.config, SumsConfig)
+    return Sums(job.config.sample, job.round)
 
 
 class Sums:

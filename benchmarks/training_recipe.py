@@ -35,7 +35,7 @@ class TrainingConfig(Config):
 
     stage_names: ClassVar[tuple[str, ...] | None] = ("data", *FILES, "advance")
     stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"advance": {"time_min": 15}}
-    train_sections: ClassVar[Mapping[str, str]] = {name: name for name in FILES}
+    train_sections: ClassVar[Mapping[str, tuple[str, ...]]] = {name: (name,) for name in FILES}
 
     model: TrainedModelConfig
     """The model."""
@@ -70,7 +70,7 @@ def training(config: TrainingConfig, stage: StageId) -> TrainTask:
         settings=settings,
         section=stage.name,
         role=Role(stage.name, config.model, stage.name),
-        trained_rounds=0,
+        trained_round=0,
         data=Data(StageId(stage.round, "data"), FILES[stage.name]),
         sampling=SampleConfig(samples_per_prompt=GROUP, max_tokens=config.data.completion_tokens),
         groups=units(config, stage.name) // GROUP,

@@ -68,7 +68,7 @@ def _run(job: Job, task: TrainTask, shard: Shard, leaving: Any) -> TrainRun:
     )  # fmt: skip
     # one process does all, without ranks to share an optimizer step with
     task = replace(task, settings=task.settings.model_copy(update={"gradient_accumulation_steps": 1}))
-    start = weights_of(job.ws, task.role, task.trained_rounds)
+    start = weights_of(job.ws, task.role, task.trained_round)
     return TrainRun(job, task, World(), leaving, start, places, shard.progress, shard.still_ours)
 
 

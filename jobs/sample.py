@@ -1,55 +1,39 @@
-"""Job body of the sample stage: completions of each prompt of the round, from the speaker after the last round."""
+"""Job body of a stage that samples: completions of each prompt of the round, as the recipe's `sampling` says."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from hpc_rl import recipes
 from hpc_rl.cluster.failures import EXIT_BLOCKED, EXIT_NEVER_FITS, EXIT_OUT_OF_TIME
 from hpc_rl.cluster.walltime import Deadline
-from hpc_rl.config.lewis import LewisConfig
-from hpc_rl.config.modeling import SpeakerConfig
-from hpc_rl.config.phases import SampleConfig
 from hpc_rl.orchestrate.job import Job, open_job
 from hpc_rl.run import manifest
+from hpc_rl.sampling.source import SampleTask
+from hpc_rl.training.task import find
 
 if TYPE_CHECKING:
     from hpc_rl.engines.described import DescribedEngine
-    from hpc_rl.engines.weights import Weights
-    from hpc_rl.sampling.source import Source
 
 log = logging.getLogger("hpc_rl")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m jobs.sample --workspace W --round R`"""
+    """`python -m jobs.sample --workspace W --round R`; `--stage` where the recipe calls it something else."""
     job = open_job("sample", argv)
-    from hpc_rl.engines.weights import speaker_weights
-
-    config = job.config
-    assert isinstance(config, LewisConfig)
-    weights = speaker_weights(job.ws, config, job.round - 1)
-    return sample(job, config.speaker, config.sample, weights, lambda: lewis_source(job, config))
+    return sample(job, recipes.load(job.config.recipe).sampling(job.config, job.stage.id))
 
 
-def sample(
-    job: Job, speaker: SpeakerConfig, options: SampleConfig, weights: Weights, source: Callable[[], Source]
-) -> int:
+def sample(job: Job, task: SampleTask) -> int:
     """Sample shards of the stage until there are none to be had; the exit code.
 
-    Parameters
-    ----------
-    speaker, weights
-        The model that samples.
-    options
-        How.
-    source
-        What is asked, and what counts. Made before the engine is started, and all its prompts and its stops are checked
-        then, so that what is wrong with them is said first; `sample.long_prompts` says what becomes of long ones.
+    The source is made before the engine is started, and all its prompts and its stops are checked then, so that what is
+    wrong with them is said first; `sample.long_prompts` says what becomes of long ones.
 
     Returns
     -------
@@ -67,6 +51,7 @@ def sample(
     from hpc_rl.engines.gpus import check_gpus
     from hpc_rl.engines.memory import notches_of, note_notches
     from hpc_rl.engines.pool_opening import open_engines
+    from hpc_rl.engines.weights import weights_of
     from hpc_rl.sampling.at_work import Origin
     from hpc_rl.sampling.checked import check_source
     from hpc_rl.sampling.pace import NeverFits
@@ -74,18 +59,21 @@ def sample(
     from hpc_rl.sampling.stream import Ending, Stream
 
     check_gpus(job.config, job.stage.name)
+    model, options = task.role.model, task.options
+    weights = weights_of(job.ws, task.role, task.trained_round)
     made_from: dict[str, Any] = {"temperature": options.temperature}
     # the engine is closed last: that may take seconds, and others wait for the shards that are given back
     with ExitStack() as engines, job.claims() as claims, ExitStack() as stack:
-        task = stack.enter_context(Recorder(job.folder, claims.token, job.config.stage(job.stage.name).gpus_per_node))
+        gpus = job.config.stage(job.stage.name).gpus_per_node
+        recorder = stack.enter_context(Recorder(job.folder, claims.token, gpus))
 
         def opened(engine: DescribedEngine) -> None:
-            task.opened(engine.description, engine.loading)
+            recorder.opened(engine.description, engine.loading)
             note_notches(job.ws, job.round, job.stage.name, engine.description)
 
         def start_engine() -> DescribedEngine:
             notches = notches_of(job.ws, job.round, job.stage.name)
-            engine = open_engines(EngineSpec(options.engine, speaker, options, weights, job.ws.compile_cache, notches))
+            engine = open_engines(EngineSpec(options.engine, model, options, weights, job.ws.compile_cache, notches))
             engines.callback(engine.close)
             opened(engine)
             stack.callback(opened, engine)  # workers may have been replaced
@@ -96,9 +84,9 @@ def sample(
         stream = Stream(
             claims,
             start_engine,
-            check_source(source(), job.stage.shards, weights.base, speaker, options),
+            check_source(find(task.source)(job), job.stage.shards, weights.base, model, options),
             Origin(job.config.run.seed, job.round, weights.hash, claims.token, made_from),
-            task,
+            recorder,
             deadline=Deadline.of(os.environ),
             linger_s=job.config.run.linger_s,
             speculate=options.speculate,
@@ -117,21 +105,6 @@ def sample(
     if ending is Ending.OUT_OF_TIME:
         return EXIT_OUT_OF_TIME
     return EXIT_BLOCKED if ending is Ending.OTHERS and job.stage.shards == 1 else 0
-
-
-def lewis_source(job: Job, config: LewisConfig) -> Source:
-    """The prompts of a round of the Lewis game."""
-    from hpc_rl.data.lewis import image_root, read_rows, rows_of_round
-    from hpc_rl.sampling.lewis import LewisSource
-
-    (dataset,) = job.inputs(0, "dataset")
-    rows = rows_of_round(
-        read_rows(dataset.path("train.parquet")),
-        job.round,
-        prompts_per_round=config.sample.prompts_per_round,
-        seed=config.run.seed,
-    )
-    return LewisSource(config.sample, rows, job.round, image_root(job.ws, config.data.image_root))
 
 
 if __name__ == "__main__":

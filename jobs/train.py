@@ -89,7 +89,7 @@ def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, lea
 
     _set_up_wandb(job, world.is_main)
     roles = [task.role, *([task.second] if task.second else [])]
-    starts = broadcast_object([weights_of(job.ws, r, task.trained_rounds) for r in roles] if world.is_main else None)
+    starts = broadcast_object([weights_of(job.ws, r, task.trained_round) for r in roles] if world.is_main else None)
     assert starts is not None
     weights = starts[0]
     places = _places(job, task, shard, token, world.rank)

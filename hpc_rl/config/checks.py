@@ -14,17 +14,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from hpc_rl.config.check_images import check_images
 from hpc_rl.config.check_storage import check_storage
 from hpc_rl.config.errors import Problem
-from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.config.modeling import ModelConfig
 from hpc_rl.config.schema import Config
+from hpc_rl.config.training import TrainConfig
 
 
 def check(config: Config, places: Mapping[str, str] = MappingProxyType({})) -> list[Problem]:
     """Everything about the file system that would stop the run, all at once; an empty list when it may start.
 
-    The workspace is checked for every recipe, the inputs for the shipped ones. Nothing is created or changed.
+    What only the recipe knows of is its `Config.file_problems`. Nothing is created or changed.
 
     Parameters
     ----------
@@ -36,9 +36,13 @@ def check(config: Config, places: Mapping[str, str] = MappingProxyType({})) -> l
     executor = config.cluster.executor
     if executor == "auto":
         executor = "slurm" if shutil.which("sbatch") else "local"
-    problems = [*check_storage(config, executor), *_check_services(config)]
-    if isinstance(config, LewisConfig):
-        problems += _check_lewis(config)
+    problems = [
+        *check_storage(config, executor),
+        *_check_services(config),
+        *_check_models(config),
+        *_check_trainings(config),
+        *config.file_problems(),
+    ]
     return [replace(problem, where=places.get(problem.field, "")) for problem in problems]
 
 
@@ -50,15 +54,23 @@ def _check_services(config: Config) -> Iterator[Problem]:
             yield from check_model(f"services.{name}.model", Path(options.model))
 
 
-def _check_lewis(config: LewisConfig) -> Iterator[Problem]:
-    yield from check_model("speaker.path", Path(config.speaker.path))
-    if config.services.listener.client.url is None:
-        yield from check_model("listener.path", Path(config.listener.path))
-    if config.data.embedding.path is not None:
-        yield from check_model("data.embedding.path", Path(config.data.embedding.path))
-    yield from check_images(config.data)
-    if config.train.deepspeed is not None:
-        yield from check_deepspeed(config.train.deepspeed, config.speaker.dtype)
+def _check_models(config: Config) -> Iterator[Problem]:
+    """The models of the config's own sections; services bring theirs."""
+    for name in type(config).model_fields:
+        section = getattr(config, name)
+        if isinstance(section, ModelConfig) and name not in config.models_elsewhere():
+            yield from check_model(f"{name}.path", Path(section.path))
+
+
+def _check_trainings(config: Config) -> Iterator[Problem]:
+    """DeepSpeed's JSON of each training."""
+    for stage, fields in config.train_sections.items():
+        model: ModelConfig | None = getattr(config, config.trained_models.get(stage, ""), None)
+        for field in fields:
+            settings: TrainConfig = getattr(config, field)
+            if model is not None and settings.deepspeed is not None:
+                name = config.trained_models[stage]
+                yield from check_deepspeed(settings.deepspeed, model.dtype, section=field, model=name)
 
 
 def check_model(field: str, path: Path) -> Iterator[Problem]:
@@ -85,24 +97,24 @@ def check_model(field: str, path: Path) -> Iterator[Problem]:
 
 
 AUTO_IN_DEEPSPEED: dict[str, str] = {
-    "train_batch_size": "train.per_device_batch_size × train.gradient_accumulation_steps × ranks",
-    "train_micro_batch_size_per_gpu": "train.per_device_batch_size",
-    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
-    "gradient_clipping": "train.max_grad_norm",
-    "optimizer.params.lr": "train.learning_rate",
-    "optimizer.params.betas": "train.adam_betas",
-    "optimizer.params.weight_decay": "train.weight_decay",
-    "scheduler.params.warmup_min_lr": "train.lr_scheduler",
-    "scheduler.params.warmup_max_lr": "train.learning_rate",
-    "scheduler.params.warmup_num_steps": "train.warmup_steps",
-    "scheduler.params.total_num_steps": "train.lr_scheduler",
+    "train_batch_size": "per_device_batch_size × gradient_accumulation_steps × ranks",
+    "train_micro_batch_size_per_gpu": "per_device_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.betas": "adam_betas",
+    "optimizer.params.weight_decay": "weight_decay",
+    "scheduler.params.warmup_min_lr": "lr_scheduler",
+    "scheduler.params.warmup_max_lr": "learning_rate",
+    "scheduler.params.warmup_num_steps": "warmup_steps",
+    "scheduler.params.total_num_steps": "lr_scheduler",
 }
 """Keys of a DeepSpeed JSON that must be absent or "auto", and the field that has the value (L18: in one place only)."""
 
 
-def check_deepspeed(path: Path, dtype: str) -> Iterator[Problem]:
-    """A DeepSpeed JSON that leaves learning rate, batch and number type to the config."""
-    field = "train.deepspeed"
+def check_deepspeed(path: Path, dtype: str, section: str = "train", model: str = "speaker") -> Iterator[Problem]:
+    """A DeepSpeed JSON that leaves learning rate, batch and number type to the config's sections."""
+    field = f"{section}.deepspeed"
     shipped = "zero2.json, zero2_offload.json, zero3.json, zero3_offload.json in configs/deepspeed"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -119,12 +131,12 @@ def check_deepspeed(path: Path, dtype: str) -> Iterator[Problem]:
     for key, owner in AUTO_IN_DEEPSPEED.items():
         value = _at(data, key)
         if value not in (None, "auto"):
-            way_out = f'write "auto" there, and the value to {owner}'
+            way_out = f'write "auto" there, and the value to {section}.{owner}'
             yield Problem(field, f"{path} sets {key} to {json.dumps(value)}", '"auto" or nothing', way_out)
     for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
         enabled = _at(data, f"{key}.enabled")
         if isinstance(enabled, bool) and enabled != (dtype == name):
-            what = f"{path} sets {key}.enabled to {json.dumps(enabled)}, but speaker.dtype is {dtype}"
+            what = f"{path} sets {key}.enabled to {json.dumps(enabled)}, but {model}.dtype is {dtype}"
             yield Problem(field, what, '"auto"', 'write "auto" there: the config decides')
     stage = _at(data, "zero_optimization.stage")
     if stage not in (None, 0, 1, 2, 3):

@@ -68,7 +68,8 @@ def identity(config: Config) -> dict[str, Any]:
 
 def circumstances(kind: type[Config]) -> list[str]:
     """Fields, or sections, that are no part of the experiment; of a kind of config."""
-    return [*CIRCUMSTANCES, *(f"{field}.{name}" for field in kind.train_sections.values() for name in OF_TRAINING)]
+    trainings = [field for fields in kind.train_sections.values() for field in fields]
+    return [*CIRCUMSTANCES, *(f"{field}.{name}" for field in trainings for name in OF_TRAINING)]
 
 
 def config_hash(config: Config) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from hpc_rl.config.base import Fault, FilePath, Fraction, ModelPath, NonNegativeFloat, PositiveInt, Section
-from hpc_rl.config.gpu_shares import GpuShareError, count, share_gpus
+from hpc_rl.config.errors import Problem
 from hpc_rl.config.modeling import ListenerConfig, SpeakerConfig
 from hpc_rl.config.phases import EvaluateConfig, SampleConfig
-from hpc_rl.config.schema import Config
+from hpc_rl.config.sampling_recipe import SamplingRecipeConfig
 from hpc_rl.config.training import GrpoTrainConfig
 
 SPEAKER_PROBLEM = (
@@ -129,16 +130,17 @@ class RewardsConfig(Section):
             yield Fault((), "all weights are 0, so there is nothing to learn", "at least one weight above 0")
 
 
-class LewisConfig(Config):
+class LewisConfig(SamplingRecipeConfig):
     """The whole tree of `configs/lewis.yaml`."""
 
     stage_names: ClassVar[tuple[str, ...] | None] = (
         "prepare", "dataset", "sample", "grade", "reference", "train", "evaluate", "advance",
         "grade.listener", "train.listener", "evaluate.listener",
     )  # fmt: skip
-    array_stages: ClassVar[frozenset[str]] = frozenset({"prepare", "sample", "grade", "reference"})
+    array_stages: ClassVar[frozenset[str] | None] = frozenset({"prepare", "sample", "grade", "reference"})
     stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"advance": {"time_min": 15}}
-    train_sections: ClassVar[Mapping[str, str]] = {"train": "train"}
+    train_sections: ClassVar[Mapping[str, tuple[str, ...]]] = {"train": ("train",)}
+    trained_models: ClassVar[Mapping[str, str]] = {"train": "speaker"}
 
     speaker: SpeakerConfig
     """The model that is trained."""
@@ -161,25 +163,28 @@ class LewisConfig(Config):
         world = self.stages["train"].world_size
         return self.train.per_device_batch_size * self.train.gradient_accumulation_steps * world
 
+    def models_elsewhere(self) -> Collection[str]:
+        """The listener where somebody else serves it."""
+        return () if self.services.listener.client.url is None else ("listener",)
+
+    def file_problems(self) -> Iterator[Problem]:
+        """The images, and the model that measures how alike they are."""
+        from hpc_rl.config.check_images import check_images
+        from hpc_rl.config.checks import check_model
+
+        if self.data.embedding.path is not None:
+            yield from check_model("data.embedding.path", Path(self.data.embedding.path))
+        yield from check_images(self.data)
+
     def faults(self) -> Iterator[Fault]:
-        """Stages in shapes that they cannot have; engines without GPUs; training batches that cut a group in two.
+        """Training batches that cut a group in two; prompts that cannot be cut.
 
         The advantage is relative to the group, so a training batch must hold whole groups (TRL checks the same, later).
         """
         yield from super().faults()
-        for name, stage in self.stages.items():
-            if stage.world_size > 1 and name not in self.train_sections:
-                what = f"{stage.nodes} nodes × {stage.ranks} ranks; only train runs on several"
-                way_out = "nodes: 1 and ranks_per_node: 1; more tasks where the stage is an array"
-                if name == "sample":
-                    way_out += "; an engine on each GPU of a task: ranks_per_node: 1 and sample.data_parallel_size"
-                yield Fault(("stages", name), what, "one process per job", way_out)
-            if stage.tasks > 1 and "." not in name and name not in self.array_stages:
-                yield Fault(("stages", name, "tasks"), f"{stage.tasks}, but {name} is one job", "1")
         if self.sample.long_prompts == "truncate_left":
             what = "truncate_left, but every prompt of this game has a picture, and those cannot be cut"
             yield Fault(("sample", "long_prompts"), what, "error or drop", "or lower speaker.max_pixels")
-        yield from self._gpu_faults()
         group = self.sample.samples_per_prompt
         if self.train_batch_size % group:
             what = (
@@ -187,49 +192,3 @@ class LewisConfig(Config):
                 f"train.gradient_accumulation_steps × ranks of stages.train) cuts groups of {group} in two"
             )
             yield Fault(("train", "gradient_accumulation_steps"), what, f"a batch that is a multiple of {group}")
-
-    def notes(self) -> Iterator[str]:
-        """GPUs of a sampling task that work as one because no field says otherwise."""
-        sample, of_task = self.sample, self.stages["sample"].gpus_per_node
-        given = of_task if sample.gpu_ids is None else len(sample.gpu_ids)
-        each = given // sample.data_parallel_size
-        if of_task and each > 1 and sample.tensor_parallel_size is None:
-            engines = "one engine" if sample.data_parallel_size == 1 else f"{sample.data_parallel_size} engines"
-            yield (
-                f"stages.sample: {engines} on {count(each)}{' each' * (sample.data_parallel_size > 1)}, as "
-                f"sample.tensor_parallel_size is null. For an engine on each GPU: sample.data_parallel_size = {given}"
-            )
-
-    def _gpu_faults(self) -> Iterator[Fault]:
-        """Engines that ask for other GPUs than their stage has; a stage without GPUs takes whatever it finds."""
-        sample, engine = self.sample, self.evaluate.engine or self.sample.engine
-        of_sample, of_evaluate = (self.stages[name].gpus_per_node for name in ("sample", "evaluate"))
-        each = sample.tensor_parallel_size
-        if of_sample:
-            try:
-                shares = share_gpus(
-                    [str(gpu) for gpu in range(of_sample)], sample.data_parallel_size, sample.gpu_ids, each
-                )
-            except GpuShareError as error:
-                yield Fault(("sample", error.field), error.what, way_out=error.way_out)
-            else:
-                yield from self._idle_gpus(of_sample, shares)
-        if of_evaluate and engine != "transformers" and each is not None and each > of_evaluate:
-            yield Fault(
-                ("stages", "evaluate", "gpus_per_node"),
-                f"{of_evaluate}, but its engine takes sample.tensor_parallel_size = {each}",
-                f"at least {each}",
-                "raise it, or set sample.tensor_parallel_size to null: all GPUs of a stage, shared among its engines",
-            )
-
-    def _idle_gpus(self, of_sample: int, shares: Sequence[Sequence[str]]) -> Iterator[Fault]:
-        """GPUs of a sampling task that would be paid for and not used, unless `gpu_ids` says so."""
-        sample = self.sample
-        most = 1 if sample.engine == "transformers" else sample.tensor_parallel_size or len(shares[0])
-        given = of_sample if sample.gpu_ids is None else len(sample.gpu_ids)
-        if len(shares) * most < given:
-            engines = f"{len(shares)} engine{'s' * (len(shares) > 1)}"
-            of = " (transformers uses one each)" if sample.engine == "transformers" else ""
-            what = f"{engines} of {count(most)}{of} leave {given - len(shares) * most} of the task's {given} idle"
-            way_out = "raise it, lower stages.sample.gpus_per_node, or name the GPUs to use in sample.gpu_ids"
-            yield Fault(("sample", "data_parallel_size"), what, f"{given // most}", way_out)

@@ -38,6 +38,11 @@ class ModelConfig(Section):
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention code. auto: flash_attention_2 where it is installed, else sdpa, and the log says which (L19)."""
 
+    @property
+    def pixels(self) -> tuple[int | None, int | None]:
+        """Fewest and most pixels of an image; None of a model that sees none."""
+        return None, None
+
 
 class TrainedModelConfig(ModelConfig):
     """A language model that is trained."""
@@ -53,6 +58,11 @@ class VisionModelConfig(ModelConfig):
     """Smaller images are scaled up to this many pixels; the same in every phase (L19)."""
     max_pixels: PositiveInt = 401408
     """Larger images are scaled down to this many pixels; the same in every phase (L19)."""
+
+    @property
+    def pixels(self) -> tuple[int | None, int | None]:
+        """See `ModelConfig.pixels`."""
+        return self.min_pixels, self.max_pixels
 
     def faults(self) -> Iterator[Fault]:
         """Pixel limits that exclude each other."""

@@ -26,24 +26,14 @@ _NODE_PATH = re.compile(r"(/|~/|\$\w+|\$\{\w+\})([^$]|\$\w+|\$\{\w+\})*")
 """What `hpc_rl.engines.node_disk` resolves to an absolute path. `${NAME:-default}` is the shell's, not the node's."""
 
 
-class SampleConfig(Section):
-    """Sampling completions (B prompts, G samples of each)."""
+class SamplingConfig(Section):
+    """How an engine samples completions, G of each prompt; a recipe adds what it samples."""
 
     engine: Engine = "vllm"
     """What generates. auto: vllm; transformers where vLLM is not installed or does not know the model's architecture,
     and in no other case (V6). Log, manifests and report say which it was."""
-    prompts_per_round: PositiveInt = 128
-    """Prompts (B) of a round; rounds go through the training rows epoch by epoch in a seeded order."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 4
     """Completions (G) of each prompt: the group that the advantage is relative to (L15)."""
-    accept: Literal["all", "well_formed"] = "all"
-    """Which completions count towards `samples_per_prompt`. well_formed: those with all tags in order (L8); for each of
-    the others one more is drawn with a new seed (V2, V3), and neither graded nor trained on."""
-    max_tries_per_task: PositiveInt | None = None
-    """Most completions drawn for one prompt (V2), with `accept: well_formed`. null = 4 × samples_per_prompt."""
-    shard_size: PositiveInt = 16
-    """Prompts of one shard, which is published at once. A task is at as many as fill its engine, and one more: that is
-    what a lost task costs. Use more shards than array tasks."""
     temperature: PositiveFloat = 1.0
     """Softmax temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -101,18 +91,12 @@ class SampleConfig(Section):
         return min(USUAL_LEAST_SHARE, self.gpu_memory_utilization) if least is None else least
 
     def faults(self) -> Iterator[Fault]:
-        """Truncated sampling; lengths without room for a prompt; GPUs that cannot be shared out; too few tries."""
+        """Truncated sampling; lengths without room for a prompt; GPUs that cannot be shared out."""
         if self.top_p != 1.0:
             yield Fault(("top_p",), f"{self.top_p} cuts the distribution, which biases the importance ratio", "1.0")
         if self.max_model_len is not None and self.max_model_len <= self.max_tokens:
             what = f"{self.max_model_len} leaves no room for a prompt beside max_tokens = {self.max_tokens}"
             yield Fault(("max_model_len",), what, "more than max_tokens, or null")
-        if self.max_tries_per_task is not None and self.accept == "all":
-            what = f"{self.max_tries_per_task}, but with accept: all every completion counts, so none is drawn again"
-            yield Fault(("max_tries_per_task",), what, "null", "set it to null, or accept to well_formed")
-        elif self.max_tries_per_task is not None and self.max_tries_per_task < self.samples_per_prompt:
-            what = f"{self.max_tries_per_task} for samples_per_prompt = {self.samples_per_prompt}"
-            yield Fault(("max_tries_per_task",), what, f"at least {self.samples_per_prompt}, or null")
         if self.least_gpu_memory_utilization > self.gpu_memory_utilization:
             what = f"{self.min_gpu_memory_utilization} is above gpu_memory_utilization"
             yield Fault(("min_gpu_memory_utilization",), what, f"at most {self.gpu_memory_utilization}, or null")
@@ -129,6 +113,31 @@ class SampleConfig(Section):
             elif not self.gpu_ids or uneven:
                 what = f"{len(self.gpu_ids)} GPUs for data_parallel_size = {engines} engines"
                 yield Fault(("gpu_ids",), what, "data_parallel_size × tensor_parallel_size GPUs, or null")
+
+
+class SampleConfig(SamplingConfig):
+    """Sampling the prompts of a round (B prompts, G samples of each)."""
+
+    prompts_per_round: PositiveInt = 128
+    """Prompts (B) of a round; rounds go through the training rows epoch by epoch in a seeded order."""
+    accept: Literal["all", "well_formed"] = "all"
+    """Which completions count towards `samples_per_prompt`. well_formed: those with all tags in order (L8); for each of
+    the others one more is drawn with a new seed (V2, V3), and neither graded nor trained on."""
+    max_tries_per_task: PositiveInt | None = None
+    """Most completions drawn for one prompt (V2), with `accept: well_formed`. null = 4 × samples_per_prompt."""
+    shard_size: PositiveInt = 16
+    """Prompts of one shard, which is published at once. A task is at as many as fill its engine, and one more: that is
+    what a lost task costs. Use more shards than array tasks."""
+
+    def faults(self) -> Iterator[Fault]:
+        """Too few tries."""
+        yield from super().faults()
+        if self.max_tries_per_task is not None and self.accept == "all":
+            what = f"{self.max_tries_per_task}, but with accept: all every completion counts, so none is drawn again"
+            yield Fault(("max_tries_per_task",), what, "null", "set it to null, or accept to well_formed")
+        elif self.max_tries_per_task is not None and self.max_tries_per_task < self.samples_per_prompt:
+            what = f"{self.max_tries_per_task} for samples_per_prompt = {self.samples_per_prompt}"
+            yield Fault(("max_tries_per_task",), what, f"at least {self.samples_per_prompt}, or null")
 
 
 class EvaluateConfig(Section):

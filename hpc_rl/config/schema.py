@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -21,6 +21,7 @@ from hpc_rl.config.base import (
     Section,
     raise_faults,
 )
+from hpc_rl.config.errors import Problem
 from hpc_rl.config.services import ServicesConfig
 
 SIGNAL_EARLY_S = 60
@@ -200,8 +201,13 @@ class Config(Section):
     """Names that `stages` may have; None = any."""
     stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """What stages have instead of `StageConfig`'s defaults."""
-    train_sections: ClassVar[Mapping[str, str]] = {}
-    """Stages that train, by name, and the field with the `TrainConfig` of each; only these run on several nodes."""
+    array_stages: ClassVar[frozenset[str] | None] = None
+    """Stages whose shards several tasks may share; None = any."""
+    train_sections: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Stages that train, by name, and the fields with a `TrainConfig` of each, one for each way that it may train; only
+    these stages run on several nodes."""
+    trained_models: ClassVar[Mapping[str, str]] = {}
+    """The field with the model that each of these stages trains."""
 
     recipe: str = "lewis"
     """The recipe: a module of `hpc_rl.recipes`, or the dotted path of one of your own."""
@@ -233,6 +239,14 @@ class Config(Section):
             inherited[key] = getattr(site, key) if value is None else None if value == "" else value
         merged = {"env": {**site.env, **own.env}, "sbatch": {**site.sbatch, **own.sbatch}}
         return own.model_copy(update=inherited | merged)
+
+    def models_elsewhere(self) -> Collection[str]:
+        """Fields with a model that this run does not load, because somebody else serves it."""
+        return ()
+
+    def file_problems(self) -> Iterator[Problem]:
+        """What stands in the way in files that only the recipe knows of; looked at before anything is submitted."""
+        yield from ()
 
     def notes(self) -> Iterator[str]:
         """What is no fault, and yet may not be what was meant; `launch` says it."""
@@ -269,7 +283,7 @@ class Config(Section):
         return {**data, "stages": filled}
 
     def faults(self) -> Iterator[Fault]:
-        """Time limits that the signal would eat up; heterogeneous jobs that Slurm does not have.
+        """Time limits that the signal would eat up; stages in shapes that they, or Slurm's jobs, cannot have.
 
         The signal must come when the work has long begun: with a limit near the delay, submitit's signal came before
         Python had a handler for it and killed healthy jobs.
@@ -287,6 +301,21 @@ class Config(Section):
                     f"raise time_min, or lower {field}.signal_delay_s",
                 )
         yield from self.services.placement_faults(self.stages)
+        if self.stage_names is not None:
+            yield from self._shape_faults()
+
+    def _shape_faults(self) -> Iterator[Fault]:
+        """Ranks of a stage that does not train; tasks of one that is a single job."""
+        trained, arrays = ", ".join(self.train_sections), self.array_stages
+        for name, stage in self.stages.items():
+            if stage.world_size > 1 and name not in self.train_sections:
+                what = f"{stage.nodes} nodes × {stage.ranks} ranks; only {trained or 'a training'} runs on several"
+                way_out = "nodes: 1 and ranks_per_node: 1; more tasks where the stage is an array"
+                if stage.ranks > 1 and "." not in name:
+                    way_out += "; an engine on each GPU of a task: ranks_per_node: 1 and sample.data_parallel_size"
+                yield Fault(("stages", name), what, "one process per job", way_out)
+            if arrays is not None and stage.tasks > 1 and "." not in name and name not in arrays:
+                yield Fault(("stages", name, "tasks"), f"{stage.tasks}, but {name} is one job", "1")
 
 
 _SET_ELSEWHERE = frozenset({

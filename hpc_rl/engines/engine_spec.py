@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hpc_rl.config.modeling import SpeakerConfig
-from hpc_rl.config.phases import SampleConfig
+from hpc_rl.config.modeling import ModelConfig
+from hpc_rl.config.phases import SamplingConfig
 from hpc_rl.engines.weights import Weights
 
 Kind = Literal["vllm", "transformers", "auto"]
@@ -25,12 +25,12 @@ class EngineSpec:
     kind
         `sample.engine` or `evaluate.engine`. auto: vllm; transformers where vLLM is not installed or does not know the
         model's architecture, and in no other case.
-    speaker
-        The model's number type, attention and pixel limits, and where training started.
+    model
+        Its number type, attention and pixel limits, and where training started.
     sample
         How it samples: memory, GPUs, caches, staging.
     weights
-        The weights (`hpc_rl.engines.weights.speaker_weights`).
+        The weights (`hpc_rl.engines.weights.weights_of`).
     cache_dir
         Where to keep what the engine compiles (`Workspace.compile_cache`); None = nowhere.
     notches
@@ -38,8 +38,8 @@ class EngineSpec:
     """
 
     kind: Kind
-    speaker: SpeakerConfig
-    sample: SampleConfig
+    model: ModelConfig
+    sample: SamplingConfig
     weights: Weights
     cache_dir: Path | None = None
     notches: int = 0

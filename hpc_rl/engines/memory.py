@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hpc_rl.cluster.entry import MEMORY, STARTED, EndRecord
-from hpc_rl.config.phases import SampleConfig
+from hpc_rl.config.phases import SamplingConfig
 from hpc_rl.run import atomic
 from hpc_rl.run.ledger import Ledger
 from hpc_rl.run.workspace import Workspace
@@ -86,7 +86,7 @@ class MemoryPlan:
 
 
 def plan(
-    sample: SampleConfig, notches: int, engine: str = "vllm", *, memory_gib: float, least_kv_gib: float = 0.0
+    sample: SamplingConfig, notches: int, engine: str = "vllm", *, memory_gib: float, least_kv_gib: float = 0.0
 ) -> MemoryPlan:
     """What to take after running out of memory `notches` times.
 
@@ -113,7 +113,7 @@ def plan(
     )
 
 
-def most_notches(sample: SampleConfig, engine: str, has_gpus: bool) -> int:
+def most_notches(sample: SamplingConfig, engine: str, has_gpus: bool) -> int:
     """After how many notches nothing gets lower any more; 0 where nothing can.
 
     Parameters
@@ -203,7 +203,7 @@ def _memory_records(folder: Path) -> list[str]:
     return [name for name in names if name.endswith(f"{MEMORY}.json") and not name.startswith(".")]
 
 
-def tell(plan: MemoryPlan, sample: SampleConfig, lowered: Iterable[str]) -> None:
+def tell(plan: MemoryPlan, sample: SamplingConfig, lowered: Iterable[str]) -> None:
     """Say aloud which fields of the config were lowered, with the old and the new numbers (V5)."""
     if plan.notches:
         changes = (f"{name} {getattr(plan, name)} instead of {getattr(sample, name) or 'null'}" for name in lowered)

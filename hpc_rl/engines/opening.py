@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 
 from hpc_rl.cluster.failures import has_no_room_for_cache
-from hpc_rl.config.phases import SampleConfig
+from hpc_rl.config.phases import SamplingConfig
 from hpc_rl.engines import compile_cache as caches
 from hpc_rl.engines import memory
 from hpc_rl.engines.base import Engine
@@ -45,7 +45,7 @@ class EngineCoreFailed(RuntimeError):
 
 
 def open_engine(spec: EngineSpec) -> OpenedEngine:
-    """An engine in this process, with the speaker's weights in it.
+    """An engine in this process, with a role's weights in it.
 
     Raises
     ------
@@ -72,12 +72,12 @@ class _Opening:
     description: dict[str, object] = field(default_factory=dict)
 
     @property
-    def sample(self) -> SampleConfig:
+    def sample(self) -> SamplingConfig:
         return self.spec.sample
 
     def open(self) -> OpenedEngine:
         """The engine that is asked for."""
-        asked, weights, speaker = self.spec.kind, self.spec.weights, self.spec.speaker
+        asked, weights, model = self.spec.kind, self.spec.weights, self.spec.model
         with self._timed("import"):
             from hpc_rl.engines.vllm_start import VllmMissing, check_installed
 
@@ -94,8 +94,8 @@ class _Opening:
             weights.base,
             weights.adapter,
             self.sample,
-            speaker.dtype,
-            trained=weights.base != str(speaker.path),
+            model.dtype,
+            trained=weights.base != str(model.path),
             merges=merges,
             lent=self.lent,
         )
@@ -143,11 +143,11 @@ class _Opening:
             engine = VllmEngine(
                 placed.base if slot is None else slot.stable_path(placed.base),
                 placed.adapter,
-                adapter_name=f"speaker-{self.spec.weights.hash[:16]}",
+                adapter_name=f"adapter-{self.spec.weights.hash[:16]}",
                 adapter_rank=0 if placed.adapter is None else lora_rank(placed.adapter),
-                dtype=self.spec.speaker.dtype,
-                min_pixels=self.spec.speaker.min_pixels,
-                max_pixels=self.spec.speaker.max_pixels,
+                dtype=self.spec.model.dtype,
+                min_pixels=self.spec.model.pixels[0],
+                max_pixels=self.spec.model.pixels[1],
                 max_model_len=self.sample.max_model_len,
                 gpu_memory_utilization=plan.gpu_memory_utilization,
                 batch_invariant=self.sample.batch_invariant,
@@ -182,10 +182,10 @@ class _Opening:
                 placed.base,
                 placed.adapter,
                 merge=self.sample.merge_adapter,
-                dtype=self.spec.speaker.dtype,
-                attention=self.spec.speaker.attn_implementation,
-                min_pixels=self.spec.speaker.min_pixels,
-                max_pixels=self.spec.speaker.max_pixels,
+                dtype=self.spec.model.dtype,
+                attention=self.spec.model.attn_implementation,
+                min_pixels=self.spec.model.pixels[0],
+                max_pixels=self.spec.model.pixels[1],
                 max_model_len=self.sample.max_model_len,
                 max_num_seqs=plan.max_num_seqs,
             )
@@ -213,7 +213,7 @@ class _Opening:
         """The memory to take; what differs from the config is said aloud."""
         least = 0.0
         if self.spec.notches and "cpu_kv_cache_gib" in lowered:
-            least = memory.kv_gib_of_longest(self.spec.weights.base, self.spec.speaker.dtype, self.sample.max_model_len)
+            least = memory.kv_gib_of_longest(self.spec.weights.base, self.spec.model.dtype, self.sample.max_model_len)
         plan = memory.plan(self.sample, self.spec.notches, engine, memory_gib=memory.memory_gib(), least_kv_gib=least)
         memory.tell(plan, self.sample, lowered)
         self.description["notches"] = plan.notches

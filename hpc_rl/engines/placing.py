@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpc_rl.config.phases import SampleConfig
+from hpc_rl.config.phases import SamplingConfig
 from hpc_rl.engines.node_disk import NETWORK, NoNodeFolder, node_folder
 from hpc_rl.engines.staging import Staging
 
@@ -40,7 +40,7 @@ class Placed:
 def place_weights(
     base: str,
     adapter: Path | None,
-    sample: SampleConfig,
+    sample: SamplingConfig,
     dtype: str,
     *,
     trained: bool,

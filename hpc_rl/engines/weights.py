@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.config.modeling import TrainedModelConfig
 from hpc_rl.engines.model_files import check_unchanged, identity, model_files
 from hpc_rl.run import atomic, manifest
@@ -52,11 +51,6 @@ def weights_of(ws: Workspace, role: Role, round: int) -> Weights:
     digest = str(made.made_from.get(f"weights_out_{role.name}", made.made_from["weights_out"]))
     has_adapter = ws.relative(folder / "adapter_config.json") in {output.path for output in made.outputs}
     return Weights(base, folder, digest) if has_adapter else Weights(str(folder), None, digest)
-
-
-def speaker_weights(ws: Workspace, config: LewisConfig, round: int) -> Weights:
-    """The speaker after `round` rounds."""
-    return weights_of(ws, Role("speaker", config.speaker), round)
 
 
 def noted_hash(folder: Path, notes: Path) -> str:

@@ -144,15 +144,18 @@ class Job:
                 time.sleep(claims.pause_s)
 
 
-def parse_arguments(default_stage: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments that every job body takes."""
+def parse_arguments(default_stage: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments that every job body takes; without a default the stage must be named."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m jobs.{default_stage}",
-        description=f"Job body of the stage {default_stage!r}: does one round's work in a workspace.",
+        prog="python -m jobs" if default_stage is None else None,
+        description="Does one round's work of a stage in a workspace.",
     )
     parser.add_argument("--workspace", required=True, type=Path, help="the run's folder, as made by hpc_rl.launch")
     parser.add_argument("--round", required=True, type=int, help="the round to work for, 0 is the preparation")
-    parser.add_argument("--stage", default=default_stage, help="the stage's name in the round (default: %(default)s)")
+    default = "" if default_stage is None else " (default: %(default)s)"
+    parser.add_argument(
+        "--stage", default=default_stage, required=default_stage is None, help=f"the stage's name in the round{default}"
+    )
     return parser.parse_args(argv)
 
 

@@ -11,6 +11,7 @@ from hpc_rl.config.schema import Config
 from hpc_rl.orchestrate.graph import Graph, Stage, StageId, build_graph
 
 if TYPE_CHECKING:
+    from hpc_rl.sampling.source import SampleTask
     from hpc_rl.training.task import TrainTask
 
 
@@ -19,6 +20,9 @@ class Recipe(Protocol):
 
     def stages(self, config: Config, round: int) -> Iterable[Stage]:
         """The stages of a round (0 is the preparation), each after what it needs."""
+
+    def sampling(self, config: Config, stage: StageId) -> SampleTask:
+        """What is sampled in a stage whose body is `jobs.sample`; for recipes that have one."""
 
     def training(self, config: Config, stage: StageId) -> TrainTask:
         """What is trained in a stage whose body is `jobs.train`; for recipes that have one."""

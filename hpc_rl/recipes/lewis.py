@@ -22,6 +22,7 @@ from hpc_rl.engines.memory import most_notches
 from hpc_rl.engines.weights import Role
 from hpc_rl.orchestrate.graph import Kind, Stage, StageId
 from hpc_rl.recipes import reference
+from hpc_rl.sampling.source import SampleTask
 from hpc_rl.training import memory
 from hpc_rl.training.task import Data, TrainTask
 
@@ -58,7 +59,7 @@ def stages(config: LewisConfig, round: int) -> Iterable[Stage]:
             sample, "jobs.sample", Kind.ARRAY, needs=(weights,), shards=shards, notches=_notches(config, sample)
         )
         grade = StageId(round, "grade")
-        yield from _with_listener(config, Stage(grade, "jobs.grade", Kind.ARRAY, needs=(sample,), shards=shards))
+        yield from _with_listener(config, Stage(grade, "jobs.lewis.grade", Kind.ARRAY, needs=(sample,), shards=shards))
         needs = (grade,)
         if config.train.reference_stage:
             yield reference.stage(grade, shards=shards, settings=config.train)
@@ -71,6 +72,11 @@ def stages(config: LewisConfig, round: int) -> Iterable[Stage]:
     yield from _with_listener(config, _evaluate(config, round, train.id))
 
 
+def sampling(config: LewisConfig, stage: StageId) -> SampleTask:
+    """Descriptions of the round's images."""
+    return SampleTask(Role("speaker", config.speaker), stage.round - 1, config.sample, "hpc_rl.sampling.lewis:source")
+
+
 def training(config: LewisConfig, stage: StageId) -> TrainTask:
     """GRPO of the speaker, on the round's graded samples or on what it draws while it trains."""
     live = config.train.rollouts == "live"
@@ -79,7 +85,7 @@ def training(config: LewisConfig, stage: StageId) -> TrainTask:
         settings=config.train,
         section="train",
         role=Role("speaker", config.speaker),
-        trained_rounds=stage.round - 1,
+        trained_round=stage.round - 1,
         data=None if live else Data(StageId(stage.round, "grade"), "graded.parquet"),
         reference=reference.output(stage.round) if config.train.reference_stage else None,
         sampling=config.sample,
@@ -94,20 +100,20 @@ def _preparation(config: LewisConfig) -> Iterable[Stage]:
     # without categories this is a plan for people (--dry-run on a machine that lacks the images), not one that is run
     categories = config.data.categories or ("unknown",)
     prepare, dataset = StageId(0, "prepare"), StageId(0, "dataset")
-    yield Stage(prepare, "jobs.prepare", Kind.ARRAY, shards=len(categories))
-    yield Stage(dataset, "jobs.dataset", Kind.SINGLE, needs=(prepare,))
+    yield Stage(prepare, "jobs.lewis.prepare", Kind.ARRAY, shards=len(categories))
+    yield Stage(dataset, "jobs.lewis.dataset", Kind.SINGLE, needs=(prepare,))
     yield from _with_listener(config, _evaluate(config, 0, dataset))
 
 
 def _evaluate(config: LewisConfig, round: int, after: StageId) -> Stage:
     evaluate = StageId(round, "evaluate")
-    return Stage(evaluate, "jobs.evaluate", Kind.SINGLE, needs=(after,), notches=_notches(config, evaluate))
+    return Stage(evaluate, "jobs.lewis.evaluate", Kind.SINGLE, needs=(after,), notches=_notches(config, evaluate))
 
 
 def _notches(config: LewisConfig, id: StageId) -> int:
     """How often a stage with an engine may take less memory; where it runs, it has GPUs or not."""
     stage = config.stages.get(id.name)
-    engine = (config.evaluate.engine if id.name == "evaluate" else None) or config.sample.engine
+    engine = config.evaluation_engine if id.name == "evaluate" else config.sample.engine
     return most_notches(config.sample, engine, has_gpus=bool(stage and stage.gpus_per_node))
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from hpc_rl.config.modeling import SpeakerConfig
-from hpc_rl.config.phases import SampleConfig
+from hpc_rl.config.modeling import ModelConfig
+from hpc_rl.config.phases import SamplingConfig
 from hpc_rl.engines.base import Completion, Prompt, Sampling
 from hpc_rl.sampling.prompts import CheckedPrompts, check_prompts
 from hpc_rl.sampling.rules import Outcome, Rule
@@ -15,7 +15,7 @@ from hpc_rl.sampling.tasks import Task
 
 
 def check_source(
-    source: Source, shards: int, model: str, speaker: SpeakerConfig, options: SampleConfig
+    source: Source, shards: int, folder: str, model: ModelConfig, options: SamplingConfig
 ) -> CheckedSource:
     """Check all prompts of a round, and its stops, before there is an engine.
 
@@ -27,9 +27,9 @@ def check_source(
         A recipe's.
     shards
         How many the round has.
-    model
-        Folder of the model that reads the prompts.
-    speaker, options
+    folder
+        Of the model that reads the prompts.
+    model, options
         Pixel limits; longest input, and what becomes of prompts that leave no room for a completion.
 
     Returns
@@ -44,11 +44,11 @@ def check_source(
     """
     checked = check_prompts(
         _prompts(source, shards),
-        model,
+        folder,
         source.sampling,
         max_model_len=options.max_model_len,
-        min_pixels=speaker.min_pixels,
-        max_pixels=speaker.max_pixels,
+        min_pixels=model.pixels[0],
+        max_pixels=model.pixels[1],
         how=options.long_prompts,
     )
     return CheckedSource(source, checked)

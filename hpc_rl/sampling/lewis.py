@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.config.phases import SampleConfig
-from hpc_rl.data.lewis import GameRow, Rows, shard_of
+from hpc_rl.data.lewis import GameRow, Rows, image_root, read_rows, rows_of_round, shard_of
 from hpc_rl.engines.base import Completion, Prompt, Sampling
 from hpc_rl.grading.lewis import is_well_formed
+
+if TYPE_CHECKING:
+    from hpc_rl.orchestrate.job import Job
 from hpc_rl.sampling.rules import KAccepted, Outcome, Rule
 from hpc_rl.sampling.tasks import Task
 
@@ -18,6 +23,20 @@ ROLES = (ROLE,)
 
 TRIES_PER_SAMPLE = 4
 """`max_tries_per_task` where the config names none, per sample that is wanted."""
+
+
+def source(job: Job) -> LewisSource:
+    """The prompts of a round."""
+    config = job.config
+    assert isinstance(config, LewisConfig)
+    (dataset,) = job.inputs(0, "dataset")
+    rows = rows_of_round(
+        read_rows(dataset.path("train.parquet")),
+        job.round,
+        prompts_per_round=config.sample.prompts_per_round,
+        seed=config.run.seed,
+    )
+    return LewisSource(config.sample, rows, job.round, image_root(job.ws, config.data.image_root))
 
 
 class LewisSource:

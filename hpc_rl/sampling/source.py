@@ -1,13 +1,36 @@
-"""What a recipe says about its sampling: the tasks of a shard, what counts, and when a task has had enough."""
+"""What a recipe says about its sampling: which model, and where the tasks of a shard come from and what counts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+from hpc_rl.config.phases import SamplingConfig
 from hpc_rl.engines.base import Completion, Sampling
+from hpc_rl.engines.weights import Role
 from hpc_rl.sampling.rules import Outcome, Rule
 from hpc_rl.sampling.tasks import Task
+
+
+@dataclass(frozen=True)
+class SampleTask:
+    """One sampling stage: what a recipe's `sampling(config, stage)` returns.
+
+    Attributes
+    ----------
+    role, trained_round
+        The model that samples, and the round whose training left its weights; 0: the run's initial model.
+    options
+        How.
+    source
+        What is asked, and what counts: `module:function`, called with the job; it returns a `Source`.
+    """
+
+    role: Role
+    trained_round: int
+    options: SamplingConfig
+    source: str
 
 
 class Source(Protocol):

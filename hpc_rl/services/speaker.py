@@ -172,14 +172,14 @@ def open_service(ws: Workspace, config: Config, round: int, options: SpeakerServ
     """
     from hpc_rl.engines.engine_spec import EngineSpec
     from hpc_rl.engines.opening import open_engine
-    from hpc_rl.engines.weights import speaker_weights
+    from hpc_rl.engines.weights import Role, weights_of
 
     if not isinstance(config, LewisConfig):
         raise CannotServe(
             f"a run of the recipe {config.recipe} has no speaker, so there is nothing to serve: `lewis` has one"
         )
     try:
-        weights = speaker_weights(ws, config, round)
+        weights = weights_of(ws, Role("speaker", config.speaker), round)
     except FileNotFoundError:
         raise CannotServe(
             f"round {round} train of {ws.root} is not done: there are no weights yet. --round 0 serves the base model"

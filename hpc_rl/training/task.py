@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpc_rl.config.phases import SampleConfig
+from hpc_rl.config.phases import SamplingConfig
 from hpc_rl.config.training import TrainConfig
 from hpc_rl.engines.weights import Role
 from hpc_rl.orchestrate.graph import StageId
@@ -31,11 +31,10 @@ class TrainTask:
         Its name: see `hpc_rl.training.algorithms`.
     settings
         Its section of the config, and that section's name, for messages.
-    role, trained_rounds
-        What is trained, and for how many rounds it has been: 0 begins with the run's initial model.
+    role, trained_round
+        What is trained, and the round whose training left its weights: 0 begins with the run's initial model.
     second, second_data
-        What is trained beside it, of an algorithm that trains two models, and on what; it has been trained for as many
-        rounds.
+        What is trained beside it, of an algorithm that trains two models, and on what; the same round trained it last.
     data
         What it is trained on.
     reference
@@ -56,12 +55,12 @@ class TrainTask:
     settings: TrainConfig
     section: str
     role: Role
-    trained_rounds: int
+    trained_round: int
     second: Role | None = None
     second_data: Data | None = None
     data: Data | None = None
     reference: Data | None = None
-    sampling: SampleConfig = field(default_factory=SampleConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     groups: int = 0
     rewards: Mapping[str, float] = field(default_factory=dict)
     pictures: str | None = None

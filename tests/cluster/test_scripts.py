@@ -24,9 +24,9 @@ GOLDEN = Path(__file__).parent / "golden"
 
 SAMPLE = Stage(StageId(2, "sample"), "jobs.sample", Kind.ARRAY, shards=7)
 TRAIN = Stage(StageId(2, "train"), "jobs.train", Kind.MULTINODE)
-EVALUATE = Stage(StageId(2, "evaluate"), "jobs.evaluate", Kind.SINGLE)
+EVALUATE = Stage(StageId(2, "evaluate"), "jobs.lewis.evaluate", Kind.SINGLE)
 LISTENER = Stage(StageId(2, "grade.listener"), "jobs.serve", Kind.SERVICE, shards=0, serves=(StageId(2, "grade"),))
-GRADE = Stage(StageId(2, "grade"), "jobs.grade", Kind.ARRAY, shards=7, uses=(LISTENER.id,))
+GRADE = Stage(StageId(2, "grade"), "jobs.lewis.grade", Kind.ARRAY, shards=7, uses=(LISTENER.id,))
 
 
 def request(

@@ -55,7 +55,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace in which round 0 is prepared; to be copied, not used."""
-    from jobs import dataset, prepare
+    from jobs.lewis import dataset, prepare
 
     root = tmp_path_factory.mktemp("prepared") / "run"
     settings = (*SETTINGS, f"speaker.path={models / 'speaker'}", f"listener.path={models / 'listener'}")

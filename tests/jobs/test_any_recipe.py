@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.sums_recipe import ROLE, Sums, SumsConfig
+from benchmarks.sums_recipe import ROLE, Sums, SumsConfig, sampling
 from hpc_rl import config as configs
 from hpc_rl.config.phases import SampleConfig
 from hpc_rl.engines.base import Prompt
-from hpc_rl.engines.weights import Weights
 from hpc_rl.grading.samples import Sample, read_samples
 from hpc_rl.orchestrate.job import Job, load
 from hpc_rl.orchestrate.start import open_run
@@ -25,6 +24,7 @@ from jobs.sample import sample
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROWS, SHARDS, LONG = 8, 3, 4  # the long row is the second of the shard of 3, 4 and 5
+STOP = ("so<|im_end|>",)
 SHORT_ENOUGH = "sample.max_model_len=400"
 
 NewSums = Callable[..., Job]
@@ -68,11 +68,20 @@ def new_sums(models: Path, tmp_path: Path) -> NewSums:
     return make
 
 
-def run(job: Job, **options: Any) -> int:
+def source(job: Job) -> Checked:
+    assert isinstance(job.config, SumsConfig)
+    return Checked(job.config.sample)
+
+
+def stopping_source(job: Job) -> Checked:
+    assert isinstance(job.config, SumsConfig)
+    return Checked(job.config.sample, stop=STOP)
+
+
+def run(job: Job, source: str = "source") -> int:
     config = job.config
     assert isinstance(config, SumsConfig)
-    weights = Weights(str(config.speaker.path), None, "w")
-    return sample(job, config.speaker, config.sample, weights, lambda: Checked(config.sample, **options))
+    return sample(job, replace(sampling(config, job.stage.id), source=f"tests.jobs.test_any_recipe:{source}"))
 
 
 def drawn(job: Job) -> list[Sample]:
@@ -129,6 +138,6 @@ def test_a_text_that_is_too_long_is_cut_on_the_left(new_sums: NewSums) -> None:
 def test_a_stop_that_no_completion_can_hold_is_refused_before_the_engine_starts(new_sums: NewSums) -> None:
     job = new_sums()
     with pytest.raises(PromptError, match=r"the stop 'so<\|im_end\|>' holds the control token <\|im_end\|>"):
-        run(job, stop=("so<|im_end|>",))
+        run(job, "stopping_source")
     assert_no_engine_was_started(job)
-    assert run(job, stop=("\n\n",)) == 0 and len(drawn(job)) == ROWS * 2 * 2
+    assert run(job) == 0 and len(drawn(job)) == ROWS * 2 * 2

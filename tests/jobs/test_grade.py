@@ -13,7 +13,7 @@ from hpc_rl.orchestrate.job import load
 from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.training.data import store
-from jobs import grade
+from jobs.lewis import grade
 from tests.jobs.listening import arguments, listener_thread
 
 ACCEPTED = {0: (0, 2, 3, 5), 1: (1, 4), 2: (), 6: (0, 1, 2, 3), 7: (0, 1, 2)}

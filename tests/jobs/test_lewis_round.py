@@ -20,7 +20,8 @@ from hpc_rl.grading.samples import read_graded, read_samples
 from hpc_rl.run import manifest
 from hpc_rl.run.seeds import derive
 from hpc_rl.run.workspace import Workspace
-from jobs import evaluate, grade, sample
+from jobs import sample
+from jobs.lewis import evaluate, grade
 from tests.jobs.listening import arguments, listener, listener_thread
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -101,7 +102,7 @@ def test_rewards_are_the_same_when_the_listener_is_killed_while_it_grades(sample
     disturbed = new_run("services.listener.client.chunk_size=1", "services.listener.client.chunk_delay_s=0.1")
     assert sample.main(arguments(disturbed)) == 0
     with listener(disturbed, "1") as first:
-        command = [sys.executable, "-m", "jobs.grade", *arguments(disturbed)]
+        command = [sys.executable, "-m", "jobs.lewis.grade", *arguments(disturbed)]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         grading = subprocess.Popen(command, env=environment, cwd=REPOSITORY)
         try:
@@ -220,7 +221,7 @@ def test_a_listener_that_nobody_asks_leaves(new_run: NewRun) -> None:
 
 def test_job_bodies_are_light_until_they_pass_the_gate() -> None:
     code = (
-        "import sys, jobs.sample, jobs.grade, jobs.evaluate, jobs.serve;"
+        "import sys, jobs.sample, jobs.lewis.grade, jobs.lewis.evaluate, jobs.serve;"
         "heavy = {'torch', 'transformers', 'vllm', 'pyarrow', 'numpy', 'fastapi'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

@@ -21,7 +21,7 @@ from hpc_rl.run import manifest
 from hpc_rl.run.atomic import read_json
 from hpc_rl.run.shard_leases import leases_of
 from hpc_rl.run.workspace import Workspace
-from jobs import dataset, prepare
+from jobs.lewis import dataset, prepare
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS = (

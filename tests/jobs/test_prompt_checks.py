@@ -16,7 +16,8 @@ from hpc_rl.run.workspace import Workspace
 from hpc_rl.sampling.prompts import PromptError
 from hpc_rl.sampling.record import read_records
 from hpc_rl.training.data import store
-from jobs import evaluate, grade, sample
+from jobs import sample
+from jobs.lewis import evaluate, grade
 from tests.jobs.listening import arguments, listener_thread
 
 NewRun = Callable[..., Workspace]

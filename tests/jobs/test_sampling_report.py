@@ -18,7 +18,7 @@ from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.sampling.lives import PARTS
 from hpc_rl.sampling.record import read_records
-from jobs import evaluate
+from jobs.lewis import evaluate
 from tests.jobs.conftest import REPOSITORY, NewRun
 from tests.waiting import PATIENCE_S, wait_for
 

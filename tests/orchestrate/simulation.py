@@ -34,13 +34,13 @@ def lewis_like(rounds: int, shards: int, hetjob: bool = False) -> Graph:
     def stages(round: int) -> Iterable[Stage]:
         sample, grade, train = (StageId(round, name) for name in ("sample", "grade", "train"))
         if round == 0:
-            yield Stage(train, "jobs.prepare", Kind.ARRAY, shards=shards)
+            yield Stage(train, "jobs.lewis.prepare", Kind.ARRAY, shards=shards)
             return
         before = (StageId(round - 1, "train"),)
         yield Stage(sample, "jobs.sample", Kind.ARRAY, needs=before, shards=shards)
-        yield from with_listener(Stage(grade, "jobs.grade", Kind.ARRAY, needs=(sample,), shards=shards))
+        yield from with_listener(Stage(grade, "jobs.lewis.grade", Kind.ARRAY, needs=(sample,), shards=shards))
         yield Stage(train, "jobs.train", Kind.MULTINODE, needs=(grade,))
-        yield from with_listener(Stage(StageId(round, "evaluate"), "jobs.evaluate", Kind.SINGLE, needs=(train,)))
+        yield from with_listener(Stage(StageId(round, "evaluate"), "jobs.lewis.evaluate", Kind.SINGLE, needs=(train,)))
 
     return build_graph(rounds, stages)
 

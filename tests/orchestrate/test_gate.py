@@ -16,7 +16,7 @@ from hpc_rl.run.manifest import Manifest
 from hpc_rl.run.workspace import Workspace
 
 SAMPLE = Stage(StageId(1, "sample"), "jobs.sample", Kind.ARRAY, shards=3)
-GRADE = Stage(StageId(1, "grade"), "jobs.grade", Kind.SINGLE)
+GRADE = Stage(StageId(1, "grade"), "jobs.lewis.grade", Kind.SINGLE)
 
 
 @pytest.fixture

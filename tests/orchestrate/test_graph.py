@@ -29,14 +29,14 @@ def test_stages_cannot_wait_for_each_other() -> None:
 
 
 def test_a_service_that_is_used_must_be_declared_too() -> None:
-    grade = Stage(StageId(1, "grade"), "jobs.grade", Kind.SINGLE, uses=(StageId(1, "grade.listener"),))
+    grade = Stage(StageId(1, "grade"), "jobs.lewis.grade", Kind.SINGLE, uses=(StageId(1, "grade.listener"),))
     with pytest.raises(ValueError, match=r"round 1 grade follows round 1 grade\.listener"):
         Graph((grade,), 1)
 
 
 def test_a_service_that_runs_beside_its_consumer_must_be_declared_too_and_has_no_job_of_its_own() -> None:
     listener = StageId(1, "grade.listener")
-    grade = Stage(StageId(1, "grade"), "jobs.grade", Kind.SINGLE, beside=(listener,))
+    grade = Stage(StageId(1, "grade"), "jobs.lewis.grade", Kind.SINGLE, beside=(listener,))
     with pytest.raises(ValueError, match=r"round 1 grade follows round 1 grade\.listener"):
         Graph((grade,), 1)
     service = Stage(listener, "jobs.serve", Kind.SERVICE, shards=0, serves=(grade.id,))
@@ -61,7 +61,7 @@ def test_every_round_ends_with_an_advance_and_one_more_waits_behind_the_last() -
 def test_an_advance_waits_for_work_but_not_for_services() -> None:
     served = StageId(0, "grade")
     listener = Stage(StageId(0, "grade.listener"), "jobs.serve", Kind.SERVICE, shards=0, serves=(served,))
-    grade = Stage(served, "jobs.grade", Kind.SINGLE, uses=(listener.id,))
+    grade = Stage(served, "jobs.lewis.grade", Kind.SINGLE, uses=(listener.id,))
     graph = build_graph(0, lambda round: (listener, grade))
     assert graph[StageId(0, ADVANCE)].needs == (served,)
     assert graph.work == (grade,)

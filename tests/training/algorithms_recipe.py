@@ -47,7 +47,7 @@ class AlgorithmsConfig(Config):
 
     stage_names: ClassVar[tuple[str, ...] | None] = ("data", *(f"train_{name}" for name in FILES), "advance")
     stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"advance": {"time_min": 15}}
-    train_sections: ClassVar[Mapping[str, str]] = {f"train_{name}": name for name in FILES}
+    train_sections: ClassVar[Mapping[str, tuple[str, ...]]] = {f"train_{name}": (name,) for name in FILES}
 
     model: TrainedModelConfig
     """The model that each begins with."""
@@ -88,7 +88,7 @@ def stages(config: AlgorithmsConfig, round: int) -> Iterable[Stage]:
 
 def training(config: AlgorithmsConfig, stage: StageId) -> TrainTask:
     """The training of a stage: always of the model that the run begins with."""
-    name = config.train_sections[stage.name]
+    (name,) = config.train_sections[stage.name]
     data = StageId(stage.round, "data")
     joint = name == "joint"
     return TrainTask(
@@ -96,7 +96,7 @@ def training(config: AlgorithmsConfig, stage: StageId) -> TrainTask:
         settings=getattr(config, name),
         section=name,
         role=Role(name, config.model, stage.name),
-        trained_rounds=0,
+        trained_round=0,
         data=Data(data, FILES[name]),
         second=Role("judge", config.model, stage.name) if joint else None,
         second_data=Data(data, "solutions.parquet") if joint else None,

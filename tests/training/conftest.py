@@ -79,7 +79,8 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sampled(speaker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with round 1 sampled; to be copied, not used."""
-    from jobs import dataset, prepare, sample
+    from jobs import sample
+    from jobs.lewis import dataset, prepare
 
     root = tmp_path_factory.mktemp("sampled") / "run"
     open_(root, speaker)

@@ -28,7 +28,7 @@ class OnPolicyConfig(Config):
     stage_names: ClassVar[tuple[str, ...] | None] = ("graded", "reference", "train", "advance")
     array_stages: ClassVar[frozenset[str]] = frozenset({"graded", "reference"})
     stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"advance": {"time_min": 15}}
-    train_sections: ClassVar[Mapping[str, str]] = {"train": "grpo"}
+    train_sections: ClassVar[Mapping[str, tuple[str, ...]]] = {"train": ("grpo",)}
 
     algorithm: Literal["grpo", "rloo"] = "grpo"
     """Which."""
@@ -75,7 +75,7 @@ def training(config: OnPolicyConfig, stage: StageId) -> TrainTask:
         settings=config.train,
         section=config.algorithm,
         role=Role("model", config.model),
-        trained_rounds=stage.round - 1,
+        trained_round=stage.round - 1,
         data=None if live else Data(StageId(stage.round, "graded"), "graded.parquet"),
         reference=reference.output(stage.round) if config.train.reference == "stage" else None,
         sampling=config.sample,

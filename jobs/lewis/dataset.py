@@ -18,7 +18,7 @@ log = logging.getLogger("hpc_rl")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m jobs.dataset --workspace W --round 0`"""
+    """`python -m jobs.lewis.dataset --workspace W --round 0`"""
     job = open_job("dataset", argv)
     assert isinstance(job.config, LewisConfig)
     data = job.config.data

@@ -17,7 +17,7 @@ log = logging.getLogger("hpc_rl")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m jobs.prepare --workspace W --round 0`"""
+    """`python -m jobs.lewis.prepare --workspace W --round 0`"""
     job = open_job("prepare", argv)
     config = job.config
     assert isinstance(config, LewisConfig)

@@ -20,7 +20,7 @@ log = logging.getLogger("hpc_rl")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m jobs.grade --workspace W --round R`; 75 when no listener answers (what is graded stays graded)."""
+    """`python -m jobs.lewis.grade --workspace W --round R`; 75 when no listener answers (what is graded stays)."""
     job = open_job("grade", argv)
     from hpc_rl.data.lewis import read_rows
     from hpc_rl.services.calling import ServiceUnavailable

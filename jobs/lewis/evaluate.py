@@ -26,7 +26,7 @@ SETS = ("new_views", "validation")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m jobs.evaluate --workspace W --round R`; 75 when no listener answers, or to start the engine again."""
+    """`python -m jobs.lewis.evaluate --workspace W --round R`; 75 when no listener answers, or to start anew."""
     job = open_job("evaluate", argv)
     from hpc_rl.engines.compile_cache import SlotLost
     from hpc_rl.engines.gpus import check_gpus
@@ -63,7 +63,7 @@ def evaluate(job: Job, shard: Shard) -> None:
     from hpc_rl.engines.engine_spec import EngineSpec
     from hpc_rl.engines.memory import notches_of, note_notches
     from hpc_rl.engines.opening import open_engine
-    from hpc_rl.engines.weights import speaker_weights
+    from hpc_rl.engines.weights import Role, weights_of
     from hpc_rl.grading import predictions
     from hpc_rl.services.client import ListenerClient
 
@@ -72,7 +72,7 @@ def evaluate(job: Job, shard: Shard) -> None:
     wandb = find_wandb(config)
     (dataset,) = job.inputs(0, "dataset")
     rows = [(name, row) for name in SETS for row in read_rows(dataset.path(f"{name}.parquet"))]
-    weights = speaker_weights(job.ws, config, job.round)
+    weights = weights_of(job.ws, Role("speaker", config.speaker), job.round)
     root = image_root(job.ws, config.data.image_root)
     fit = fitting(config, rows, root, weights.base)
     dropped = Counter(name for name, row in rows if (name, row.id) not in fit)

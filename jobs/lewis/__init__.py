@@ -1,0 +1,1 @@
+"""Job bodies that only the Lewis game has."""
