@@ -25,7 +25,10 @@ from hpc_rl.config.schema import Config, nearest
 from hpc_rl.config.source import KeyPath, Tree, parse_value, read_yaml
 from hpc_rl.config.walk import field_at, path_fields, split_dotted
 
-RECIPES: Mapping[str, str] = {"lewis": "hpc_rl.config.lewis:LewisConfig"}
+RECIPES: Mapping[str, str] = {
+    "lewis": "hpc_rl.config.lewis:LewisConfig",
+    "prosetting": "hpc_rl.config.prosetting:ProSettingConfig",
+}
 """Shipped recipes and their config classes. Another recipe, given by its dotted path, names its own in `CONFIG`."""
 
 

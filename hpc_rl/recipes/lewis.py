@@ -13,17 +13,15 @@ grade, evaluate and a live train ask a listener service of their own, which is u
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from math import ceil
 from pathlib import Path
 
 from hpc_rl.config.lewis import LewisConfig
-from hpc_rl.engines.memory import most_notches
 from hpc_rl.engines.weights import Role
 from hpc_rl.orchestrate.graph import Kind, Stage, StageId
 from hpc_rl.recipes import reference
+from hpc_rl.recipes.parts import evaluation_stage, sampling_stage, training_stage, with_service
 from hpc_rl.sampling.source import SampleTask
-from hpc_rl.training import memory
 from hpc_rl.training.task import Data, TrainTask
 
 
@@ -55,21 +53,17 @@ def stages(config: LewisConfig, round: int) -> Iterable[Stage]:
     if not live:
         shards = ceil(config.sample.prompts_per_round / config.sample.shard_size)
         sample = StageId(round, "sample")
-        yield Stage(
-            sample, "jobs.sample", Kind.ARRAY, needs=(weights,), shards=shards, notches=_notches(config, sample)
-        )
+        yield sampling_stage(config, sample, (weights,), shards)
         grade = StageId(round, "grade")
-        yield from _with_listener(config, Stage(grade, "jobs.lewis.grade", Kind.ARRAY, needs=(sample,), shards=shards))
+        graded = Stage(grade, "jobs.lewis.grade", Kind.ARRAY, needs=(sample,), shards=shards)
+        yield from with_service(config, graded, "listener")
         needs = (grade,)
         if config.train.reference_stage:
             yield reference.stage(grade, shards=shards, settings=config.train)
             needs = (grade, StageId(round, reference.NAME))
-    train = Stage(
-        StageId(round, "train"), "jobs.train", Kind.MULTINODE, needs=needs,
-        notches=memory.most_notches(config.train), way_out=memory.way_out("train"),
-    )  # fmt: skip
-    yield from _with_listener(config, train) if live else (train,)
-    yield from _with_listener(config, _evaluate(config, round, train.id))
+    train = training_stage(StageId(round, "train"), needs, config.train, "train")
+    yield from with_service(config, train, "listener") if live else (train,)
+    yield from _evaluation(config, round, train.id)
 
 
 def sampling(config: LewisConfig, stage: StageId) -> SampleTask:
@@ -102,30 +96,9 @@ def _preparation(config: LewisConfig) -> Iterable[Stage]:
     prepare, dataset = StageId(0, "prepare"), StageId(0, "dataset")
     yield Stage(prepare, "jobs.lewis.prepare", Kind.ARRAY, shards=len(categories))
     yield Stage(dataset, "jobs.lewis.dataset", Kind.SINGLE, needs=(prepare,))
-    yield from _with_listener(config, _evaluate(config, 0, dataset))
+    yield from _evaluation(config, 0, dataset)
 
 
-def _evaluate(config: LewisConfig, round: int, after: StageId) -> Stage:
-    evaluate = StageId(round, "evaluate")
-    return Stage(evaluate, "jobs.lewis.evaluate", Kind.SINGLE, needs=(after,), notches=_notches(config, evaluate))
-
-
-def _notches(config: LewisConfig, id: StageId) -> int:
-    """How often a stage with an engine may take less memory; where it runs, it has GPUs or not."""
-    stage = config.stages.get(id.name)
-    engine = config.evaluation_engine if id.name == "evaluate" else config.sample.engine
-    return most_notches(config.sample, engine, has_gpus=bool(stage and stage.gpus_per_node))
-
-
-def _with_listener(config: LewisConfig, stage: Stage) -> Iterable[Stage]:
-    """A stage and, before it, the listener that serves it: a job that starts when the stage may, or a part of its job.
-
-    With `services.listener.client.url` the listener is somebody else's and the stage stands alone.
-    """
-    if config.services.listener.client.url:
-        yield stage
-        return
-    listener = StageId(stage.round, f"{stage.name}.listener")
-    yield Stage(listener, "jobs.serve", Kind.SERVICE, needs=stage.needs, shards=0, serves=(stage.id,))
-    hetjob = config.services.listener.placement == "hetjob"
-    yield replace(stage, beside=(listener,)) if hetjob else replace(stage, uses=(listener,))
+def _evaluation(config: LewisConfig, round: int, after: StageId) -> Iterable[Stage]:
+    stage = evaluation_stage(config, StageId(round, "evaluate"), "jobs.lewis.evaluate", (after,))
+    yield from with_service(config, stage, "listener")

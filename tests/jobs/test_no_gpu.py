@@ -20,7 +20,7 @@ NewRun = Callable[..., Workspace]
 
 @pytest.mark.parametrize(
     ("job", "stage", "round"),
-    [("sample", "sample", 1), ("evaluate", "evaluate", 0), ("serve", "evaluate.listener", 0)],
+    [("sample", "sample", 1), ("lewis.evaluate", "evaluate", 0), ("serve", "evaluate.listener", 0)],
 )
 def test_a_job_without_its_gpus_does_nothing(
     new_run: NewRun, job: str, stage: str, round: int, monkeypatch: pytest.MonkeyPatch

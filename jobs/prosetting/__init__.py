@@ -1,0 +1,1 @@
+"""Job bodies that only progressive solver training has."""
