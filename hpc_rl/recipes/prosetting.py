@@ -4,9 +4,9 @@
     round r   collect → grade → dpo_data → train → evaluate     the solver gets better,
                            ↘ enhance → pool                     and its next questions harder, at the same time
 
-Rounds before `train_start_round` only collect data. With `backend: rloo` the solver is trained on the graded attempts themselves. With a `generator`, `train_generator`
-teaches a model to write questions. With `dpo.reference: stage` (or RLOO's, with a `beta`) a stage of its own scores the
-data under the solver of the round's start.
+Rounds before `train_start_round` only collect data. With `backend: rloo` the solver is trained on the graded attempts
+themselves. With a `generator`, `train_generator` teaches a model to write questions. With `dpo.reference: stage` (or
+RLOO's, with a `beta`) a stage of its own scores the data under the solver of the round's start.
 
 grade and enhance ask a teacher: an endpoint that `services` names, or a service of their own.
 """
