@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from hpc_rl.config.prosetting import QuestionsConfig
 
 ROWS = 4096
 """Questions in one row group."""
@@ -50,6 +53,12 @@ class Question:
     kind: str
     split: Split
     reason: Reason
+
+
+def chat(options: QuestionsConfig, question: str) -> list[dict[str, str]]:
+    """How the solver is asked: messages of `role` and `content`, the same when it is sampled, trained and evaluated."""
+    system = [] if options.system_prompt is None else [{"role": "system", "content": options.system_prompt}]
+    return [*system, {"role": "user", "content": options.prompt.replace("{question}", question)}]
 
 
 def shard_range(questions: int, shards: int, index: int) -> range:
