@@ -62,5 +62,5 @@ class Pace:
         if now - oldest > (now - self._began) / 2:
             raise NeverFits(
                 f"no shard was finished in the {now - oldest:.0f} s for which this job had one: lower "
-                "sample.shard_size, or raise stages.sample.time_min"
+                "sample.shard_size (raise sample.shards, in a recipe that has it), or raise the stage's time_min"
             )

@@ -434,7 +434,7 @@ def test_a_job_whose_whole_time_was_too_short_for_a_shard_is_an_error_and_not_tr
     if left_s > 1:
         assert isinstance(raised.value, SystemExit), "told to leave before its time, as by a preemption"
     else:
-        assert "lower sample.shard_size, or raise stages.sample.time_min" in str(raised.value)
+        assert "lower sample.shard_size (raise sample.shards, in a recipe that has it)" in str(raised.value)
 
 
 # what goes wrong
