@@ -37,6 +37,7 @@ SERVICES: Mapping[str, str] = {
     "verifier": "hpc_rl.services.verifier",
     "reward_model": "hpc_rl.services.reward_model",
     "teacher": "hpc_rl.services.teacher",
+    "enhancer": "hpc_rl.services.enhancer",
 }
 """Service → the module that opens it."""
 

@@ -48,7 +48,7 @@ def check(config: Config, places: Mapping[str, str] = MappingProxyType({})) -> l
 
 def _check_services(config: Config) -> Iterator[Problem]:
     """Models that services bring themselves; a server that runs elsewhere needs none here."""
-    for name in ("verifier", "reward_model", "teacher"):
+    for name in ("verifier", "reward_model", "teacher", "enhancer"):
         options: Any = config.services.of(name)
         if options.model is not None and options.client.url is None:
             yield from check_model(f"services.{name}.model", Path(options.model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Dtype = Literal["bfloat16", "float16", "float32"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 Engine = Literal["vllm", "transformers"]
+RULES_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 MOST_REQUEST_ITEMS = 16_384
 """No list in a request is read further than that."""
 
@@ -174,8 +176,12 @@ class TeacherServiceConfig(ServiceConfig):
 
     model: ModelPath | None = None
     """Folder of a chat model. null = none is served. Clients call it by the folder's name."""
-    engine: Engine = "vllm"
-    """What runs the model. transformers knows no `response_format` other than text."""
+    engine: Engine | Literal["rules"] = "vllm"
+    """What answers: vllm or transformers run the model; transformers knows no `response_format` other than text.
+    rules: no model, but the function that `rules` names."""
+    rules: Annotated[str, Field(pattern=RULES_PATTERN)] | None = None
+    """With engine rules, the function: `package.module:function`, as the service's Python imports it. It gets the
+    messages of a chat and its seed, and returns the text of the answer; equal ones must get equal answers."""
     dtype: Dtype = "bfloat16"
     """Number type of weights and activations."""
     attn_implementation: Attention = "auto"
@@ -188,6 +194,24 @@ class TeacherServiceConfig(ServiceConfig):
     """Share of a GPU's memory to take, with engine vllm."""
     client: TeacherClientConfig = TeacherClientConfig.model_construct()
     """Its clients, and those of the endpoint that stands in its place."""
+
+    @property
+    def served_model(self) -> str | None:
+        """What clients call its model: the folder's name, or the rules' own; None where nothing is served."""
+        if self.engine == "rules":
+            return self.rules
+        return Path(self.model).name if self.model is not None else None
+
+    def faults(self) -> Iterator[Fault]:
+        """Rules without a function, a function that nobody calls, rules and a model."""
+        yield from super().faults()
+        if self.engine == "rules" and self.rules is None:
+            yield Fault(("rules",), "null, but engine is rules", "package.module:function")
+        if self.engine != "rules" and self.rules is not None:
+            way_out = "set engine: rules, or remove it"
+            yield Fault(("rules",), f"{self.rules}, but engine is {self.engine}", "null", way_out)
+        if self.engine == "rules" and self.model is not None:
+            yield Fault(("model",), f"{self.model}, but engine rules has no model", "null", "remove one of the two")
 
 
 class ServicesConfig(Section):
@@ -203,6 +227,8 @@ class ServicesConfig(Section):
     """The reward model."""
     teacher: TeacherServiceConfig = TeacherServiceConfig.model_construct()
     """A teacher of our own."""
+    enhancer: TeacherServiceConfig = TeacherServiceConfig.model_construct()
+    """A second teacher of our own, where one grades and another writes questions (S3)."""
 
     def of(self, name: str) -> ServiceConfig:
         """The settings of the service `name`."""

@@ -41,6 +41,8 @@ from hpc_rl.services.frame import CannotServe, Desk, Service, TokenCounts
 from hpc_rl.services.invalid_body import faults_of
 from hpc_rl.services.openapi import REFUSALS, new_app
 
+FinishReason = Literal["stop", "length"]
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -60,7 +62,7 @@ class Said:
     """What the model said."""
 
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
 
@@ -79,6 +81,21 @@ class Reader(Protocol):
 
     def length(self, messages: Sequence[Mapping[str, str]]) -> int:
         """Tokens of a prompt; ValueError for messages that the model cannot read."""
+
+
+class Answers(Protocol):
+    """What answers chats: `Writer` with a model, `hpc_rl.services.rules.RuleWriter` without one."""
+
+    @property
+    def reader(self) -> Reader:
+        """What it needs to know of a chat before it answers."""
+
+    @property
+    def tokens(self) -> TokenCounts:
+        """Read and written so far."""
+
+    def __call__(self, chats: Sequence[Chat]) -> list[Said | Unsaid]:
+        """The answer to each, in order."""
 
 
 class Writer:
@@ -126,28 +143,40 @@ class Writer:
 
 
 def _cut(made: base.Completion, stops: Sequence[str]) -> Said:
-    """The completion up to the first of the stops, which is left out as OpenAI does; it counts as written."""
-    ends = [place for stop in stops if (place := made.text.find(stop)) >= 0]
-    text = made.text[: min(ends)] if ends else made.text
-    reason = "stop" if ends else made.finish_reason
+    text, reason = until_stop(made.text, made.finish_reason, stops)
     return Said(text, reason, len(made.prompt_token_ids), len(made.token_ids))
+
+
+def until_stop(text: str, reason: FinishReason, stops: Sequence[str]) -> tuple[str, FinishReason]:
+    """The text up to the first of the stops, which is left out as OpenAI does; it counts as written."""
+    ends = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return (text[: min(ends)], "stop") if ends else (text, reason)
 
 
 TeacherDesk = Desk[Chat, "Said | Unsaid"]
 
 
 def open_service(ws: Workspace, config: Config, round: int, options: TeacherServiceConfig) -> Service:
-    """`services.teacher.model`; the same in every round.
+    """`services.teacher.model`, or its rules; the same in every round."""
+    return open_named("teacher", options)
+
+
+def open_named(name: str, options: TeacherServiceConfig) -> Service:
+    """The service `name` with what its config section serves.
 
     Raises
     ------
     CannotServe
-        When the section names no model, or one that cannot chat.
+        When the section names no model, or one that cannot chat; or rules that are not there.
     """
+    if options.engine == "rules":
+        from hpc_rl.services.rules import open_rules
+
+        return service_of(name, options, *open_rules(name, options), {"engine": "rules", "rules": options.rules})
     if options.model is None:
         raise CannotServe(
-            "services.teacher.model is null, so there is nothing to serve. Set it to the folder of a chat model, or "
-            "use an endpoint that already runs: services.teacher.client.url"
+            f"services.{name}.model is null, so there is nothing to serve. Set it to the folder of a chat model, or "
+            f"use an endpoint that already runs: services.{name}.client.url"
         )
     from hpc_rl.engines.chat import ChatReader
     from hpc_rl.engines.weights import weights_hash
@@ -156,9 +185,10 @@ def open_service(ws: Workspace, config: Config, round: int, options: TeacherServ
         reader = ChatReader(options.model, options.max_model_len)
         engine = _open_engine(options.model, options, reader.max_tokens)
     except (OSError, ValueError) as error:
-        raise CannotServe(f"services.teacher.model cannot be served: {error}") from error
+        raise CannotServe(f"services.{name}.model cannot be served: {error}") from error
     about = {"model": options.model, "engine": options.engine, "dtype": options.dtype, "max_tokens": reader.max_tokens}
-    return service_of(Writer(engine, reader, options.max_tokens), options, weights_hash(Path(options.model)), about)
+    writer = Writer(engine, reader, options.max_tokens)
+    return service_of(name, options, writer, weights_hash(Path(options.model)), about)
 
 
 def _open_engine(path: str, options: TeacherServiceConfig, max_model_len: int) -> Engine:
@@ -177,18 +207,18 @@ def _open_engine(path: str, options: TeacherServiceConfig, max_model_len: int) -
     )
 
 
-def service_of(writer: Writer, options: TeacherServiceConfig, weights_hash: str, about: Mapping[str, Any]) -> Service:
-    """The service around a writer; `options.model` has a name."""
-    model = ModelAnswer(
-        id=Path(str(options.model)).name, created=int(time.time()), max_model_len=writer.reader.max_tokens
-    )
+def service_of(
+    name: str, options: TeacherServiceConfig, writer: Answers, weights_hash: str, about: Mapping[str, Any]
+) -> Service:
+    """The service around what answers; `options` say what is served."""
+    model = ModelAnswer(id=str(options.served_model), created=int(time.time()), max_model_len=writer.reader.max_tokens)
     desk: TeacherDesk = Desk(writer, options, workers=1)
-    return Service("teacher", create_app(desk, model), desk.batcher, weights_hash, about, writer.tokens)
+    return Service(name, create_app(name, desk, model), desk.batcher, weights_hash, about, writer.tokens)
 
 
-def create_app(desk: TeacherDesk, model: ModelAnswer) -> FastAPI:
+def create_app(name: str, desk: TeacherDesk, model: ModelAnswer) -> FastAPI:
     """The teacher's routes."""
-    app = new_app("teacher", "A chat model, by as much of OpenAI's API as a grader needs.")
+    app = new_app(name, "A chat model, by as much of OpenAI's API as a grader needs.")
     app.exception_handlers[HTTPException] = _refuse
     app.exception_handlers[RequestValidationError] = _refuse_body
 

@@ -55,8 +55,10 @@ def read_models(said: Any) -> list[str]:
         raise ValueError(f"what is no list of models: {str(said)[:SAID_CHARACTERS]}") from error
 
 
-def problem_of(error: Exception, base_url: str, timeout_s: float, key: str) -> Problem:
+def problem_of(error: Exception, base_url: str, timeout_s: float, key: str, section: str) -> Problem:
     """What it means that a call of the openai package raised this; some endpoints repeat the key, which is left out.
+
+    `section` is the config's, `services.teacher.client`, for the way out.
 
     Raises
     ------
@@ -64,7 +66,7 @@ def problem_of(error: Exception, base_url: str, timeout_s: float, key: str) -> P
         When no call to this endpoint can succeed: a wrong key, a wrong URL or model, no money left.
     """
     if isinstance(error, openai.APIStatusError):
-        return _of_status(error, base_url, key)
+        return _of_status(error, base_url, key, section)
     cause = error.__cause__ or error
     if isinstance(error, openai.APITimeoutError | TimeoutError) and type(cause).__name__ != "ConnectTimeout":
         return Problem("failed", f"{base_url} took longer than {timeout_s:g} s")
@@ -74,13 +76,13 @@ def problem_of(error: Exception, base_url: str, timeout_s: float, key: str) -> P
     return Problem("failed", f"{base_url} answered {_without(key, str(error))}")
 
 
-def _of_status(error: openai.APIStatusError, base_url: str, key: str) -> Problem:
+def _of_status(error: openai.APIStatusError, base_url: str, key: str, section: str) -> Problem:
     status, headers = error.status_code, error.response.headers
     problem = f"{base_url} answered {status}: {_without(key, _message(error))[:SAID_CHARACTERS]}"
     if status in (400, 413, 422):
         return Problem("refused", problem)
     if status == 429 and error.code == "insufficient_quota":
-        raise ServiceRefused(f"{problem}. Pay, or name another teacher in services.teacher.client")
+        raise ServiceRefused(f"{problem}. Pay, or name another teacher in {section}")
     if status in (429, 503, 529):
         return Problem("busy", problem, retry_after_s(headers))
     if status in (502, 504):
@@ -88,9 +90,9 @@ def _of_status(error: openai.APIStatusError, base_url: str, key: str) -> Problem
     if status in (408, 409) or status >= 500:
         return Problem("failed", problem, retry_after_s(headers))
     if status in (401, 402, 403):
-        way_out = "services.teacher.client.api_key_env and api_key_file say where the key is taken from"
+        way_out = f"{section}.api_key_env and api_key_file say where the key is taken from"
     else:
-        way_out = "Check services.teacher.client.model, and url, which for most servers ends in /v1"
+        way_out = f"Check {section}.model, and url, which for most servers ends in /v1"
     raise ServiceRefused(f"{problem}. {way_out}")
 
 

@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hpc_rl.config.clients import TeacherClientConfig
 from hpc_rl.config.schema import Config
@@ -50,12 +50,22 @@ class TeacherClient:
         The endpoint's name for the model; None = the only one that it has.
     cache
         Folder of the answers.
+    section
+        Where the options are in the config, for messages.
     """
 
-    def __init__(self, options: TeacherClientConfig, endpoint: Endpoint, model: str | None, cache: Path) -> None:
+    def __init__(
+        self,
+        options: TeacherClientConfig,
+        endpoint: Endpoint,
+        model: str | None,
+        cache: Path,
+        section: str = "services.teacher.client",
+    ) -> None:
         for name in ("openai", "httpx", "httpx2"):
             logging.getLogger(name).setLevel(logging.WARNING)  # else every call is a line in the job's log
         self._options, self._endpoint, self._model, self._totals = options, endpoint, model, Totals()
+        self._section = section
         self._weights: str | None = None
         self._cache = Cache(cache)
         self._pace = Pace(options.parallel_calls, options.requests_per_min, options.tokens_per_min)
@@ -64,23 +74,31 @@ class TeacherClient:
         self._loop = LoopThread("teacher-client")
 
     @classmethod
-    def of_run(cls, ws: Workspace, config: Config, environ: Mapping[str, str] = os.environ) -> TeacherClient:
-        """The teacher of a run: the endpoint that `services.teacher.client` names, else the one that the run serves.
+    def of_run(
+        cls,
+        ws: Workspace,
+        config: Config,
+        environ: Mapping[str, str] = os.environ,
+        service: Literal["teacher", "enhancer"] = "teacher",
+    ) -> TeacherClient:
+        """A teacher of a run: the endpoint that `services.SERVICE.client` names, else the one that the run serves.
 
         Raises
         ------
         ServiceRefused
             When there is neither, or the endpoint's key cannot be read.
         """
-        options, served = config.services.teacher.client, config.services.teacher.model
+        settings = config.services.teacher if service == "teacher" else config.services.enhancer
+        options, section = settings.client, f"services.{service}.client"
         cache = options.cache_dir or ws.teacher_cache
         if options.url is not None:
-            return cls(options, Named(options, environ), options.model, cache)
-        if served is not None:
-            return cls(options, OfTheRun(ws.service_dir("teacher"), options), Path(served).name, cache)
+            return cls(options, Named(options, environ, section), options.model, cache, section)
+        if settings.served_model is not None:
+            return cls(options, OfTheRun(ws.service_dir(service), options), settings.served_model, cache, section)
+        variable = " (TEACHER_BASE_URL)" if service == "teacher" else ""
         raise ServiceRefused(
-            "there is no teacher: name an endpoint in services.teacher.client.url (TEACHER_BASE_URL), or in "
-            "services.teacher.model the folder of a model to serve"
+            f"there is no {service}: name an endpoint in {section}.url{variable}, or in services.{service}.model the "
+            "folder of a model to serve"
         )
 
     def __enter__(self) -> TeacherClient:
@@ -226,5 +244,5 @@ class TeacherClient:
         names = await self._patience.repeat(self._endpoint.models, 0)
         if isinstance(names, Problem) or len(names) != 1:
             said = names.text if isinstance(names, Problem) else f"it has {', '.join(names) or 'none'}"
-            raise ServiceRefused(f"services.teacher.client.model is null, so the endpoint should have one; but {said}")
+            raise ServiceRefused(f"{self._section}.model is null, so the endpoint should have one; but {said}")
         return names[0]

@@ -62,6 +62,8 @@ class Named:
         `services.teacher.client`, with a `url`.
     environ
         Where the key is, unless it is in a file.
+    section
+        Where the options are in the config, for messages.
 
     Raises
     ------
@@ -69,10 +71,12 @@ class Named:
         When the file with the key is missing, is somebody else's, or may be read by others.
     """
 
-    def __init__(self, options: TeacherClientConfig, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, options: TeacherClientConfig, environ: Mapping[str, str], section: str = "services.teacher.client"
+    ) -> None:
         assert options.url is not None
-        self._url, self._timeout_s = options.url, options.timeout_s
-        self._key = _key(options, environ)
+        self._url, self._timeout_s, self._section = options.url, options.timeout_s, section
+        self._key = _key(options, environ, section)
         self._openai = openai.AsyncOpenAI(
             api_key=self._key or NO_KEY,
             base_url=options.url,
@@ -113,24 +117,24 @@ class Named:
             async with asyncio.timeout(self._timeout_s):  # of the whole answer; httpx limits each of its parts
                 return await call()
         except (openai.APIError, TimeoutError, ValueError) as error:
-            return problem_of(error, self._url, self._timeout_s, self._key)
+            return problem_of(error, self._url, self._timeout_s, self._key, self._section)
 
     async def close(self) -> None:
         """See `Endpoint`."""
         await self._openai.close()
 
 
-def _key(options: TeacherClientConfig, environ: Mapping[str, str]) -> str:
+def _key(options: TeacherClientConfig, environ: Mapping[str, str], section: str) -> str:
     """The endpoint's key; "" where there is none."""
     if options.api_key_file is None:
         return environ.get(options.api_key_env, "").strip()
-    where = f"services.teacher.client.api_key_file: {options.api_key_file}"
+    where = f"{section}.api_key_file: {options.api_key_file}"
     try:
         key = read_own(options.api_key_file, private=True).decode(errors="replace").strip()
     except FileNotFoundError:
         raise ServiceRefused(f"{where} does not exist; write the key into it and `chmod 600` it") from None
     except Untrusted as error:
-        raise ServiceRefused(f"services.teacher.client.api_key_file: {error}, or `chmod 600` it") from error
+        raise ServiceRefused(f"{section}.api_key_file: {error}, or `chmod 600` it") from error
     if not key:
         raise ServiceRefused(f"{where} is empty; write the key into it")
     return key
@@ -166,7 +170,7 @@ class OfTheRun:
 
     async def models(self) -> list[str] | Problem:
         """See `Endpoint`."""
-        raise AssertionError("the run's teacher is called by the name of its folder")
+        raise AssertionError("the run's teacher is called by the name of what it serves")
 
     async def weights(self) -> str:
         """See `Endpoint`."""

@@ -76,7 +76,7 @@ def test_the_listener_of_someone_else_needs_no_model_here(small: Load) -> None:
     assert fields == ["speaker.path"]
 
 
-@pytest.mark.parametrize("name", ["verifier", "reward_model", "teacher"])
+@pytest.mark.parametrize("name", ["verifier", "reward_model", "teacher", "enhancer"])
 def test_a_service_needs_the_model_that_it_is_to_serve_unless_it_runs_elsewhere(
     name: str, small: Load, models: Path
 ) -> None:

@@ -85,7 +85,7 @@ class Echo(Answering):
 def open_teacher(model: YesNoModel, root: Path, limits: dict[str, Any]) -> Service:
     echo = Echo()
     options = TeacherServiceConfig(model="/models/judge-8b", **limits)
-    return teacher.service_of(teacher.Writer(echo, echo, 20), options, "abc", {})
+    return teacher.service_of("teacher", options, teacher.Writer(echo, echo, 20), "abc", {})
 
 
 SERVICES: dict[str, Callable[[YesNoModel, Path, dict[str, Any]], Service]] = {

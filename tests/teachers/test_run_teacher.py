@@ -50,7 +50,7 @@ class Teachers:
     def serve(self, weights_hash: str) -> Says:
         engine = Says(f"I am {weights_hash}")
         options = TeacherServiceConfig(model=str(self.folder / "judge"), batch_wait_ms=0)
-        service = service_of(Writer(engine, Reader(), 10), options, weights_hash, {})
+        service = service_of("teacher", options, Writer(engine, Reader(), 10), weights_hash, {})
         where, environ = Address("127.0.0.1", "127.0.0.1"), {"HPC_RL_JOB_ID": str(len(self.hosted))}
         folder = self.folder / "services" / "teacher"
         self.hosted.append(host(service, folder=folder, address=where, options=options, environ=environ))
