@@ -22,6 +22,7 @@ from hpc_rl.config.base import (
     raise_faults,
 )
 from hpc_rl.config.errors import Problem
+from hpc_rl.config.legacy import LegacyKey
 from hpc_rl.config.services import ServicesConfig
 
 SIGNAL_EARLY_S = 60
@@ -43,6 +44,14 @@ class RunConfig(Section):
     """Rounds that are queued behind the running one, so that advancing is not on the critical path."""
     max_attempts: PositiveInt = 5
     """Submissions of one stage before the run stops with an explanation."""
+    auto_retry: bool = True
+    """Try again what failed. false: a stage that failed once stops the run; launch it again to go on."""
+    retry_delay_s: NonNegativeFloat = 0
+    """How long after a failed attempt the next one starts at the earliest. Seconds; 0 = at once. A job that was told
+    to leave, or that takes less memory than before, is not kept waiting."""
+    continue_on_failure: bool = False
+    """Give up a stage that the recipe can do without and that failed for good, and go on. The solver's training: the
+    round ends with the weights that it began with. false: the run stops and says why."""
     lease_ttl_s: PositiveFloat = 120
     """A task whose heartbeat is older than this has lost its shard to the next one that asks. Seconds; well above
     `cluster.file_system_lag_s`, or heartbeats that are only shown late look like death."""
@@ -208,6 +217,10 @@ class Config(Section):
     these stages run on several nodes."""
     trained_models: ClassVar[Mapping[str, str]] = {}
     """The field with the model that each of these stages trains."""
+    variables: ClassVar[Mapping[str, str]] = {}
+    """Environment variables that set fields of this recipe, beside those of every recipe (`environment.NAMES`)."""
+    legacy_keys: ClassVar[Mapping[str, LegacyKey]] = {}
+    """Keys of a seed's own config file that a file may have instead of ours."""
 
     recipe: str = "lewis"
     """The recipe: a module of `hpc_rl.recipes`, or the dotted path of one of your own."""

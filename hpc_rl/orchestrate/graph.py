@@ -61,6 +61,9 @@ class Stage:
         None: it takes as much each time, and that is an attempt like others.
     way_out
         What a person may do when it runs out of memory and takes no less any more: a sentence for the message.
+    optional
+        The run can go on without it: with `run.continue_on_failure` it is given up when it failed for good, and with it
+        the optional stages of its round that need it. Whatever else needs it must know what its absence means.
     """
 
     id: StageId
@@ -73,6 +76,7 @@ class Stage:
     beside: tuple[StageId, ...] = ()
     notches: int | None = None
     way_out: str = ""
+    optional: bool = False
 
     @property
     def round(self) -> int:

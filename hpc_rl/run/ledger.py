@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -36,13 +36,17 @@ class Attempt:
 
 @dataclass(frozen=True)
 class History:
-    """The ledger, folded: all attempts in order, and whether the run is paused or stopped (and why)."""
+    """The ledger, folded: all attempts in order, and whether the run is paused or stopped (and why).
+
+    `given_up` says why a stage, by round and name, was left undone; it was so if the stage is done nevertheless.
+    """
 
     attempts: tuple[Attempt, ...] = ()
     paused: str = ""
     stopped: str = ""
     resumed_at: float = 0.0
     skipped_lines: int = 0
+    given_up: Mapping[tuple[int, str], str] = field(default_factory=dict)
 
     def of(self, round: int, stage: str) -> tuple[Attempt, ...]:
         """The attempts at one stage, oldest first."""
@@ -97,6 +101,7 @@ class Ledger:
         paused = stopped = ""
         resumed_at = 0.0
         skipped = 0
+        given_up: dict[tuple[int, str], str] = {}
         for entry in self.lines():
             if entry is None:
                 skipped += 1
@@ -112,6 +117,7 @@ class Ledger:
                     tuple(entry["depends_on"]),
                     time=entry["time"],
                 )
+                given_up.pop((entry["round"], entry["stage"]), None)  # it is tried again
             elif event == "submitted" and name in attempts:
                 known = attempts[name].job_ids or ()
                 ids = (*known, *(i for i in entry["job_ids"] if i not in known))
@@ -120,6 +126,8 @@ class Ledger:
                 attempts[name] = replace(attempts[name], written_off=True)
             elif event == "cancelled" and name in attempts:
                 attempts[name] = replace(attempts[name], cancelled=entry["why"])
+            elif event == "given_up":
+                given_up[entry["round"], entry["stage"]] = entry["why"]
             elif event == "paused":
                 paused = entry["why"]
             elif event == "stopped":
@@ -127,4 +135,4 @@ class Ledger:
             elif event == "resumed":
                 paused = stopped = ""
                 resumed_at = entry["time"]
-        return History(tuple(attempts.values()), paused, stopped, resumed_at, skipped)
+        return History(tuple(attempts.values()), paused, stopped, resumed_at, skipped, given_up)
