@@ -108,7 +108,11 @@ class Spec:
 
 @dataclass(frozen=True)
 class EndRecord:
-    """How one process of a submission ended. `cpu_s` and `gpu_s` are for reports."""
+    """How one process of a submission ended.
+
+    For reports: `cpu_s`, `gpu_s`, and `peak_memory_bytes`, of the largest process of the body and of those that it has
+    started and waited for (getrusage(2), `ru_maxrss`); None where nobody could look.
+    """
 
     name: str
     job_id: str
@@ -123,6 +127,15 @@ class EndRecord:
     ended: float
     cpu_s: float
     gpu_s: float
+    peak_memory_bytes: int | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> EndRecord:
+        """The record in `path`; CorruptFile when it is none."""
+        try:
+            return cls(**atomic.read_json(path))
+        except TypeError as error:
+            raise atomic.CorruptFile(f"{path} is no end record ({error})") from error
 
 
 def load_spec(path: Path) -> Spec:
@@ -251,6 +264,7 @@ class Runner:
             spec.name, self.ranks["HPC_RL_JOB_ID"], int(self.ranks["HPC_RL_RESTART"]), int(self.ranks["RANK"]),
             socket.gethostname(), outcome.value, code, error, spec.ws.relative(self.log), started, ended,
             _cpu_of_children_s() - self.cpu_before_s, (ended - started) * spec.gpus,
+            1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss,
         )  # fmt: skip
         ending = f"{int(started * 1000)}{MEMORY if outcome is Outcome.OUT_OF_MEMORY else ''}.json"
         atomic.write_json(spec.path.with_name(f"{spec.name}.end-{self.tag}-{ending}"), asdict(record))

@@ -96,11 +96,15 @@ def _is_short(end: EndRecord) -> bool:
 
 def end_records(ws: Workspace, id: StageId) -> list[EndRecord]:
     """How the jobs of a stage ended so far, oldest first."""
+    return sorted((EndRecord.read(path) for path in end_paths(ws, id)), key=lambda end: end.ended)
+
+
+def end_paths(ws: Workspace, id: StageId) -> list[Path]:
+    """The files with a stage's end records, in no particular order."""
     folder = ws.attempts_dir(id.round, id.name)
     if not folder.is_dir():
         return []
-    paths = [folder / name for name in os.listdir(folder) if ".end-" in name and not name.startswith(".")]
-    return sorted((EndRecord(**atomic.read_json(path)) for path in paths), key=lambda end: end.ended)
+    return [folder / name for name in os.listdir(folder) if ".end-" in name and not name.startswith(".")]
 
 
 def reconcile(

@@ -27,6 +27,7 @@ MEANS = {
 }  # fmt: skip
 PEAKS = {"memory/gpu_peak_gib": "peak_gpu_gib", "memory/host_peak_gib": "peak_host_gib"}
 AT_FIRST = {
+    "loss": "first_loss",
     "clip_ratio/region_mean": "first_step_clip_ratio",
     "sampling/logprob_difference_mean": "first_step_logprob_difference_mean",
     "sampling/logprob_difference_max": "first_step_logprob_difference_max",

@@ -121,9 +121,11 @@ def test_a_body_that_the_kernels_memory_killer_ended_ran_out_of_memory(
 
 
 def test_an_end_record_says_what_the_job_cost(tmp_path: Path) -> None:
-    made = spec(tmp_path, "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass", gpus=2)
+    body = "import time\nkept = b'x' * 100_000_000\nend = time.process_time() + 0.3\n"
+    made = spec(tmp_path, body + "while time.process_time() < end: pass", gpus=2)
     run(made)
     (end,) = ends(made)
+    assert end.peak_memory_bytes is not None and 100e6 < end.peak_memory_bytes < 300e6
     assert end.cpu_s > 0.3
     assert end.gpu_s == pytest.approx(2 * (end.ended - end.started))
     assert end.ended - end.started >= 0.3
