@@ -169,8 +169,10 @@ class TeacherClient:
                 self._totals.errors += 1
                 return TeacherError(found.text)
             answer, cached = found
+            value = None
             try:
                 value = replies.read(answer, question.schema)
+                replies.check(value, question.check)
             except replies.BadReply as error:
                 self._totals.bad_replies += 1
                 problem = str(error)
@@ -183,7 +185,7 @@ class TeacherClient:
                 answer.text, value, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens, cached
             )
         self._totals.errors += 1
-        return TeacherError(f"no answer of use in {tries} tries: {problem}")
+        return TeacherError(f"no answer of use in {tries} tries: {problem}", bad_reply=True, value=value)
 
     def _body(self, question: Question, note: Sequence[Mapping[str, str]], number: int) -> dict[str, Any]:
         """What is sent; the cache goes by it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ class Question:
         Tells equal questions apart that want answers of their own; None = none is sent.
     temperature, max_tokens
         Instead of the config's.
+    check
+        What is wrong with a value that follows the schema, "" for nothing: else it counts as one that does not. Pure
+        and quick; called in the client's own thread.
     """
 
     messages: tuple[Mapping[str, str], ...]
@@ -28,6 +31,7 @@ class Question:
     seed: int | None = None
     temperature: float | None = None
     max_tokens: int | None = None
+    check: Callable[[Any], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,21 @@ class Reply:
 
 @dataclass(frozen=True)
 class TeacherError:
-    """Why a question has no answer. It is left out, never counted as wrong."""
+    """Why a question has no answer. It is left out, never counted as wrong.
+
+    Attributes
+    ----------
+    message
+        For people.
+    bad_reply
+        There was an answer, but none of use in all tries.
+    value
+        The last of them, where it followed the schema and failed the question's own check.
+    """
 
     message: str
+    bad_reply: bool = False
+    value: Any = None
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jsonschema import Draft202012Validator
@@ -67,6 +67,12 @@ def read(answer: Answer, schema: Mapping[str, Any] | None) -> Any:
         where = "" if problem.json_path == "$" else f", at {problem.json_path}"
         raise BadReply(f"the JSON does not follow the schema: {problem.message[:QUOTED_CHARACTERS]}{where}")
     return value
+
+
+def check(value: Any, own: Callable[[Any], str] | None) -> None:
+    """BadReply where the question's own check finds something wrong."""
+    if own is not None and (wrong := own(value)):
+        raise BadReply(wrong)
 
 
 def _load(text: str) -> Any:
