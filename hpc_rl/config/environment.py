@@ -9,8 +9,8 @@ from pathlib import Path
 
 NAMES: Mapping[str, str] = {
     "WORKSPACE_DIR": "run.workspace",
-    "LORA_RANK": "speaker.lora.r",
-    "LORA_ALPHA": "speaker.lora.alpha",
+    "AUTO_RETRY_ENABLED": "run.auto_retry",
+    "AUTO_CONTINUE_ON_FAILURE": "run.continue_on_failure",
     "INFERENCE_CONCURRENCY": "services.listener.inference_concurrency",
     "INFERENCE_ACQUIRE_TIMEOUT": "services.listener.acquire_timeout_s",
     "LISTENER_BATCH_SIZE": "services.listener.batch_size",
@@ -28,7 +28,8 @@ NAMES: Mapping[str, str] = {
     "WANDB_PROJECT": "logging.wandb.project",
     "WANDB_DIR": "logging.wandb.dir",
 }
-"""Environment variable → field (L4, L12, S13). They beat the YAML and are beaten by `--set`."""
+"""Environment variable → field, of every recipe (L4, L12, S13); each has more of its own (`Config.variables`). They
+beat the YAML and are beaten by `--set`."""
 
 
 @dataclass(frozen=True)

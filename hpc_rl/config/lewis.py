@@ -141,6 +141,7 @@ class LewisConfig(SamplingRecipeConfig):
     stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"advance": {"time_min": 15}}
     train_sections: ClassVar[Mapping[str, tuple[str, ...]]] = {"train": ("train",)}
     trained_models: ClassVar[Mapping[str, str]] = {"train": "speaker"}
+    variables: ClassVar[Mapping[str, str]] = {"LORA_RANK": "speaker.lora.r", "LORA_ALPHA": "speaker.lora.alpha"}
 
     speaker: SpeakerConfig
     """The model that is trained."""

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from hpc_rl.config.environment import NAMES, Environment, UnsetVariable, expand, read_environment
 from hpc_rl.config.errors import ConfigError, Problem
+from hpc_rl.config.legacy import translate
 from hpc_rl.config.report import problems_of
 from hpc_rl.config.schema import Config, nearest
 from hpc_rl.config.source import KeyPath, Tree, parse_value, read_yaml
@@ -75,7 +76,7 @@ def load(
     overrides
         `key.path=value` as after `--set`; the value is YAML.
     env
-        Environment variables; `NAMES` lists those that set fields.
+        Environment variables; `NAMES` and the recipe's `Config.variables` list those that set fields.
     workspace
         Beats `run.workspace`.
     cwd
@@ -101,15 +102,18 @@ def load_with_places(
     cwd = (cwd or Path.cwd()).absolute()
     tree = read_yaml(cwd / path)
     problems: list[Problem] = []
+    notes: list[str] = []
     settings = [setting for text in overrides if (setting := _setting(text, problems))]
     for dotted, value in settings:
         if dotted == "recipe":
             tree.set(("recipe",), value, "--set")
     cls = config_class(tree.data.get("recipe", "lewis"), tree.place(("recipe",)))
+    if cls.legacy_keys:  # once more, now that the recipe is known
+        tree = read_yaml(cwd / path, each=lambda own: translate(own, cls.legacy_keys, notes, problems))
     environment = read_environment(env, cwd)
     # Twice: --set decides which optional sections there are, and wins over the variables that set fields in them.
     _apply_settings(preview := deepcopy(tree), cls, settings)
-    notes = _apply_environment(tree, preview, cls, environment)
+    notes += _apply_environment(tree, preview, cls, environment)
     _apply_settings(tree, cls, settings)
     if workspace is not None:
         tree.set(("run", "workspace"), str(workspace), "--workspace")
@@ -183,7 +187,7 @@ def _apply_settings(tree: Tree, cls: type[Config], settings: Sequence[tuple[str,
 
 def _apply_environment(tree: Tree, preview: Tree, cls: type[Config], environment: Environment) -> list[str]:
     notes = []
-    for name, dotted in NAMES.items():
+    for name, dotted in {**NAMES, **cls.variables}.items():
         found = environment.get(name)
         key = split_dotted(cls, dotted, cls.stage_names)
         if found is None or field_at(cls, key) is None:
@@ -193,6 +197,9 @@ def _apply_environment(tree: Tree, preview: Tree, cls: type[Config], environment
             notes.append(f"{place} changes nothing: {'.'.join(map(str, key[:-1]))} is null in this config")
             continue
         tree.set(key, value, place)
+    for name, legacy in cls.legacy_keys.items():
+        if not legacy.fields and (found := environment.get(name.upper())):
+            notes.append(f"{found[1]} {legacy.why}")
     return notes
 
 
@@ -203,8 +210,7 @@ def _is_off(data: Mapping[str, Any], cls: type[Config], section: KeyPath) -> boo
         value = value.get(key) if isinstance(value, Mapping) else None
         if value is None:
             info = field_at(cls, section[:length])
-            assert info is not None, section
-            return info.default is None
+            return info is not None and info.default is None  # stages are no fields: they are there
     return False
 
 

@@ -17,6 +17,7 @@ from hpc_rl.config.base import (
     Section,
 )
 from hpc_rl.config.errors import Problem
+from hpc_rl.config.legacy import PROSETTING, LegacyKey
 from hpc_rl.config.modeling import LoraConfig, TrainedModelConfig
 from hpc_rl.config.phases import Engine, SamplingConfig
 from hpc_rl.config.sampling_recipe import SamplingRecipeConfig
@@ -43,7 +44,8 @@ class QuestionsConfig(Section):
     """The questions that the run begins with (S15), and how the solver is asked."""
 
     file: FilePath
-    """JSON list, JSONL or parquet with `question`, `answer` and, where there is one, `solution`. QUESTIONS_FILE."""
+    """JSON list, JSONL or parquet with `question`, `answer` and, where there is one, `solution`; usual other names are
+    understood, and a question that comes twice counts once. QUESTIONS_FILE."""
     held_out_file: FilePath | None = None
     """Questions to evaluate on; none of them is ever trained on. null = `held_out_fraction` of `file`."""
     held_out_fraction: Fraction = 0.1
@@ -156,6 +158,14 @@ class ProSettingConfig(SamplingRecipeConfig):
         "train": ("dpo", "rloo"), "train_generator": ("generator_training",),
     }  # fmt: skip
     trained_models: ClassVar[Mapping[str, str]] = {"train": "solver", "train_generator": "generator"}
+    variables: ClassVar[Mapping[str, str]] = {
+        "SOLVER_MODEL_PATH": "solver.path",
+        "LORA_RANK": "solver.lora.r",
+        "LORA_ALPHA": "solver.lora.alpha",
+        "QUESTIONS_FILE": "questions.file",
+        "TRL_NUM_PROCESSES": "stages.train.ranks_per_node",
+    }
+    legacy_keys: ClassVar[Mapping[str, LegacyKey]] = PROSETTING
     sampling_stage: ClassVar[str] = "collect"
 
     solver: SolverConfig
@@ -198,7 +208,7 @@ class ProSettingConfig(SamplingRecipeConfig):
         """Question files that cannot be read, row by row (S15)."""
         from hpc_rl.data.question_files import check_files
 
-        yield from check_files(self.questions, self.grade.answers)
+        yield from check_files(self.questions)
 
     def faults(self) -> Iterator[Fault]:
         """Rollouts that RLOO's trainer would draw by itself; steps that cut a group in two."""

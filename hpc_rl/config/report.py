@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from hpc_rl.config.base import Fault
 from hpc_rl.config.errors import Problem
+from hpc_rl.config.legacy import PROSETTING
 from hpc_rl.config.schema import Config, nearest
 from hpc_rl.config.source import KeyPath, Tree
 from hpc_rl.config.walk import describe, field_at, field_path, section_at
@@ -71,6 +72,8 @@ def _unknown_key(at: KeyPath, cls: type[Config], tree: Tree) -> Problem:
     assert section is not None, at
     valid = list(section.model_fields)
     way_out = nearest(str(at[-1]), valid)
+    if len(at) == 1 and at[0] in PROSETTING:
+        way_out = "recipe: prosetting knows this key of the seed's training_config.json"
     return Problem(".".join(map(str, at)), "unknown key", f"one of {', '.join(valid)}", way_out, tree.place(at))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,17 @@ def _merge(
             places.update({p: place for p, place in over_places.items() if p[: len(path)] == path})
 
 
-def read_yaml(path: Path, extended_by: tuple[Path, ...] = (), asked_at: str = "") -> Tree:
+def read_yaml(
+    path: Path,
+    extended_by: tuple[Path, ...] = (),
+    asked_at: str = "",
+    *,
+    each: Callable[[Tree], None] | None = None,
+) -> Tree:
     """One YAML file with everything it extends beneath it.
 
     `extends` is a file name or a list of them, relative to the file that says so; later ones win over earlier ones, and
-    the file itself over all.
+    the file itself over all. `each` may change the tree of every file before it is merged with others.
 
     Raises
     ------
@@ -102,17 +108,21 @@ def read_yaml(path: Path, extended_by: tuple[Path, ...] = (), asked_at: str = ""
         field_name = "extends" if extended_by else ""
         way_out = "`extends` is relative to the file that says it" if extended_by else "check the path"
         raise ConfigError([Problem(field_name, f"cannot read {shown}: {reason}", "", way_out, asked_at)]) from None
+    if path.suffix == ".json":
+        text = text.replace("\t", " ")  # JSON is YAML but for tabs, which it has only between values
     own = parse_yaml(text, shown)
     problems: list[Problem] = []
     tree = Tree()
     place = own.places.pop(("extends",), shown)
     for name in _names(own.data.pop("extends", []), place):
         try:
-            tree.merge(read_yaml(path.parent / name, (*extended_by, path.resolve()), place))
+            tree.merge(read_yaml(path.parent / name, (*extended_by, path.resolve()), place, each=each))
         except ConfigError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
+    if each is not None:
+        each(own)
     tree.merge(own)
     return tree
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +14,7 @@ from hpc_rl.config.errors import ConfigError
 from hpc_rl.config.identity import to_json
 from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.config.loader import from_json, load, load_with_places
+from hpc_rl.config.prosetting import ProSettingConfig
 from hpc_rl.config.schema import Config
 from tests.config.conftest import MINIMAL, Load
 
@@ -52,16 +54,40 @@ ODD_VALUES = {
     "logging.wandb.dir": ("/w/wandb", "/w/wandb"),
     "logging.prediction_log": ("/w/log.jsonl", "/w/log.jsonl"),
     "run.workspace": ("/w/run", "/w/run"),
+    "run.auto_retry": ("false", False),
+    "run.continue_on_failure": ("true", True),
+    "solver.path": ("/m/qwen", "/m/qwen"),
+    "questions.file": ("/q/a.json", "/q/a.json"),
 }
+PROSETTING = """\
+recipe: prosetting
+run: {name: small}
+solver: {path: models/solver, lora: {}}
+questions: {file: questions.json}
+stages: {train: {gpus_per_node: 7}}
+"""
+LEWIS = MINIMAL.replace("models/speaker}", "models/speaker, lora: {}}")
 
 
-@pytest.mark.parametrize("name", sorted(NAMES))
-def test_every_name_of_the_seed_sets_its_field(name: str, small: Load) -> None:
-    text, expected = ODD_VALUES.get(NAMES[name], ("7", 7))
-    found: object = small("speaker.lora={}", env={name: text})
-    for part in NAMES[name].split("."):
-        found = getattr(found, part)
+@pytest.mark.parametrize(
+    ("yaml", "name", "field"),
+    [
+        *((LEWIS, name, field) for name, field in (NAMES | LewisConfig.variables).items()),
+        *((PROSETTING, name, field) for name, field in (NAMES | ProSettingConfig.variables).items()),
+    ],
+)
+def test_every_name_of_the_seeds_sets_its_field(yaml: str, name: str, field: str, tmp_path: Path) -> None:
+    """S13, L4, L12."""
+    (tmp_path / "run.yaml").write_text(yaml)
+    text, expected = ODD_VALUES.get(field, ("7", 7))
+    found: Any = load("run.yaml", env={name: text}, cwd=tmp_path)
+    for part in field.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
     assert (str(found) if isinstance(found, Path) else found) == expected
+
+
+def test_a_variable_of_another_recipe_sets_nothing(small: Load) -> None:
+    assert small(env={"TRL_NUM_PROCESSES": "8", "QUESTIONS_FILE": "q.json"}) == small()
 
 
 def test_an_empty_variable_counts_as_not_set(small: Load) -> None:

@@ -1,0 +1,179 @@
+"""What users of the seed bring along: its `.env` and the keys of its `training_config.json` (S13)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rl.config import legacy
+from hpc_rl.config.errors import ConfigError
+from hpc_rl.config.loader import Loaded, load_with_places
+from hpc_rl.config.prosetting import ProSettingConfig
+from hpc_rl.config.walk import field_at
+
+SEED: dict[str, Any] = {
+    "max_rounds": 5,
+    "save_rounds": [3, 4, 5],
+    "attempts_per_question": 4,
+    "physical_solver_gpu": "4",
+    "physical_grpo_gpu": "0,1,2,3,4,5,6,7",
+    "training_framework": "VERL_PPO",
+    "trl_num_processes": 8,
+    "trl_mixed_precision": "fp16",
+}
+"""The seed's own, with other values where its are our defaults."""
+MINE = "recipe: prosetting\nrun: {name: a}\nsolver: {path: m}\nquestions: {file: q.json}\n"
+
+
+def load(folder: Path, keys: dict[str, Any], mine: str = MINE, env: dict[str, str] | None = None) -> Loaded:
+    """A file of the seed with a file of ours over it."""
+    (folder / "training_config.json").write_text(json.dumps(keys, indent="\t"))
+    (folder / "run.yaml").write_text(f"extends: training_config.json\n{mine}")
+    return load_with_places("run.yaml", env=env or {}, cwd=folder)
+
+
+def value(loaded: Loaded, field: str) -> object:
+    found: Any = loaded.config
+    for part in field.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # so that places are short
+
+
+def test_the_file_of_the_seed_sets_our_fields(tmp_path: Path) -> None:
+    """S13, S8 (`save_rounds`), S10 (VERL PPO)."""
+    loaded = load(tmp_path, SEED)
+    assert {field: value(loaded, field) for key in SEED for field in legacy.PROSETTING[key].fields} == {
+        "run.rounds": 5,
+        "sample.samples_per_prompt": 4,
+        "stages.collect.tasks": 1,
+        "stages.collect.gpus_per_node": 1,
+        "stages.train.gpus_per_node": 8,
+        "stages.train.ranks_per_node": 8,
+        "backend": "rloo",
+        "solver.dtype": "float16",
+    }
+    assert loaded.places["run.rounds"] == "training_config.json:2"
+
+
+def test_each_of_its_keys_is_noted_with_its_line_and_field(tmp_path: Path) -> None:
+    notes = load(tmp_path, SEED).notes
+    assert notes[:2] == (
+        "training_config.json:2: max_rounds is run.rounds = 5",
+        "training_config.json:3: save_rounds sets nothing here: every trained round is kept",
+    )
+    assert [re.sub(r".*:\d+: (\w+) .*", r"\1", note) for note in notes] == list(SEED)
+
+
+@pytest.mark.parametrize("key", sorted(legacy.PROSETTING))
+def test_every_key_leads_to_fields_and_is_none_itself(key: str) -> None:
+    assert key not in ProSettingConfig.model_fields
+    for field in legacy.PROSETTING[key].fields:
+        assert field_at(ProSettingConfig, tuple(field.split("."))) is not None, field
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "field", "expected"),
+    [
+        ("training_framework", "TRL_DPO", "backend", "dpo"),
+        ("trl_mixed_precision", "no", "solver.dtype", "float32"),
+        ("trl_mixed_precision", "bf16", "solver.dtype", "bfloat16"),
+        ("physical_solver_gpu", "0,1, 2", "stages.collect.tasks", 3),
+        ("physical_solver_gpu", 4, "stages.collect.tasks", 1),
+        ("physical_solver_gpu", [4, 5], "stages.collect.gpus_per_node", 1),
+        ("replay_frac", 0.5, "pool.replay_fraction", 0.5),
+        ("auto_retry_enabled", False, "run.auto_retry", False),
+        ("auto_continue_on_failure", True, "run.continue_on_failure", True),
+        ("questions_file", "/q/a.json", "questions.file", Path("/q/a.json")),
+        ("solver_model_path", "/m/qwen", "solver.path", "/m/qwen"),
+        ("workspace_dir", "/w/run", "run.workspace", Path("/w/run")),
+        ("teacher_base_url", "http://t:8000/v1", "services.teacher.client.url", "http://t:8000/v1"),
+    ],
+)
+def test_a_value_of_the_seed_is_ours(tmp_path: Path, key: str, given: object, field: str, expected: object) -> None:
+    mine = "recipe: prosetting\nrun: {name: a}\nsolver: {}\nquestions: {}\n"
+    paths = {"questions_file": "/q/b.json", "solver_model_path": "/m/b"}
+    assert value(load(tmp_path, {**paths, key: given}, mine), field) == expected
+
+
+def test_a_later_file_wins_in_either_spelling(tmp_path: Path) -> None:
+    assert value(load(tmp_path, SEED, f"{MINE}sample: {{samples_per_prompt: 2}}\n"), "sample.samples_per_prompt") == 2
+    assert value(load(tmp_path, SEED, f"{MINE}attempts_per_question: 8\n"), "sample.samples_per_prompt") == 8
+
+
+def test_the_environment_wins_over_the_file_of_the_seed(tmp_path: Path) -> None:
+    env = {"TRL_NUM_PROCESSES": "2", "QUESTIONS_FILE": "other.json"}
+    loaded = load(tmp_path, SEED, env=env)
+    assert value(loaded, "stages.train.ranks_per_node") == 2
+    assert value(loaded, "questions.file") == tmp_path / "other.json"
+
+
+def test_both_spellings_in_one_file_with_one_value_are_no_problem(tmp_path: Path) -> None:
+    assert value(load(tmp_path, {"max_rounds": 4, "run": {"rounds": 4}}), "run.rounds") == 4
+
+
+def problems(folder: Path, keys: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(folder, keys)
+    return str(caught.value)
+
+
+def test_both_spellings_in_one_file_with_two_values_are_a_problem_with_both_places(tmp_path: Path) -> None:
+    said = problems(tmp_path, {"max_rounds": 4, "run": {"rounds": 5}})
+    assert "training_config.json:4: run.rounds: 5, but max_rounds says 4 (training_config.json:2)" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "expected"),
+    [
+        ("training_framework", "TRL_PPO", "expected: TRL_DPO | VERL_PPO"),
+        ("physical_solver_gpu", "4,4", "expected: each GPU once"),
+        ("physical_grpo_gpu", "0-7", "expected: numbers of GPUs"),
+        ("physical_grpo_gpu", True, "expected: numbers of GPUs"),
+        ("trl_mixed_precision", "int8", "expected: bf16 | fp16 | no"),
+        ("max_rounds", "five", 'run.rounds: "five"\n      expected: int ≥ 1'),
+        ("max_round", 5, "max_round: unknown key"),
+    ],
+)
+def test_what_cannot_be_read_is_a_problem_with_its_line(tmp_path: Path, key: str, given: object, expected: str) -> None:
+    said = problems(tmp_path, {key: given})
+    assert "training_config.json:2: " in said
+    assert expected in said
+
+
+def test_its_keys_in_another_recipe_name_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "training_config.json").write_text(json.dumps(SEED))
+    with pytest.raises(ConfigError, match=r"max_rounds: unknown key\n.*\n.*recipe: prosetting knows this key"):
+        load_with_places("training_config.json", env={}, cwd=tmp_path)
+
+
+def test_the_env_file_of_the_seed_is_taken_as_it_is(tmp_path: Path) -> None:
+    """S13: its README's `.env`."""
+    (tmp_path / ".env").write_text(
+        "SOLVER_MODEL_PATH=/path/to/solver/model\nQUESTIONS_FILE=/path/to/questions.json\n"
+        "WORKSPACE_DIR=/path/to/workspace\nTRL_NUM_PROCESSES=8\nTEACHER_BASE_URL=http://your-teacher-api\n"
+        "AUTO_RETRY_ENABLED=true          # Enable automatic retry\n"
+        "AUTO_CONTINUE_ON_FAILURE=true   # Whether to continue next round on failure\n"
+        "CHECKPOINT_INTERVAL=1            # Checkpoint save interval\n"
+    )
+    loaded = load(tmp_path, {}, MINE.replace("name: a", "name: a, auto_retry: false"))
+    found = {place: field for field, place in loaded.places.items() if place.startswith(".env")}
+    assert {place: value(loaded, field) for place, field in found.items()} == {
+        ".env (SOLVER_MODEL_PATH)": "/path/to/solver/model",
+        ".env (QUESTIONS_FILE)": Path("/path/to/questions.json"),
+        ".env (WORKSPACE_DIR)": Path("/path/to/workspace"),
+        ".env (TRL_NUM_PROCESSES)": 8,
+        ".env (TEACHER_BASE_URL)": "http://your-teacher-api",
+        ".env (AUTO_RETRY_ENABLED)": True,
+        ".env (AUTO_CONTINUE_ON_FAILURE)": True,
+    }
+    (note,) = loaded.notes
+    assert note.startswith(".env (CHECKPOINT_INTERVAL) sets nothing here: each stage of each round can be resumed")
