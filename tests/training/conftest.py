@@ -157,7 +157,8 @@ def plain(sampled: Path, speaker: Path, tmp_path_factory: pytest.TempPathFactory
 
 def grade(root: Path, round: int = 1, left_out: Sequence[str] = ()) -> None:
     """Commit the grade stage with rewards that depend on the sample's id only."""
-    from hpc_rl.grading.samples import GradedSample, read_samples, write_samples
+    from hpc_rl.grading.game import LewisGraded
+    from hpc_rl.grading.samples import read_samples, write_samples
 
     job = load(root, round, "grade")
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +169,7 @@ def grade(root: Path, round: int = 1, left_out: Sequence[str] = ()) -> None:
             draw, gone = random.Random(one.sample_id), one.sample_id in left_out
             accuracy, form = float(draw.random() < 0.5), float(draw.random() < 0.7)
             graded.append(
-                GradedSample(
+                LewisGraded(
                     **vars(one),
                     reward_accuracy=None if gone else accuracy,
                     reward_format=form,
@@ -180,7 +181,7 @@ def grade(root: Path, round: int = 1, left_out: Sequence[str] = ()) -> None:
                 )
             )
         path = shard.output("graded.parquet")
-        write_samples(path, graded, GradedSample)
+        write_samples(path, graded, LewisGraded)
         shard.commit([path], made_from={})
 
 
@@ -239,8 +240,6 @@ def train() -> Callable[..., Ranks]:
 
 
 @pytest.fixture(scope="session")
-def forgetful(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that mostly forgets the carry: what algorithms teach it (tests/training/arithmetic.py)."""
-    from tests.training import arithmetic
-
-    return arithmetic.teach_wrong(tmp_path_factory.mktemp("forgetful") / "model")
+def forgetful() -> Path:
+    """A model that mostly forgets the carry: what algorithms teach it (tools/tiny_sums.py)."""
+    return REPOSITORY / "models/tiny-solver"

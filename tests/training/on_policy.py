@@ -22,8 +22,8 @@ from hpc_rl.orchestrate.start import open_run
 from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.training.base import Driven
-from tests.training import arithmetic
 from tests.training.on_policy_recipe import SHARDS, OnPolicyConfig, asked, worth
+from tools import tiny_sums
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "on_policy.yaml"
@@ -33,7 +33,7 @@ CONFIG = HERE / "on_policy.yaml"
 class Sample:
     """What the model said to a sum, and how likely each token was. `reward` None: nobody graded it."""
 
-    sum: arithmetic.Sum
+    sum: tiny_sums.Sum
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     reward: tuple[float, float] | None
@@ -65,9 +65,9 @@ def open_(root: Path, model: Path, *settings: str) -> Workspace:
 def draw(ws: Workspace, seed: int = 0) -> list[Sample]:
     """A round's samples, as transformers draws them, with rewards."""
     config = config_of(ws)
-    policy, speaks = _policy(config.model.path), arithmetic.tokenizer()
+    policy, speaks = _policy(config.model.path), tiny_sums.tokenizer()
     sums = [one for one in asked(config) for _ in range(config.sample.samples_per_prompt)]
-    prompts = torch.tensor([speaks(arithmetic.question(one))["input_ids"] for one in sums])
+    prompts = torch.tensor([speaks(tiny_sums.question(one))["input_ids"] for one in sums])
     torch.manual_seed(seed)
     with torch.no_grad():
         found = policy.generate(
@@ -79,13 +79,13 @@ def draw(ws: Workspace, seed: int = 0) -> list[Sample]:
 
 
 def graded(
-    config: OnPolicyConfig, said: Sequence[tuple[arithmetic.Sum, tuple[int, ...]]], model: Path | None = None
+    config: OnPolicyConfig, said: Sequence[tuple[tiny_sums.Sum, tuple[int, ...]]], model: Path | None = None
 ) -> list[Sample]:
     """Samples with their log-probabilities under the run's initial model, or another one, and rewards."""
-    policy, speaks = _policy(model or config.model.path), arithmetic.tokenizer()
+    policy, speaks = _policy(model or config.model.path), tiny_sums.tokenizer()
     samples = []
     for one, tokens in said:
-        prompt = speaks(arithmetic.question(one))["input_ids"]
+        prompt = speaks(tiny_sums.question(one))["input_ids"]
         with torch.no_grad():
             logits = policy(torch.tensor([prompt + list(tokens)])).logits[0, len(prompt) - 1 : -1]
         logprobs = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
@@ -98,7 +98,7 @@ def _policy(path: Any) -> Any:
     """The model without what sampling bans."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     bias = torch.zeros(model.config.vocab_size)
-    bias[list(banned_ids(str(path), arithmetic.tokenizer()))] = BAN_BIAS
+    bias[list(banned_ids(str(path), tiny_sums.tokenizer()))] = BAN_BIAS
     model.lm_head.bias = torch.nn.Parameter(bias)
     return model
 
@@ -110,16 +110,16 @@ def _until_end(tokens: Sequence[int]) -> tuple[int, ...]:
 
 def commit(ws: Workspace, samples: Sequence[Sample], round: int = 1, weights: str | None = None) -> None:
     """Commit the graded stage: a group for each sum, every other one in the second shard."""
-    job, config, speaks = load(ws.root, round, "graded"), config_of(ws), arithmetic.tokenizer()
+    job, config, speaks = load(ws.root, round, "graded"), config_of(ws), tiny_sums.tokenizer()
     job.folder.mkdir(parents=True, exist_ok=True)
     digest = weights or weights_hash(Path(config.model.path))
-    groups: dict[arithmetic.Sum, list[Sample]] = {}
+    groups: dict[tiny_sums.Sum, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.sum, []).append(sample)
     rows = [
         {
             "sample_id": f"{group}-{attempt}-{one.id}", "row_id": str(group), "role": "model", "group": group,
-            "attempt": attempt, "prompt_token_ids": speaks(arithmetic.question(of))["input_ids"],
+            "attempt": attempt, "prompt_token_ids": speaks(tiny_sums.question(of))["input_ids"],
             "token_ids": list(one.token_ids), "logprobs": list(one.logprobs),
             "finish_reason": "stop" if one.token_ids[-1] == 1 else "length",
             "weights_hash": digest, "left_out": one.reward is None,

@@ -1,4 +1,4 @@
-"""A recipe that trains the model of tests/training/arithmetic.py by GRPO or RLOO: samples of a round, or live."""
+"""A recipe that trains the model of tools/tiny_sums.py by GRPO or RLOO: samples of a round, or live."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hpc_rl.recipes import reference
 from hpc_rl.training.algorithms.grpo_live import Asked, Game, Parts
 from hpc_rl.training.run import TrainRun
 from hpc_rl.training.task import Data, TrainTask
-from tests.training import arithmetic
+from tools import tiny_sums
 
 SHARDS = 2
 PARTS = ("exact", "digits")
@@ -85,16 +85,16 @@ def training(config: OnPolicyConfig, stage: StageId) -> TrainTask:
     )
 
 
-def worth(said: str, sum: arithmetic.Sum) -> tuple[float, float]:
+def worth(said: str, sum: tiny_sums.Sum) -> tuple[float, float]:
     """Parts of the reward: the whole answer, and the share of its digits."""
-    right = arithmetic.answer(sum)
+    right = tiny_sums.answer(sum)
     digits = [a == b for a, b in zip(said, right, strict=False)] if len(said) == len(right) else []
     return float(said == right), len([one for one in digits if one]) / len(right)
 
 
-def asked(config: OnPolicyConfig) -> list[arithmetic.Sum]:
+def asked(config: OnPolicyConfig) -> list[tiny_sums.Sum]:
     """The sums of a round."""
-    return arithmetic.sums()[0][: config.sample.prompts_per_round]
+    return tiny_sums.sums()[0][: config.sample.prompts_per_round]
 
 
 @contextmanager
@@ -111,4 +111,4 @@ def play(run: TrainRun) -> Iterator[Game]:
             file.writelines(f"{step} {one.row} {one.text}\n" for one in said)
         return [worth(one.text, sums[one.row]) for one in said]
 
-    yield Game([f"{a}+{b}" for a, b in sums], [arithmetic.question(one) for one in sums], judge, outputs=[written])
+    yield Game([f"{a}+{b}" for a, b in sums], [tiny_sums.question(one) for one in sums], judge, outputs=[written])

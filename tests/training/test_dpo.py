@@ -27,7 +27,7 @@ from hpc_rl.training.data.pairs import Pair
 from hpc_rl.training.data.pixels import Pictures
 from hpc_rl.training.data.plan import Plan, Shape
 from hpc_rl.training.trl_parts import DPOConfig, DPOTrainer, add_fused_lm_head
-from tests.training import arithmetic
+from tools import tiny_sums
 from tools.tiny_chat_model import write
 from tools.tiny_model import SIDE
 
@@ -231,17 +231,17 @@ def test_a_forward_pass_of_a_filler_alone_changes_nothing(model: Path, file: Pat
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_pairs_lift_a_model_from_one_in_ten_to_eight_in_ten(forgetful: Path, tmp_path: Path, seed: int) -> None:
     """The right answer to each sum is preferred to the one that forgets the carry; tested on other sums."""
-    known, tested = arithmetic.sums()
-    tokenizer, path = arithmetic.tokenizer(), tmp_path / "pairs.parquet"
+    known, tested = tiny_sums.sums()
+    tokenizer, path = tiny_sums.tokenizer(), tmp_path / "pairs.parquet"
 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text)["input_ids"])
 
     rows = [
         {
-            "pair_id": str(one), "prompt_token_ids": ids(arithmetic.question(one)),
-            "chosen_token_ids": [*ids(arithmetic.answer(one)), tokenizer.eos_token_id],
-            "rejected_token_ids": [*ids(arithmetic.forgetful(one)), tokenizer.eos_token_id],
+            "pair_id": str(one), "prompt_token_ids": ids(tiny_sums.question(one)),
+            "chosen_token_ids": [*ids(tiny_sums.answer(one)), tokenizer.eos_token_id],
+            "rejected_token_ids": [*ids(tiny_sums.forgetful(one)), tokenizer.eos_token_id],
         }
         for one in known
     ]  # fmt: skip
@@ -254,7 +254,7 @@ def test_pairs_lift_a_model_from_one_in_ten_to_eight_in_ten(forgetful: Path, tmp
         **common(tmp_path, shape) | {"learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 10,
                                      "adam_beta2": 0.98, "logging_steps": 50},
     )  # fmt: skip
-    before = arithmetic.accuracy(trainer.model, tested)
+    before = tiny_sums.accuracy(trainer.model, tested)
     trainer.train()
-    after = arithmetic.accuracy(trainer.model, tested)
+    after = tiny_sums.accuracy(trainer.model, tested)
     assert before < 0.25 and after > 0.8, (before, after)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.training import arithmetic
 from tests.training.on_policy import open_, train
+from tools import tiny_sums
 
 STEPS = 200
 
@@ -26,8 +26,8 @@ def test_rewards_lift_a_model_from_one_in_ten_to_eight_in_ten(
     )  # fmt: skip
     sampling = ("sample.prompts_per_round=2000", "sample.samples_per_prompt=8", "logging.log_every_steps=20")
     section = [f"algorithm={algorithm}", f"run.seed={seed}", *(f"{algorithm}.{one}" for one in options)]
-    ws, tested = open_(tmp_path, forgetful, *section, *sampling), arithmetic.sums()[1]
-    before = arithmetic.accuracy(AutoModelForCausalLM.from_pretrained(forgetful), tested)
+    ws, tested = open_(tmp_path, forgetful, *section, *sampling), tiny_sums.sums()[1]
+    before = tiny_sums.accuracy(AutoModelForCausalLM.from_pretrained(forgetful), tested)
     train(ws)
-    after = arithmetic.accuracy(AutoModelForCausalLM.from_pretrained(ws.checkpoint_dir("model", 1)), tested)
+    after = tiny_sums.accuracy(AutoModelForCausalLM.from_pretrained(ws.checkpoint_dir("model", 1)), tested)
     assert before < 0.25 and after > 0.8

@@ -18,8 +18,8 @@ from hpc_rl.training.data.units import id_hashes
 from hpc_rl.training.errors import UnusableData
 from hpc_rl.training.scores import INDEX, VALUES, Part, Scores
 from jobs import reference
-from tests.training import arithmetic
 from tests.training.on_policy import Sample, commit, draw, open_, train
+from tools import tiny_sums
 
 
 class Named:
@@ -85,7 +85,7 @@ def test_what_is_no_number_is_an_error_that_names_the_unit(tmp_path: Path) -> No
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that knows nothing."""
-    return arithmetic.save(arithmetic.untaught(), tmp_path_factory.mktemp("untaught") / "model")
+    return tiny_sums.save(tiny_sums.untaught(), tmp_path_factory.mktemp("untaught") / "model")
 
 
 @pytest.fixture(scope="module")

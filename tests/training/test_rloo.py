@@ -20,8 +20,8 @@ from hpc_rl.run.workspace import Workspace
 from hpc_rl.training.errors import NothingToLearn
 from hpc_rl.training.reporting.reporter import Reporter
 from jobs import reference
-from tests.training import arithmetic
 from tests.training.on_policy import Sample, Trained, commit, config_of, draw, graded, open_, train
+from tools import tiny_sums
 
 LIVE = ("rollouts=live", "live_max_steps=2", "beta=0.05", "drop_equal_groups=false")
 STORED = ("beta=0.05", "drop_equal_groups=false")
@@ -32,7 +32,7 @@ KINDS = ["grpo", "grpo grpo.loss_type=grpo", "grpo grpo.loss_type=dr_grpo grpo.s
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that knows nothing."""
-    return arithmetic.save(arithmetic.untaught(), tmp_path_factory.mktemp("untaught") / "model")
+    return tiny_sums.save(tiny_sums.untaught(), tmp_path_factory.mktemp("untaught") / "model")
 
 
 def settings(kind: str, *of: str) -> list[str]:
@@ -43,7 +43,7 @@ def settings(kind: str, *of: str) -> list[str]:
 
 def samples_of(live: Trained, root: Path, model: Path) -> list[Sample]:
     """What a live training has sampled, as a sampling job would have written it."""
-    speaks, batch = arithmetic.tokenizer(), live.batches[0]
+    speaks, batch = tiny_sums.tokenizer(), live.batches[0]
     said = []
     for number in range(len(batch["prompt_ids"])):
         prompt, tokens = (

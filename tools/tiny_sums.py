@@ -1,4 +1,4 @@
-"""Sums that a tiny model answers wrongly, in a systematic way: what DPO and GRPO teach it within seconds.
+"""Sums that a tiny model answers wrongly, in a systematic way: what DPO, GRPO and ProSetting teach it within seconds.
 
 "07+05=" is answered digit by digit, units first: "210". Most answers of the model's first lessons forget the carry, so
 greedily it is right in one case of ten, but the right answer is among those that it samples.
@@ -7,31 +7,36 @@ greedily it is right in one case of ten, but the right answer is among those tha
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpc_rl.teachers import sums as sums_of_teacher
+from hpc_rl.teachers.sums import DIGITS
+
 NUMBERS = 50
 """Terms are 0 to 49."""
-DIGITS = 3
 TOKENS = DIGITS + 1
 """Of an answer with its end."""
 WRONG = 0.75
 """Share of first lessons that forget the carry."""
 LESSONS = 600
-TEMPLATE = "{{ messages[0]['content'] }}"
+TEMPLATE = """\
+{%- for message in messages %}{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}
+{%- endfor %}"""
+"""Messages one after the other; what the assistant says ends."""
 
 Sum = tuple[int, int]
 
 
 def question(sum: Sum) -> str:
     """The prompt."""
-    return f"{sum[0]:02d}+{sum[1]:02d}="
+    return sums_of_teacher.question(*sum)
 
 
 def answer(sum: Sum) -> str:
     """Units first."""
-    return f"{sum[0] + sum[1]:0{DIGITS}d}"[::-1]
+    return sums_of_teacher.answer(*sum)
 
 
 def forgetful(sum: Sum) -> str:
@@ -112,8 +117,8 @@ def teach_wrong(folder: Path, seed: int = 0, lessons: int = LESSONS) -> Path:
     return save(model, folder)
 
 
-def accuracy(model: Any, of: Sequence[Sum]) -> float:
-    """Share of sums that a model answers, taking the likeliest token each time."""
+def accuracy(model: Any, of: Sequence[Sum], right: Callable[[Sum], str] = answer) -> float:
+    """Share of sums that a model answers as `right` says, taking the likeliest token each time."""
     import torch
 
     speaks = tokenizer()
@@ -124,4 +129,4 @@ def accuracy(model: Any, of: Sequence[Sum]) -> float:
             input_ids=asked, attention_mask=torch.ones_like(asked), max_new_tokens=TOKENS, do_sample=False
         )
     said = [speaks.decode(row).replace("<pad>", "") for row in found[:, asked.size(1) :].tolist()]
-    return sum(one == answer(s) + "<eos>" for one, s in zip(said, of, strict=True)) / len(of)
+    return sum(one == right(s) + "<eos>" for one, s in zip(said, of, strict=True)) / len(of)
