@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from hpc_rl.data.image_folder import Catalog, Concept, ImageFolderError, seeded_order
+from hpc_rl.data.image_folder import Catalog, Concept, ImageFolderError
 from hpc_rl.data.lewis import GameRow
+from hpc_rl.run.seeds import seeded_order
 
 
 def nearest(

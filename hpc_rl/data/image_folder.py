@@ -14,16 +14,13 @@ than the standard library and Pillow: `launch` lists categories and checks folde
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import escape as glob_escape
 from pathlib import Path
-from typing import TypeVar
 
 from hpc_rl.data.images import UnreadableImage, check_header, is_image_name, load_image
-from hpc_rl.run.seeds import derive
-
-T = TypeVar("T")
+from hpc_rl.run.seeds import seeded_order
 
 
 class ImageFolderError(ValueError):
@@ -60,15 +57,6 @@ class Catalog:
     category: str
     concepts: tuple[Concept, ...]
     skipped: tuple[str, ...]
-
-
-def seeded_order(items: Sequence[T], seed: int, *parts: str | int, key: Callable[[T], str] = str) -> list[T]:
-    """Items in an order that depends on the seed, on `parts` and on the items only, not on the order they come in.
-
-    Sorting by a hash instead of shuffling makes the result the same for shards that arrive in any order, and adding an
-    item moves no other. `key` must name items uniquely.
-    """
-    return sorted(items, key=lambda item: (derive(seed, *parts, key(item)), key(item)))
 
 
 def list_categories(root: Path) -> list[str]:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-from hpc_rl.data.image_folder import seeded_order
 from hpc_rl.run import atomic
+from hpc_rl.run.seeds import seeded_order
 from hpc_rl.run.workspace import Workspace
 
 SETS = ("train", "new_views", "validation")

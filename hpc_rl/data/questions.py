@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,6 +27,7 @@ class Question:
     ----------
     question_id
         Unique in the run; `q000017` of the 17th of the file, `q000017.r02` of the variant that round 2 made of it.
+        Those of a held-out file are `h000001` and so on.
     question, answer
         What is asked, and the reference answer.
     solution
@@ -59,6 +62,16 @@ def chat(options: QuestionsConfig, question: str) -> list[dict[str, str]]:
     """How the solver is asked: messages of `role` and `content`, the same when it is sampled, trained and evaluated."""
     system = [] if options.system_prompt is None else [{"role": "system", "content": options.system_prompt}]
     return [*system, {"role": "user", "content": options.prompt.replace("{question}", question)}]
+
+
+def text_key(text: str) -> bytes:
+    """What two questions have in common that are the same one: 16 bytes of the text without case and spacing.
+
+    Case does not count, although there are a few questions ("find A", "find a") that differ in it alone: to lose one of
+    those costs nothing, to train on a held-out question in another case costs the evaluation its meaning.
+    """
+    plain = text if text.isascii() else unicodedata.normalize("NFC", text)
+    return hashlib.blake2b(" ".join(plain.casefold().split()).encode(), digest_size=16).digest()
 
 
 def shard_range(questions: int, shards: int, index: int) -> range:

@@ -17,10 +17,10 @@ from hpc_rl.data.image_folder import (
     catalog,
     check_folder,
     list_categories,
-    seeded_order,
     split_concepts,
 )
 from hpc_rl.data.images import UnreadableImage
+from hpc_rl.run.seeds import seeded_order
 
 names = st.lists(st.text("abcdefgh-", min_size=1, max_size=6), min_size=2, max_size=30, unique=True)
 
