@@ -15,7 +15,8 @@ from hpc_rl.cluster.walltime import LEAVE_AT
 from hpc_rl.config.training import GrpoTrainConfig, TrainConfig
 from hpc_rl.engines.memory import notches_of
 from hpc_rl.orchestrate.reconcile import Run
-from hpc_rl.report import lowered_trainings
+from hpc_rl.reporting.gather import gather
+from hpc_rl.reporting.text import lowered
 from hpc_rl.run import atomic
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.training import memory
@@ -73,5 +74,6 @@ def test_the_next_attempt_takes_half_as_many_units_at_once_and_goes_on_from_the_
     assert (numbers["per_device_batch_size"], numbers["gradient_accumulation_steps"]) == (4, 2)
     assert differ(plain, ws) < 2e-4, "sums in another order; Adam enlarges rounding where gradients are near 0"
     assert notches_of(ws, 2, "train") == 1, "the next rounds begin with it"
-    (told,) = lowered_trainings(Run.load(ws.root))
+    (training,) = gather(Run.load(ws.root)).trainings
+    told = lowered(training)
     assert told.startswith("round 1 train: after running out of memory once, per_device_batch_size 4 and gradient_acc")
