@@ -18,7 +18,29 @@ from hpc_rl.grading.lewis import (
     parse,
     question,
 )
+from hpc_rl.grading.samples import GradedSample
 from hpc_rl.services.client import ListenerClient, ScoreError, ScoreRequest, ScoreResult
+
+
+@dataclass(frozen=True)
+class LewisGraded(GradedSample):
+    """A description and what it is worth.
+
+    Attributes
+    ----------
+    reward_accuracy, reward_format, reward_length
+        Parts of the reward, unweighted. `reward_accuracy` is None for a sample that is left out.
+    predicted_index
+        The candidate that the listener picked, -1 for none.
+    yes_probabilities
+        P(yes) of each candidate; empty where nothing was asked, because the text describes nothing or it is left out.
+    """
+
+    reward_accuracy: float | None
+    reward_format: float
+    reward_length: float
+    predicted_index: int
+    yes_probabilities: tuple[float, ...]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from types import NoneType, UnionType
+from typing import Any, BinaryIO, TypeVar, get_args, get_type_hints
 
 ROWS = 256
 """Samples in one row group."""
@@ -61,29 +62,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class GradedSample(Sample):
-    """A sample and what it is worth.
+    """A sample and what it is worth; recipes add the parts of their reward, `reward_NAME`, and what it was graded by.
 
     Attributes
     ----------
-    reward_accuracy, reward_format, reward_length
-        Parts of the reward, unweighted. `reward_accuracy` and `reward` are None for a sample that is left out.
     reward
-        Their weighted sum.
+        Weighted sum of the parts; None for a sample that is left out.
     left_out
-        The service gave no score: the sample is in no group.
-    predicted_index
-        The candidate that the listener picked, -1 for none.
-    yes_probabilities
-        P(yes) of each candidate; empty where nothing was asked, because the text describes nothing or it is left out.
+        Nobody could say what it is worth: the sample is in no group.
     """
 
-    reward_accuracy: float | None
-    reward_format: float
-    reward_length: float
     reward: float | None
     left_out: bool
-    predicted_index: int
-    yes_probabilities: tuple[float, ...]
 
 
 S = TypeVar("S", bound=Sample)
@@ -107,7 +97,7 @@ def write_samples(to: Path | BinaryIO, samples: Sequence[S], kind: type[S]) -> N
     samples
         In any order. There may be none: the file then has columns only.
     kind
-        `Sample` or `GradedSample`: which columns there are.
+        `Sample`, or a recipe's graded sample: which columns there are.
 
     Raises
     ------
@@ -115,63 +105,75 @@ def write_samples(to: Path | BinaryIO, samples: Sequence[S], kind: type[S]) -> N
         When an attempt is there twice.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     ordered = sorted(samples, key=_place)
     for one, other in pairwise(ordered):
         if _place(one) == _place(other):
             raise ValueError(f"attempt {one.attempt} at {one.row_id} as {one.role} is there twice: {one.sample_id}")
-    schema = _schema(kind)
-    # No dictionary of sampled tokens: they repeat too little, and it triples the time and adds a half to the size.
-    repeated = [field.name for field in schema if field.type == pa.string()] + ["prompt_token_ids.list.element"]
-    with pq.ParquetWriter(to, schema, use_dictionary=repeated, compression="zstd") as writer:
+    columns = schema(kind)
+    with open_writer(to, kind) as writer:
         for start in range(0, len(ordered), ROWS):
             rows = ordered[start : start + ROWS]
-            columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in schema]
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=ROWS)
+            arrays = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in columns]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=columns), row_group_size=ROWS)
+
+
+def open_writer(to: Path | BinaryIO, kind: type[Sample]) -> Any:
+    """A parquet writer for samples of a kind, to be closed: for tables in their order, `ROWS` in a row group."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = schema(kind)
+    # No dictionary of sampled tokens: they repeat too little, and it triples the time and adds a half to the size.
+    repeated = [field.name for field in columns if field.type == pa.string()] + ["prompt_token_ids.list.element"]
+    return pq.ParquetWriter(to, columns, use_dictionary=repeated, compression="zstd")
 
 
 def iter_samples(path: Path, batch: int = 64) -> Iterator[Sample]:
-    """The samples that `write_samples` wrote, in its order; `batch` of them are in memory at once, and a row group."""
-    return (Sample(**row) for row in _rows(path, batch))
+    """The samples of a file in its order, graded or not; `batch` of them are in memory at once, and a row group."""
+    return iter_graded(path, Sample, batch)
 
 
-def iter_graded(path: Path, batch: int = 64) -> Iterator[GradedSample]:
-    """The graded samples that `write_samples` wrote, like `iter_samples`."""
-    return (GradedSample(**row) for row in _rows(path, batch))
+def iter_graded(path: Path, kind: type[S], batch: int = 64) -> Iterator[S]:
+    """The samples of a recipe's kind, like `iter_samples`."""
+    import pyarrow.parquet as pq
+
+    names = [field.name for field in fields(kind)]
+    with pq.ParquetFile(path) as file:
+        for rows in file.iter_batches(batch, columns=names):
+            for row in rows.to_pylist():
+                values: Any = {n: tuple(value) if isinstance(value, list) else value for n, value in row.items()}
+                yield kind(**values)
 
 
 def read_samples(path: Path) -> tuple[Sample, ...]:
-    """All samples that `write_samples` wrote, in its order."""
+    """All samples of a file, in its order."""
     return tuple(iter_samples(path))
 
 
-def read_graded(path: Path) -> tuple[GradedSample, ...]:
-    """All graded samples that `write_samples` wrote, in its order."""
-    return tuple(iter_graded(path))
+def read_graded(path: Path, kind: type[S]) -> tuple[S, ...]:
+    """All samples of a recipe's kind, in the file's order."""
+    return tuple(iter_graded(path, kind))
 
 
 def _place(sample: Sample) -> tuple[int, str, int]:
     return sample.group, sample.role, sample.attempt
 
 
-def _schema(kind: type[Sample]) -> Any:
+def schema(kind: type[Sample]) -> Any:
+    """The columns of a kind of sample: one per field, of the field's type."""
     import pyarrow as pa
 
     types = {
-        "group": pa.int32(), "attempt": pa.int32(), "accepted": pa.bool_(), "prompt_token_ids": pa.list_(pa.int32()),
-        "token_ids": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32()), "seed": pa.int64(),
-        "reward_accuracy": pa.float32(), "reward_format": pa.float32(), "reward_length": pa.float32(),
-        "reward": pa.float32(), "left_out": pa.bool_(), "predicted_index": pa.int32(),
-        "yes_probabilities": pa.list_(pa.float32()),
+        str: pa.string(), bool: pa.bool_(), int: pa.int32(), float: pa.float32(),
+        tuple[int, ...]: pa.list_(pa.int32()), tuple[float, ...]: pa.list_(pa.float32()),
     }  # fmt: skip
-    return pa.schema([(field.name, types.get(field.name, pa.string())) for field in fields(kind)])
+    hints = get_type_hints(kind)
+    made = {field.name: types[_without_none(hints[field.name])] for field in fields(kind)}
+    return pa.schema(list({**made, "seed": pa.int64()}.items()))
 
 
-def _rows(path: Path, batch: int) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
-        for rows in file.iter_batches(batch):
-            for row in rows.to_pylist():
-                yield {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+def _without_none(hint: Any) -> Any:
+    """`float` of `float | None`."""
+    rest = [part for part in get_args(hint) if part is not NoneType]
+    return rest[0] if isinstance(hint, UnionType) and len(rest) == 1 else hint

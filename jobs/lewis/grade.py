@@ -47,8 +47,8 @@ def grade(
 ) -> None:
     """Grade the samples of a shard that were accepted, and commit it; the others are only counted."""
     from hpc_rl.grading import predictions
-    from hpc_rl.grading.game import judge, weights_of
-    from hpc_rl.grading.samples import GradedSample, iter_samples, write_samples
+    from hpc_rl.grading.game import LewisGraded, judge, weights_of
+    from hpc_rl.grading.samples import iter_samples, write_samples
 
     samples = []
     accepted: Counter[tuple[int, str]] = Counter()  # by group and role, also of those with none
@@ -65,7 +65,7 @@ def grade(
     took_s = time.monotonic() - started
     weights = weights_of(config.rewards)
     graded = [
-        GradedSample(
+        LewisGraded(
             **vars(sample),
             reward_accuracy=None if verdict.left_out else verdict.reward.accuracy,
             reward_format=verdict.reward.format,
@@ -78,7 +78,7 @@ def grade(
         for sample, verdict in zip(samples, verdicts, strict=True)
     ]
     path, log_lines = shard.output("graded.parquet"), shard.output("predictions.jsonl")
-    write_samples(path, graded, GradedSample)
+    write_samples(path, graded, LewisGraded)
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     predictions.write(
         log_lines,

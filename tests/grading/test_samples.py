@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hpc_rl.grading.game import LewisGraded
 from hpc_rl.grading.samples import (
     ROWS,
-    GradedSample,
     Sample,
     iter_graded,
     iter_samples,
@@ -36,12 +36,12 @@ def sample(group: int = 0, attempt: int = 0, role: str = "speaker", tokens: int 
     )  # fmt: skip
 
 
-def graded(one: Sample, **changes: object) -> GradedSample:
+def graded(one: Sample, **changes: object) -> LewisGraded:
     values = {
         "reward_accuracy": 1.0, "reward_format": 1.0, "reward_length": 0.5, "reward": 2.5, "left_out": False,
         "predicted_index": 2, "yes_probabilities": (0.25, 0.5, 0.75),
     }  # fmt: skip
-    return GradedSample(**vars(one), **{**values, **changes})  # type: ignore[arg-type]
+    return LewisGraded(**vars(one), **{**values, **changes})  # type: ignore[arg-type]
 
 
 places = st.sets(
@@ -75,8 +75,10 @@ def test_tokens_are_int32_and_logprobs_float32(tmp_path: Path) -> None:
 def test_graded_samples_come_back_with_what_is_missing(tmp_path: Path) -> None:
     whole = graded(sample(0, 0))
     out = graded(sample(0, 1), reward_accuracy=None, reward=None, left_out=True, yes_probabilities=())
-    write_samples(tmp_path / "graded", [out, whole], GradedSample)
-    assert read_graded(tmp_path / "graded") == tuple(iter_graded(tmp_path / "graded")) == (whole, out)
+    write_samples(tmp_path / "graded", [out, whole], LewisGraded)
+    path = tmp_path / "graded"
+    assert read_graded(path, LewisGraded) == tuple(iter_graded(path, LewisGraded)) == (whole, out)
+    assert read_samples(path) == (sample(0, 0), sample(0, 1)), "what was added is left out"
 
 
 def test_an_open_file_takes_the_same_and_stays_open(tmp_path: Path) -> None:
@@ -87,12 +89,12 @@ def test_an_open_file_takes_the_same_and_stays_open(tmp_path: Path) -> None:
         assert file.read() == (tmp_path / "named").read_bytes()
 
 
-@pytest.mark.parametrize("kind", [Sample, GradedSample])
+@pytest.mark.parametrize("kind", [Sample, LewisGraded])
 def test_a_shard_without_samples_has_the_columns_of_the_others(tmp_path: Path, kind: type[Sample]) -> None:
     write_samples(tmp_path / "none", [], kind)
-    write_samples(tmp_path / "one", [graded(sample()) if kind is GradedSample else sample()], kind)
+    write_samples(tmp_path / "one", [graded(sample()) if kind is LewisGraded else sample()], kind)
     assert pq.read_schema(tmp_path / "none") == pq.read_schema(tmp_path / "one")
-    assert read_samples(tmp_path / "none") == read_graded(tmp_path / "none") == ()
+    assert read_samples(tmp_path / "none") == read_graded(tmp_path / "none", kind) == ()
 
 
 def test_an_attempt_that_is_there_twice_is_refused(tmp_path: Path) -> None:

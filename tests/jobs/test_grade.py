@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from hpc_rl.data.lewis import read_rows, rows_of_round
+from hpc_rl.grading.game import LewisGraded
 from hpc_rl.grading.samples import Sample, read_graded, write_samples
 from hpc_rl.orchestrate.job import load
 from hpc_rl.run import manifest
@@ -55,7 +56,7 @@ def test_only_accepted_attempts_are_graded_and_short_groups_are_counted(sampled:
         assert grade.main(arguments(sampled)) == 0
     made = [manifest.read(sampled, 1, "grade", shard) for shard in range(3)]
     paths = [one.path("graded.parquet") for one in made]
-    graded = [one for path in paths for one in read_graded(path)]
+    graded = [one for path in paths for one in read_graded(path, LewisGraded)]
     assert [(one.group, one.attempt) for one in graded] == [(g, n) for g, numbers in ACCEPTED.items() for n in numbers]
     assert not any(one.left_out for one in graded) and all(one.yes_probabilities for one in graded)
     counted = [[one.metrics[name] for name in ("attempts", "samples", "groups", "short_groups")] for one in made]
@@ -76,6 +77,6 @@ def test_the_roles_of_a_row_are_groups_of_their_own(new_run: Callable[..., Works
     assert (made.metrics["samples"], made.metrics["groups"], made.metrics["short_groups"]) == (6, 3, 2)
     graded = [
         replace(one, reward=float(one.role == "helpful"), left_out=False)
-        for one in read_graded(made.path("graded.parquet"))
+        for one in read_graded(made.path("graded.parquet"), LewisGraded)
     ]
     assert grade.summary(graded, 0.0)["groups_without_gradient"] == 2

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from hpc_rl.grading.game import LewisGraded
 from hpc_rl.grading.lewis import parse
 from hpc_rl.grading.samples import read_graded, read_samples
 from hpc_rl.run import manifest
@@ -36,7 +37,7 @@ def samples_of(ws: Workspace) -> list[Any]:
 
 def graded_of(ws: Workspace) -> list[Any]:
     paths = [manifest.read(ws, 1, "grade", shard).path("graded.parquet") for shard in range(SHARDS)]
-    return [s for path in paths for s in read_graded(path)]
+    return [s for path in paths for s in read_graded(path, LewisGraded)]
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_rl.grading.samples import GradedSample, write_samples
+from hpc_rl.grading.game import LewisGraded
+from hpc_rl.grading.samples import write_samples
 from hpc_rl.training.data import plan, rollouts, store
 from hpc_rl.training.data.rollouts import advantages, have_equal_rewards
 from hpc_rl.training.errors import NothingToLearn, UnusableData
@@ -22,8 +23,8 @@ from tests.training.conftest import PARTS
 
 def graded(
     group: int, attempt: int, reward: float | None = 1.0, role: str = "speaker", **changes: object
-) -> GradedSample:
-    sample = GradedSample(
+) -> LewisGraded:
+    sample = LewisGraded(
         sample_id=f"r01-{group}-{role}-g{attempt}", row_id=f"row{group}", role=role, group=group, attempt=attempt,
         accepted=True, prompt_token_ids=(5, 6, 7),
         token_ids=(8, 9), logprobs=(-0.5, -1.5), text="x", finish_reason="stop", seed=1, weights_hash="w",
@@ -34,11 +35,11 @@ def graded(
 
 
 def read(
-    tmp_path: Path, *shards: list[GradedSample], group_size: int = 4, groups: int | None = None
+    tmp_path: Path, *shards: list[LewisGraded], group_size: int = 4, groups: int | None = None
 ) -> rollouts.Rollouts:
     paths = [tmp_path / f"{number}.parquet" for number in range(len(shards))]
     for path, shard in zip(paths, shards, strict=True):
-        write_samples(path, shard, GradedSample)
+        write_samples(path, shard, LewisGraded)
     return store.read(
         paths, PARTS, group_size, groups or len({(one.group, one.role) for shard in shards for one in shard})
     )
@@ -150,7 +151,7 @@ def test_advantages_are_those_of_trl(points: list[list[int]], scale: str) -> Non
         ([graded(0, 0), graded(1, 0), graded(1, 1, None)], "1 of 3 samples were left out: no group has two"),
     ],
 )
-def test_what_cannot_be_trained_on_is_named(tmp_path: Path, samples: list[GradedSample], complaint: str) -> None:
+def test_what_cannot_be_trained_on_is_named(tmp_path: Path, samples: list[LewisGraded], complaint: str) -> None:
     with pytest.raises(UnusableData, match=complaint):
         read(tmp_path, *([sample] for sample in samples))
 
