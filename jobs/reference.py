@@ -90,10 +90,10 @@ def _score(run: TrainRun, shard: Shard, model: Loaded | None, block: ExitStack) 
     assert data is not None, "what is scored is what is trained on"
     weights = algorithm.reference_weights(run)
     rows: dict[str, Any] = {}
+    made = run.job.input(data.stage.round, data.stage.name, shard.index)
+    files = [data.file, *([run.task.validation] if run.task.validation else [])]
     try:
-        scoring = algorithm.scoring(
-            run, [run.job.input(data.stage.round, data.stage.name, shard.index).path(data.file)]
-        )
+        scoring = algorithm.scoring(run, [made.path(file) for file in files])
     except NothingToLearn as nothing:
         log.info("shard %d: %s", shard.index, nothing)
     else:

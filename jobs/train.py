@@ -83,9 +83,10 @@ def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, lea
     from hpc_rl.engines.weights import weights_of
     from hpc_rl.services.calling import ServiceUnavailable
     from hpc_rl.training import algorithms, memory
+    from hpc_rl.training.errors import NothingToLearn
     from hpc_rl.training.exporting.export import remove_leftovers
     from hpc_rl.training.ranks.distributed import broadcast_object, rank_0_alone
-    from hpc_rl.training.run import TrainRun
+    from hpc_rl.training.run import Trained, TrainRun
 
     _set_up_wandb(job, world.is_main)
     roles = [task.role, *([task.second] if task.second else [])]
@@ -108,6 +109,12 @@ def train(job: Job, task: TrainTask, shard: Shard, token: str, world: World, lea
     except ServiceUnavailable as error:
         log.error("ServiceUnavailable: %s", error)
         raise SystemExit(EXIT_BLOCKED) from error
+    except NothingToLearn as nothing:
+        if task.nothing_to_learn == "stop":
+            raise
+        log.warning("nothing to learn in round %d: %s. The weights stay as they were", job.round, nothing)
+        second = starts[1].hash if task.second else None
+        trained = Trained(weights.hash, {"steps": 0}, second=second, kept=str(nothing))
     with rank_0_alone("the training is committed"):
         if shard.lease is not None:
             _commit(job, task, run, shard, trained, starts)
@@ -117,6 +124,8 @@ def _commit(
     job: Job, task: TrainTask, run: TrainRun, shard: Shard, trained: Trained | None, starts: Sequence[Weights]
 ) -> None:
     """Declare the training done, unless another job has taken it over, and remove what is not needed any more."""
+    from hpc_rl.engines.weights import STANDS
+
     assert shard.lease is not None
     if trained is None or shard.lease.lost:
         log.warning("another job has taken this training over; this copy is thrown away")
@@ -126,8 +135,13 @@ def _commit(
             return
         raise SystemExit(EXIT_BLOCKED)
     weights = starts[0]
-    files = sorted(path for folder in run.places.models for path in folder.rglob("*") if path.is_file())
-    made_from: dict[str, str | None] = {"weights": weights.hash, "weights_out": trained.weights, "base": weights.base}
+    folders = run.places.models if not trained.kept else []
+    files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+    made_from: dict[str, str | int | None] = {
+        "weights": weights.hash, "weights_out": trained.weights, "base": weights.base
+    }  # fmt: skip
+    if trained.kept:
+        made_from |= {"nothing_to_learn": trained.kept, STANDS: task.trained_round}
     if task.second is not None:
         second, name = starts[1], task.second.name
         made_from |= {

@@ -12,6 +12,9 @@ from hpc_rl.engines.model_files import check_unchanged, identity, model_files
 from hpc_rl.run import atomic, manifest
 from hpc_rl.run.workspace import Workspace
 
+STANDS = "trained_round"
+"""Key of a training's `made_from` where it left no weights: the round whose weights are in force still."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -42,11 +45,18 @@ class Role:
 
 
 def weights_of(ws: Workspace, role: Role, round: int) -> Weights:
-    """A role after `round` rounds, as the manifest of its training names it; round 0: the model to start from."""
+    """A role after `round` rounds, as the manifest of its training names it; round 0: the model to start from.
+
+    Of a training that left none (given up, or nothing to learn from) the manifest names the round whose weights stand.
+    """
     base = str(role.model.path)
     if round == 0:
         return Weights(base, None, noted_hash(Path(base), ws.root / "cache" / "weights"))
     made = manifest.read(ws, round, role.stage, 0)
+    if STANDS in made.made_from:
+        before = int(made.made_from[STANDS])
+        assert before < round, f"round {round} of {role.stage} stands on round {before}"
+        return weights_of(ws, role, before)
     folder = ws.checkpoint_dir(role.name, round)
     digest = str(made.made_from.get(f"weights_out_{role.name}", made.made_from["weights_out"]))
     has_adapter = ws.relative(folder / "adapter_config.json") in {output.path for output in made.outputs}

@@ -20,6 +20,7 @@ from hpc_rl.engines.weights import Role
 from hpc_rl.orchestrate.graph import Kind, Stage, StageId
 from hpc_rl.recipes import reference
 from hpc_rl.recipes.parts import evaluation_stage, sampling_stage, training_stage, with_service
+from hpc_rl.reporting.columns import Column, Table
 from hpc_rl.sampling.source import SampleTask
 from hpc_rl.training.task import Data, TrainTask
 
@@ -44,9 +45,9 @@ def stages(config: ProSettingConfig, round: int) -> Iterable[Stage]:
     if _last_trained(config, round) == round:
         yield from _training(config, round)
     if config.generator is not None:
-        yield training_stage(
-            StageId(round, "train_generator"), (data,), config.generator_training, "generator_training"
-        )
+        trained = StageId(round, "train_generator")
+        last = (StageId(round - 1, "train_generator"),) if round > 1 else ()
+        yield training_stage(trained, (data, *last), config.generator_training, "generator_training")
     enhance = Stage(StageId(round, "enhance"), f"{BODIES}.enhance", Kind.ARRAY, needs=(questions, grade), shards=shards)
     yield from with_service(config, enhance, config.enhance.teacher)
     yield Stage(pool, f"{BODIES}.pool", Kind.SINGLE, needs=(questions, grade, enhance.id))
@@ -70,6 +71,7 @@ def training(config: ProSettingConfig, stage: StageId) -> TrainTask:
             role=Role("generator", config.generator, stage.name),
             trained_round=stage.round - 1,
             data=Data(data, GENERATOR),
+            nothing_to_learn="keep",
         )
     on_policy = config.backend == "rloo"
     return TrainTask(
@@ -79,6 +81,8 @@ def training(config: ProSettingConfig, stage: StageId) -> TrainTask:
         role=_solver(config),
         trained_round=_last_trained(config, stage.round - 1),
         data=Data(StageId(stage.round, "grade"), "graded.parquet") if on_policy else Data(data, PAIRS),
+        validation=None if on_policy else VALIDATION,
+        nothing_to_learn="keep",
         reference=reference.output(stage.round) if _has_reference_stage(config) else None,
         sampling=config.sample,
         rewards={"correctness": 1.0},
@@ -114,3 +118,54 @@ def _weights(config: ProSettingConfig, round: int) -> tuple[StageId, ...]:
 
 def _has_reference_stage(config: ProSettingConfig) -> bool:
     return config.dpo.reference == "stage" if config.backend == "dpo" else config.rloo.reference_stage
+
+
+REPORT = (
+    Table(
+        "held-out questions",
+        (
+            Column("pass@1", "evaluate", "accuracy", "share of right answers, over all attempts", trend=True),
+            Column("pass@k", "evaluate", "pass_at_k", "share of questions that one of the attempts solved", trend=True),
+            Column("cut off", "evaluate", "truncated", "attempts that reached the longest length"),
+        ),
+        about="{n_held_out} questions, {n_attempts} attempts",
+        about_stage="evaluate",
+    ),
+    Table(
+        "attempts and their grades",
+        (
+            Column("attempts", "grade", "samples"),
+            Column("reward", "grade", "mean_reward", "over graded attempts", "mean", ("right", "wrong"), trend=True),
+            Column("right", "grade", "right"),
+            Column("wrong", "grade", "wrong"),
+            Column("left out", "grade", "left_out", "attempts without a verdict, neither right nor wrong"),
+            Column("by rule", "grade", "graded_by_rule"),
+            Column("by teacher", "grade", "graded_by_teacher"),
+        ),
+    ),
+    Table(
+        "questions by zone, and the pool that came of them",
+        (
+            Column("mastered", "grade", "zone_mastered", "all attempts are right: a harder variant is written"),
+            Column("learning", "grade", "zone_learning", "some are: a variant aimed at the failure"),
+            Column("too hard", "grade", "zone_too_hard", "none is: they come again, their references are checked"),
+            Column("ungraded", "grade", "zone_ungraded"),
+            Column("enhanced", "pool", "enhanced"),
+            Column("dropped", "enhance", "dropped_bad_reply", "variants that the teacher did not get right"),
+            Column("broken", "pool", "broken", "questions whose reference answer was found wrong: they leave the pool"),
+            Column("next pool", "pool", "questions"),
+            Column("diversity", "pool", "diversity", "share of different word pairs in the next pool (distinct-2)"),
+        ),
+    ),
+    Table(
+        "pairs",
+        (
+            Column("new", "dpo_data", "pairs_new"),
+            Column("train", "dpo_data", "pairs_train", "of all rounds in the window"),
+            Column("validation", "dpo_data", "pairs_validation"),
+            Column("val. loss", "train", "validation_loss", "DPO's loss of the validation pairs after the training"),
+            Column("val. accuracy", "train", "validation_accuracy"),
+        ),
+    ),
+)  # fmt: skip
+"""What `python -m hpc_rl.report` shows of the rounds (S11, S18)."""

@@ -40,6 +40,7 @@ from hpc_rl.training.reporting.reporter import Reporter
 from hpc_rl.training.reporting.samples_log import Samples
 from hpc_rl.training.second import Second
 from hpc_rl.training.task import Data, TrainTask
+from hpc_rl.training.validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +87,16 @@ class Places:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of it, on rank 0: hashes of the final weights, numbers for the manifest, and other outputs."""
+    """What came of it, on rank 0: hashes of the final weights, numbers for the manifest, and other outputs.
+
+    `kept` says why the weights are those that it began with, and no new ones were written; '' where they are new.
+    """
 
     weights: str
     metrics: Mapping[str, Any]
     outputs: Sequence[Path] = ()
     second: str | None = None
+    kept: str = ""
 
 
 @dataclass
@@ -243,8 +248,11 @@ class TrainRun:
         barrier()
         return checkpoints
 
-    def train(self, trainer: Any, checkpoints: Checkpoints, second: Second | None = None) -> Trained | None:
-        """Train to the end and write the final weights, those of a second model too.
+    def train(
+        self, trainer: Any, checkpoints: Checkpoints, second: Second | None = None,
+        validation: Validation | None = None,
+    ) -> Trained | None:  # fmt: skip
+        """Train to the end, measure what is for validation, and write the final weights, those of a second model too.
 
         None on ranks other than 0, and on rank 0 when the round was taken over meanwhile: then nothing was changed.
 
@@ -278,7 +286,10 @@ class TrainRun:
             self._leave(self._saving.exit_code)
         self.leaving.leave_if_asked()
         self.seconds["training"] = time.monotonic() - began
-        return self._finish(trainer, second)
+        began = time.monotonic()
+        measured = validation.measure(trainer, self._reporter) if validation is not None else {}
+        self.seconds["validating"] = time.monotonic() - began
+        return self._finish(trainer, second, measured)
 
     def in_vain(self) -> str:
         """Why it would lead nowhere to run the job again that leaves now; '' where it may get further."""
@@ -297,7 +308,7 @@ class TrainRun:
             time.sleep(EXIT_GRACE_S)  # the first to leave ends all (srun), and rank 0's entry has yet to requeue
         raise SystemExit(code)
 
-    def _finish(self, trainer: Any, second: Second | None) -> Trained | None:
+    def _finish(self, trainer: Any, second: Second | None, measured: Mapping[str, float]) -> Trained | None:
         began, task, places = time.monotonic(), self.task, self.places
         finals = [Final(trainer.model_wrapped, trainer.processing_class, task.role, places.final, task.settings.export)]
         if second is not None:
@@ -309,6 +320,7 @@ class TrainRun:
         self.seconds["exporting"] = time.monotonic() - began
         metrics = {
             **numbers(trainer),
+            **measured,
             "resumed_from_step": self.resumed_from,
             "ranks": self.world.size,
             "preflight": self.world.preflight,

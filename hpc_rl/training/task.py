@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from hpc_rl.config.phases import SamplingConfig
 from hpc_rl.config.training import TrainConfig
@@ -37,10 +37,15 @@ class TrainTask:
         What is trained beside it, of an algorithm that trains two models, and on what; the same round trained it last.
     data
         What it is trained on.
+    validation
+        Of pairs: another output of the same stage, whose pairs are only measured, before and after.
+    nothing_to_learn
+        What becomes of a round whose data have nothing to train on. stop: the run stops with the reason. keep: the
+        stage is done, and the weights stay as they were; log and manifest say why.
     reference
         Log-probabilities under the reference model, where a stage of their own has computed them (`jobs.reference`).
     sampling, groups
-        Of rollouts: how they were drawn, and of how many groups (prompts × roles).
+        Of rollouts: how they were drawn, and of how many groups (prompts × roles); None: as many as the data have.
     rewards
         Of rollouts: weights of the parts of the reward, by their names.
     pictures
@@ -59,12 +64,18 @@ class TrainTask:
     second: Role | None = None
     second_data: Data | None = None
     data: Data | None = None
+    validation: str | None = None
+    nothing_to_learn: Literal["stop", "keep"] = "stop"
     reference: Data | None = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    groups: int = 0
+    groups: int | None = None
     rewards: Mapping[str, float] = field(default_factory=dict)
     pictures: str | None = None
     live: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.validation is not None and self.algorithm != "dpo":
+            raise ValueError(f"{self.section} names {self.validation} for validation, but only dpo measures pairs")
 
 
 def find(name: str) -> Any:

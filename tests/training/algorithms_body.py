@@ -13,6 +13,8 @@ from tests.training.algorithms_recipe import PROMPTS, SAMPLES, AlgorithmsConfig
 
 UNITS = 21
 """Texts, pairs and questions: no multiple of a step, so that the last one has passes without any."""
+MEASURED = 5
+"""Pairs that are not trained on: no multiple of a pass."""
 
 Row = dict[str, Any]
 
@@ -26,9 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = job.config
     assert isinstance(config, AlgorithmsConfig)
     for shard in job.shards():
+        measured = [row | {"pair_id": f"v{row['pair_id']}"} for row in pairs()[:MEASURED]]
         tables = {
-            "texts.parquet": texts(), "pairs.parquet": pairs(), "solutions.parquet": solutions(),
-            "graded.parquet": rollouts(Path(config.model.path)),
+            "texts.parquet": texts(), "pairs.parquet": pairs(), "validation.parquet": measured,
+            "solutions.parquet": solutions(), "graded.parquet": rollouts(Path(config.model.path)),
         }  # fmt: skip
         paths = []
         for name, rows in tables.items():

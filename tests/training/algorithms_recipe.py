@@ -98,6 +98,7 @@ def training(config: AlgorithmsConfig, stage: StageId) -> TrainTask:
         role=Role(name, config.model, stage.name),
         trained_round=0,
         data=Data(data, FILES[name]),
+        validation="validation.parquet" if name == "dpo" else None,
         second=Role("judge", config.model, stage.name) if joint else None,
         second_data=Data(data, "solutions.parquet") if joint else None,
         # of rollouts

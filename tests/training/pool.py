@@ -38,7 +38,8 @@ WITH_LORA = ("dpo", "grpo", "joint")
 PLAIN = tuple(name for name in FILES if name not in ("weighted_sft", "rloo"))
 """What is trained without DeepSpeed too; the others are sft and grpo with another loss."""
 Notes = dict[str, dict[str, Any]]
-"""By algorithm: `losses` and `grad_norms` of the steps; `engine`, what wrapped the model, and its `zero_stage`."""
+"""By algorithm: `losses` and `grad_norms` of the steps; `validation`, what the manifest says of it; `engine`, what
+wrapped the model, and its `zero_stage`."""
 
 
 def open_run_of_one(folder: Path, *settings: str) -> Path:
@@ -110,13 +111,14 @@ def _noted(notes: Notes, algorithm: str) -> Iterator[None]:
 
     train = TrainRun.train
 
-    def noting(self: TrainRun, trainer: Any, *others: Any) -> Any:
-        trained = train(self, trainer, *others)
+    def noting(self: TrainRun, trainer: Any, *others: Any, **more: Any) -> Any:
+        trained = train(self, trainer, *others, **more)
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
         engine = trainer.model_wrapped
         notes[algorithm] = {
             "losses": [entry["loss"] for entry in steps],
             "grad_norms": [entry["grad_norm"] for entry in steps],
+            "validation": {k: v for k, v in trained.metrics.items() if k.startswith("validation_")} if trained else {},
             "engine": type(engine).__name__,
             "zero_stage": getattr(engine, "zero_optimization_stage", lambda: 0)(),
         }

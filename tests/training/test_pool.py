@@ -65,3 +65,4 @@ def assert_same(alone: dict[str, Any], both: dict[str, Any]) -> None:
     assert len(alone["losses"]) == len(both["losses"]) >= 3
     assert both["losses"] == pytest.approx(alone["losses"], abs=5e-6, rel=1e-5)
     assert both["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-3)
+    assert both["validation"] == pytest.approx(alone["validation"], abs=2e-5)

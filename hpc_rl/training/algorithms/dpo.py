@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,11 @@ from hpc_rl.training.data import pairs, pixels, plan
 from hpc_rl.training.data.batches import Batches
 from hpc_rl.training.data.collate import ByPlace, Pairs
 from hpc_rl.training.data.units import Units
+from hpc_rl.training.errors import NothingToLearn
 from hpc_rl.training.run import Trained, TrainRun
+from hpc_rl.training.scores import Scores
 from hpc_rl.training.trl_parts import DPOConfig, DPOTrainer
+from hpc_rl.training.validation import Validation
 
 
 class Dpo(CountsTokens, Driven, DPOTrainer):  # type: ignore[misc]
@@ -54,25 +58,32 @@ def train(run: TrainRun) -> Trained | None:
     """See `hpc_rl.training.algorithms.Algorithm`."""
     began = time.monotonic()
     options, processor = _options(run), run.processor()
-    every = _scoring(run, run.files(), processor)
-    units: Units[pairs.Pair] = every.units
+    every = _scoring(run, _read(run, processor, run.files(), _validation_files(run)), processor)
+    units, measured = pairs.split(every.units)
+    if not len(units):
+        raise NothingToLearn(f"no pair is left to train on; {len(measured)} are there for validation")
     made = plan.make(units, run.shape, epochs=options.epochs, run_seed=run.job.config.run.seed, round=run.round)
     checkpoints = run.checkpoints(made.fingerprint())
     args = dpo_config(options, **settings.common(run, checkpoints.own))
     makers: list[Any] = [_tensors(run, processor)]
-    reference = None
+    reference, known = None, None
     if options.reference == "live":
+        if len(measured):
+            known = logprobs.by_pass(run, checkpoints, reference_weights(run), _scoring(run, measured, processor))
         start, deepspeed = reference_weights(run), run.deepspeed is not None
         reference = models.load_frozen(run.task.role.model, start.base, start.adapter, deepspeed=deepspeed)
     else:
-        known = logprobs.reference(run, checkpoints, reference_weights(run), every).table(units)
-        makers.append(ByPlace(ref_chosen_logps=known[:, 0], ref_rejected_logps=known[:, 1]))
+        known = logprobs.reference(run, checkpoints, reference_weights(run), every)
+        makers.append(_of(known, units))
+    validation = None
+    if known is not None and len(measured):
+        validation = Validation(_scoring(run, measured, processor, _of(known, measured)), options.beta)
     trainer = Dpo(
         batches=Batches(made, run.world.rank, *makers), args=args, model=run.model(None), ref_model=reference,
         processing_class=processor, **run.driving(checkpoints),
     )  # fmt: skip
     run.seconds["loading"] = time.monotonic() - began - run.seconds.get("scoring", 0.0)
-    result = run.train(trainer, checkpoints)
+    result = run.train(trainer, checkpoints, validation=validation)
     return None if result is None else Trained(result.weights, {**units.numbers(), **result.metrics})
 
 
@@ -83,17 +94,33 @@ def reference_weights(run: TrainRun) -> Weights:
 
 def scoring(run: TrainRun, files: Iterable[Path]) -> logprobs.Scoring:
     """What the reference is to score: all pairs of some files, each once."""
-    return _scoring(run, files, run.processor())
+    processor = run.processor()
+    return _scoring(run, _read(run, processor, files), processor)
 
 
-def _scoring(run: TrainRun, files: Iterable[Path], processor: Any) -> logprobs.Scoring:
+def _read(run: TrainRun, processor: Any, files: Iterable[Path], measured: Iterable[Path] = ()) -> Units[pairs.Pair]:
     options = _options(run)
-    units = pairs.read(
+    return pairs.read(
         files, tokenizer_of(processor), max_length=options.max_length, too_long=options.too_long,
         vocabulary=vocabulary(run.start.base), with_rows=run.task.pictures is not None, rank=run.world.rank,
+        measured=measured,
     )  # fmt: skip
-    batches = Batches(plan.in_order(units, run.shape), run.world.rank, _tensors(run, processor))
+
+
+def _validation_files(run: TrainRun) -> Iterable[Path]:
+    data, file = run.task.data, run.task.validation
+    return () if data is None or file is None else run.files(replace(data, file=file))
+
+
+def _scoring(run: TrainRun, units: Units[pairs.Pair], processor: Any, *more: Any) -> logprobs.Scoring:
+    batches = Batches(plan.in_order(units, run.shape), run.world.rank, _tensors(run, processor), *more)
     return logprobs.Scoring(units, batches, logprobs.pairs, banned=False)
+
+
+def _of(known: Scores, units: Units[pairs.Pair]) -> ByPlace:
+    """What the reference says of each pair, for its batch."""
+    table = known.table(units)
+    return ByPlace(ref_chosen_logps=table[:, 0], ref_rejected_logps=table[:, 1])
 
 
 def dpo_config(options: DpoTrainConfig, **common: Any) -> DPOConfig:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 ID, ROW = "pair_id", "row_id"
 PROMPT, CHOSEN, REJECTED = "prompt_token_ids", "chosen_token_ids", "rejected_token_ids"
 SCHEMA = pa.schema([(ID, STRING), (PROMPT, TOKENS), (CHOSEN, TOKENS), (REJECTED, TOKENS)])
+MEASURED = "measured"
+"""Column of the index: of pairs that are not trained on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +60,7 @@ class Pair:
 
 def read(
     files: Iterable[Path], tokenizer: Any, *, max_length: int | None = None, too_long: TooLong = "error",
-    vocabulary: int | None = None, with_rows: bool = False, rank: int = 0,
+    vocabulary: int | None = None, with_rows: bool = False, rank: int = 0, measured: Iterable[Path] = (),
 ) -> Units[Pair]:  # fmt: skip
     """The pairs of a round, in the order of the files. All ranks must call it; the first of each node reads.
 
@@ -73,6 +76,8 @@ def read(
         Tokens of the model; None: not checked.
     with_rows
         Whether the prompts show pictures, so that the files name their rows.
+    measured
+        Further files, whose pairs are not trained on; see `split`.
 
     Raises
     ------
@@ -82,16 +87,29 @@ def read(
         When the disk is full.
     """
     limits = Limits(max_length, too_long, vocabulary)
-    units = once(rank, lambda folder: _write(files, folder, tokenizer, limits, with_rows), _open)
+    every = chain(((file, False) for file in files), ((file, True) for file in measured))
+    units = once(rank, lambda folder: _write(every, folder, tokenizer, limits, with_rows), _open)
     log.info("pairs: %s", units.numbers())
     return units
 
 
-def _write(files: Iterable[Path], folder: Path, tokenizer: Any, limits: Limits, with_rows: bool) -> Written:
+def split(units: Units[Pair]) -> tuple[Units[Pair], Units[Pair]]:
+    """The pairs that are trained on, and those that are only measured. Either may be none."""
+    measured = units.index[MEASURED]
+    trained, others = (
+        replace(units, index=units.index[which], starts=alone(int(which.sum()))) for which in (~measured, measured)
+    )
+    return trained, replace(others, left_out={})
+
+
+def _write(
+    files: Iterable[tuple[Path, bool]], folder: Path, tokenizer: Any, limits: Limits, with_rows: bool
+) -> Written:
     encoder, more = encoding.Encoder(tokenizer), {ROW: STRING} if with_rows else {}
     schema = SCHEMA.append(pa.field(ROW, STRING)) if with_rows else SCHEMA
-    with room(folder, "pairs"), Writer(folder, ID, schema) as writer:
-        for file in files:
+    too_long = {False: 0, True: 0}
+    with room(folder, "pairs"), Writer(folder, ID, schema, [(MEASURED, np.bool_)]) as writer:
+        for file, measured in files:
             if with_rows:  # a text does not say where the pictures are
                 columns.choose(file, [PROMPT, CHOSEN, REJECTED])
             for rows, found in encoding.tokens(file, ID, ["chosen", "rejected"], encoder, more):
@@ -104,11 +122,13 @@ def _write(files: Iterable[Path], folder: Path, tokenizer: Any, limits: Limits, 
                 keep = limits.keep(rows, "prompt with its longer answer", lengths)
                 names = {ID: rows[ID], **({ROW: rows[ROW]} if with_rows else {})}
                 kept = pa.RecordBatch.from_pydict({**names, **found}).filter(pa.array(keep))
-                writer.add(file, rows.ids, keep, kept)["length"] = lengths[keep]
+                index = writer.add(file, rows.ids, keep, kept)
+                index["length"], index[MEASURED] = lengths[keep], measured
+                too_long[measured] += int((~keep).sum())
         index = writer.index()
-        left_out = {"too_long": writer.read - len(index)}
         if not len(index):
-            raise NothingToLearn(f"no pair is left: {writer.read} were read, {left_out['too_long']} are too long")
+            raise NothingToLearn(f"no pair is left: {writer.read} were read, {sum(too_long.values())} are too long")
+        left_out = {"too_long": too_long[False], **({"validation_too_long": too_long[True]} if too_long[True] else {})}
         return writer.save(index, left_out)
 
 

@@ -42,7 +42,7 @@ class _Samples:
     weights_hash: str
 
 
-def read(files: Iterable[Path], parts: Sequence[str], group_size: int, groups: int, rank: int = 0) -> Rollouts:
+def read(files: Iterable[Path], parts: Sequence[str], group_size: int, groups: int | None, rank: int = 0) -> Rollouts:
     """The rollouts of a round. All ranks must call it; only the first rank of each node goes through `files`.
 
     Parameters
@@ -55,7 +55,7 @@ def read(files: Iterable[Path], parts: Sequence[str], group_size: int, groups: i
         G: how many samples each role was to have of each prompt.
     groups
         How many groups the round has: prompts × roles. One that no completion was accepted for is in no file, and
-        dropped.
+        dropped. None: as many as are in the files.
 
     Raises
     ------
@@ -123,6 +123,7 @@ class _Writer(Writer):
         self._rewards = [f"reward_{part}" for part in parts]
         self._weights: set[str] = set()
         self._roles: dict[str, int] = {}
+        self._groups: set[tuple[int, str]] = set()
 
     def take(self, file: Path) -> None:
         """Write the samples of a file."""
@@ -134,6 +135,7 @@ class _Writer(Writer):
 
     def _take(self, batch: pa.RecordBatch, file: Path) -> None:
         self._weights.update(pc.unique(batch["weights_hash"]).to_pylist())
+        self._groups.update(zip(batch["group"].to_pylist(), batch["role"].to_pylist(), strict=True))
         graded = pc.invert(batch["left_out"])
         used = batch.filter(graded)
         lengths = {name: pc.list_value_length(used[name]).to_numpy() for name in TOKENS}
@@ -146,7 +148,7 @@ class _Writer(Writer):
         rows["length"] = rows["prompt_tokens"] + rows["tokens"]
         rows["finished"] = pc.not_equal(used["finish_reason"], "length").to_numpy(zero_copy_only=False)
 
-    def finish(self, group_size: int, groups: int) -> _Samples:
+    def finish(self, group_size: int, groups: int | None) -> _Samples:
         """Write the index: the samples of all groups that can be used, ordered."""
         found = self.index()
         if len(self._weights) > 1:
@@ -161,11 +163,12 @@ class _Writer(Writer):
             raise NothingToLearn("the round has no graded samples: no completion of it was accepted")
         if not len(used):
             raise NothingToLearn(f"{left_out} of {self.read} samples were left out: no group has two to compare")
+        every = len(self._groups) if groups is None else groups
         counts = Counts(
             samples=self.read,
             left_out=left_out,
-            groups=groups,
-            dropped_groups=groups - len(used),
+            groups=every,
+            dropped_groups=every - len(used),
             short_groups=int((used < group_size).sum()),
             equal_groups=int(have_equal_rewards(index["reward"].astype(np.float64), _starts(index)).sum()),
         )

@@ -97,6 +97,19 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         control.should_log |= state.global_step == state.max_steps
         self._progress(state.global_step, state.max_steps)
 
+    def add(self, group: str, found: Mapping[int, Mapping[str, float]]) -> None:
+        """Write numbers by step that were measured once training was over: TensorBoard (`group/...`) and the log."""
+        for step, numbers in found.items():
+            log.info("%s, step %d: %s", group, step, ", ".join(f"{name} {n:.4g}" for name, n in numbers.items()))
+        if self._folder is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(self._folder)) as writer:
+            for step, numbers in found.items():
+                for name, value in numbers.items():
+                    writer.add_scalar(f"{group}/{name}", value, step)
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Close TensorBoard."""
         if self._writer is not None:
