@@ -103,9 +103,7 @@ def start(config: Config, executor: str, arguments: argparse.Namespace) -> int:
         take_over_config(run, arguments)
         print(f"workspace: {run.ws.root}\nNow: sbatch slurm_templates/prepare.sbatch {run.ws.root}")
         return 0
-    policy = Policy(
-        config.run.lookahead, config.run.max_attempts, control=executor == "slurm" and config.cluster.advance == "jobs"
-    )
+    policy = Policy.of(config.run, control=executor == "slurm" and config.cluster.advance == "jobs")
     if executor == "slurm" and policy.control and not arguments.watch:
         return submit(run, policy, arguments)
     if queued := others_jobs(run, executor):
@@ -208,7 +206,7 @@ def drive(run: Run, name: str, policy: Policy, lease: Lease) -> int:
         raise
     if decision.status == "finished":
         print(f"the run in {run.ws.root} is finished.")
-        report.show(run)
+        print(report.write(run))
         print(plan.commands(run.ws.root))
         return 0
     print(f"the run {decision.status}: {decision.reason}\nlaunch again to go on.", file=sys.stderr)

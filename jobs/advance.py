@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parse_arguments("advance", argv)
     run = Run.load(Path(arguments.workspace))
-    policy = Policy(run.config.run.lookahead, run.config.run.max_attempts)
+    policy = Policy.of(run.config.run)
     executor, me = make_executor(run.config, "slurm"), os.environ.get("HPC_RL_ATTEMPT", "")
     try:  # new jobs import the code that this one runs on: the snapshot of the last launch
         report = reconcile(run, executor, source_root(), policy, me=me, say=say)

@@ -46,6 +46,8 @@ class JobRequest:
         Folder of the code snapshot that the job imports.
     beside
         Services that run in the same job; it ends when `spec` ends.
+    delay_s
+        How long from now it must not start. The debug executor, which tries nothing again, starts it at once.
     """
 
     spec: Spec
@@ -55,6 +57,7 @@ class JobRequest:
     after_end: tuple[str, ...] = ()
     after_start: tuple[str, ...] = ()
     beside: tuple[JobRequest, ...] = ()
+    delay_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ class _Job:
     id: str
     request: JobRequest
     tasks: list[_Task]
+    not_before: float
+    """By `time.monotonic`."""
 
     @property
     def ended(self) -> bool:
@@ -92,13 +94,14 @@ class LocalExecutor:
                 f"{stage} asks for {gpus} GPUs, this machine has {len(self._gpus)}. "
                 f"Ask for fewer: --set stages.{stage}.gpus_per_node=N --set stages.{stage}.nodes=1"
             )
-        job_id = f"local{os.getpid()}.{next(self._numbers)}"
+        job_id, not_before = f"local{os.getpid()}.{next(self._numbers)}", time.monotonic() + request.delay_s
         for number, service in enumerate(request.beside, 1):  # processes of one machine need no common job
             component = f"{job_id}+{number}"
-            self._jobs[component] = _Job(component, replace(service, after_end=request.after_end), [_Task(component)])
+            part = replace(service, after_end=request.after_end)
+            self._jobs[component] = _Job(component, part, [_Task(component)], not_before)
         tasks = request.resources.tasks
         elements = [f"{job_id}_{n}" for n in range(tasks)] if tasks > 1 else [job_id]
-        self._jobs[job_id] = _Job(job_id, request, [_Task(element) for element in elements])
+        self._jobs[job_id] = _Job(job_id, request, [_Task(element) for element in elements], not_before)
         on_accepted(job_id)
 
     def queue(self, names: Iterable[str]) -> Sequence[Queued]:
@@ -166,7 +169,8 @@ class LocalExecutor:
             return [self._jobs[i] for i in (id.partition("_")[0] for id in ids) if i in self._jobs]
 
         after_end, after_start = known(job.request.after_end), known(job.request.after_start)
-        return all(j.ended for j in after_end) and all(j.started for j in after_start)
+        ready = all(j.ended for j in after_end) and all(j.started for j in after_start)
+        return ready and time.monotonic() >= job.not_before
 
     def _free_gpus(self, job: _Job) -> tuple[str, ...] | None:
         """GPUs for one task of the job; () where none are dealt out, None when too few are free."""

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from math import ceil
 
 import submitit
 from submitit.core.utils import FailedJobError
@@ -201,6 +202,7 @@ class SlurmExecutor:
             ],
             additional_parameters={
                 "requeue": True,
+                **({"begin": f"now+{ceil(request.delay_s)}"} if request.delay_s else {}),
                 **{key.replace("_", "-"): value for key, value in wanted.sbatch.items()},
             },
             # srun does not inherit --cpus-per-task since 22.05 (srun(1)); sites set --wait, which kills uneven ranks

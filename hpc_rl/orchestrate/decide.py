@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hpc_rl.cluster.base import Queued
 from hpc_rl.cluster.entry import EndRecord
-from hpc_rl.cluster.failures import Outcome, fingerprint
-from hpc_rl.engines.memory import WAY_OUT, count_notches
-from hpc_rl.orchestrate.graph import Graph, Kind, Stage, StageId
+from hpc_rl.config.schema import RunConfig
+from hpc_rl.orchestrate.graph import ADVANCE, Graph, Kind, Stage, StageId
+from hpc_rl.orchestrate.tries import dispensable, hopeless, is_to_wait
 from hpc_rl.run.ledger import Attempt, History
-
-BLOCKED_PER_ATTEMPT = 3
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,10 @@ class View:
     ends: Mapping[str, Sequence[EndRecord]]
     notches: Mapping[StageId, int] = field(default_factory=dict)
 
+    def with_done(self, stages: Iterable[Stage]) -> View:
+        """The view in which these are done too."""
+        return replace(self, done={**self.done, **{stage.id: stage.shards for stage in stages}})
+
     def is_done(self, id: StageId) -> bool:
         """A stage with work is done when all its shards are; a service when all whom it serves are."""
         stage = self.graph[id]
@@ -54,18 +56,38 @@ class View:
 
 @dataclass(frozen=True)
 class Policy:
-    """How far ahead to queue, and how often to try."""
+    """How far ahead to queue, how often to try, and what to do without.
+
+    Attributes
+    ----------
+    lookahead, max_attempts, auto_retry, retry_delay_s, continue_on_failure
+        As in `RunConfig`.
+    control
+        Advance by jobs; False where the launcher itself stays and advances.
+    until
+        The last round that may be submitted, however far `lookahead` reaches; None: there is no such limit.
+    """
 
     lookahead: int = 1
     max_attempts: int = 5
-    control: bool = True  # advance by jobs; False where the launcher itself stays and advances
+    control: bool = True
+    auto_retry: bool = True
+    retry_delay_s: float = 0.0
+    continue_on_failure: bool = False
+    until: int | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig, control: bool = True) -> Policy:
+        """What a run's config says."""
+        names = ("lookahead", "max_attempts", "auto_retry", "retry_delay_s", "continue_on_failure")
+        return cls(control=control, **{name: getattr(config, name) for name in names})
 
 
 @dataclass(frozen=True)
 class Submit:
     """Submit an attempt at a stage, after other submissions (by name, or by the stage submitted along with it).
 
-    `beside`: attempts at the services that run in the same job.
+    `beside`: attempts at the services that run in the same job. `delay_s`: how long it must not start.
     """
 
     stage: Stage
@@ -73,6 +95,7 @@ class Submit:
     after_end: tuple[str | StageId, ...] = ()
     after_start: tuple[str | StageId, ...] = ()
     beside: tuple[Submit, ...] = ()
+    delay_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,10 +115,25 @@ class WriteOff:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What to do, in order, and how the run stands: `running`, `finished` or `stopped` (then `reason` says why)."""
+class GiveUp:
+    """Leave a stage undone for good: from now on it counts as done."""
 
-    actions: tuple[Submit | Cancel | WriteOff, ...] = ()
+    stage: Stage
+    why: str
+
+
+Action = Submit | Cancel | WriteOff | GiveUp
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do, in order, and how the run stands.
+
+    `status` is `running`, `finished`, `paused`, `stopped`, or `held`: the next round is not to be submitted yet
+    (`Policy.until`). `reason` says why.
+    """
+
+    actions: tuple[Action, ...] = ()
     status: str = "running"
     reason: str = ""
 
@@ -105,7 +143,7 @@ class _Planner:
     view: View
     policy: Policy
     me: str
-    actions: list[Submit | Cancel | WriteOff] = field(default_factory=list)
+    actions: list[Action] = field(default_factory=list)
     current: dict[StageId, str | StageId] = field(default_factory=dict)
     replaced: set[str] = field(default_factory=set)
 
@@ -150,7 +188,8 @@ class _Planner:
         beside = tuple(
             Submit(service, self._next(service)) for service in map(self.view.graph.__getitem__, stage.beside)
         )
-        self.actions.append(Submit(stage, self._next(stage), after_end, after_start, beside))
+        delay_s = self.policy.retry_delay_s if is_to_wait(self.view, stage, self.states.keys()) else 0.0
+        self.actions.append(Submit(stage, self._next(stage), after_end, after_start, beside, delay_s))
         self.current[stage.id] = stage.id
         # cancelled last: whoever is killed in between leaves one advance too many rather than none
         self.actions += [Cancel(a.name, "what it waits for was submitted again") for a in live]
@@ -176,9 +215,19 @@ def decide(view: View, policy: Policy, me: str = "") -> Decision:
 
     unfinished = [stage for stage in view.graph.work if not view.is_done(stage.id)]
     if not unfinished:
-        plan.cancel_waiting(view.history.attempts, "the run is finished")
-        return Decision(tuple(plan.actions), "finished")
-    reason = view.history.stopped or _hopeless(view, plan, unfinished, policy)
+        return _finished(plan)
+    reason = view.history.stopped
+    while not reason and (lost := hopeless(view, unfinished, policy, plan.is_live)) is not None:
+        stage, reason = lost
+        if without := dispensable(view, stage) if policy.continue_on_failure else []:
+            itself, instead = {stage.id, *stage.serves}, f"{stage.id} was given up"
+            # those that need it first: they are not to begin without it
+            plan.actions += [GiveUp(one, reason if one.id in itself else instead) for one in reversed(without)]
+            plan.view = view = view.with_done(without)
+            unfinished = [stage for stage in unfinished if not view.is_done(stage.id)]
+            reason = ""
+    if not unfinished:
+        return _finished(plan)
     if reason:
         plan.cancel_waiting(view.history.attempts, "the run stopped")
         # services that run would hold their GPUs for consumers that never come
@@ -191,12 +240,21 @@ def decide(view: View, policy: Policy, me: str = "") -> Decision:
         return Decision(tuple(plan.actions), "stopped", reason)
 
     first = min(stage.round for stage in unfinished)
+    last = first + policy.lookahead
+    if policy.until is not None:
+        if first > policy.until:
+            plan.cancel_waiting(view.history.attempts, "the next round is not to begin yet")
+            return Decision(tuple(plan.actions), "held", f"round {first} is not to begin yet")
+        last = min(last, policy.until)
+        # left over from a launch that was to go on by itself
+        beyond = [a for a in view.history.attempts if a.round > last or a.stage == ADVANCE]
+        plan.cancel_waiting(beyond, "the next round is not to begin yet")
     for stage in view.graph.stages:
         if stage.kind is Kind.CONTROL:
             # one more advance than rounds in the queue: if one is killed, the next one does its work
             if policy.control and first <= stage.round <= first + max(1, policy.lookahead):
                 plan.place(stage)
-        elif stage.round > first + policy.lookahead or stage.id in view.graph.companions:
+        elif stage.round > last or stage.id in view.graph.companions:
             continue
         elif view.is_done(stage.id):
             plan.cancel_waiting(plan.attempts_at(stage), "its work is done")
@@ -205,75 +263,6 @@ def decide(view: View, policy: Policy, me: str = "") -> Decision:
     return Decision(tuple(plan.actions))
 
 
-def _hopeless(view: View, plan: _Planner, unfinished: Sequence[Stage], policy: Policy) -> str:
-    """Why the run must stop: one program error twice at a stage, or too many attempts at it. '' when it may go on."""
-    services = [stage for stage in view.graph.stages if stage.kind is Kind.SERVICE and not view.is_done(stage.id)]
-    companions = view.graph.companions
-    for stage in (*unfinished, *services):
-        attempts = [
-            a
-            for a in view.history.of(stage.round, stage.name)
-            if not a.written_off and a.time >= view.history.resumed_at
-        ]
-        if not attempts or any(plan.is_live(a) for a in attempts):
-            continue
-        ends = [end for attempt in attempts for end in view.ends.get(attempt.name, ())]
-        errors = [end for end in ends if end.outcome == Outcome.ERROR.value]
-        counts = _count_by_fingerprint(errors)
-        repeated = next((end for end in reversed(errors) if counts[fingerprint(end.error)] > 1), None)
-        if repeated:
-            times = counts[fingerprint(repeated.error)]
-            return f"{stage.id} failed {times} times with the same error: {repeated.error} (log: {repeated.log})"
-        # who runs beside another one ends with it, maybe before it has begun: that is counted there
-        tries = [a for a in attempts if not a.cancelled and (stage.id not in companions or a.name in view.ends)]
-        if stage.kind is Kind.SERVICE:  # one that nobody asked for long has left by itself
-            tries = [a for a in tries if not any(e.outcome == Outcome.DONE.value for e in view.ends.get(a.name, ()))]
-        short = []
-        if stage.notches is not None:
-            short = [a for a in tries if _any(view, a, Outcome.OUT_OF_MEMORY)]
-            times = count_notches(end for end in ends if end.outcome == Outcome.OUT_OF_MEMORY.value)
-            lowered = max(times, view.notches.get(stage.id, 0)) if times else 0  # rounds before may have begun it
-            # once more where nothing gets lower at all: others may have had the memory
-            if lowered > max(1, stage.notches) or len(short) >= stage.notches + policy.max_attempts:
-                return _out_of_memory(stage, ends, times)
-        # neither is the stage's fault: its inputs were not there, or it was told to leave (time limit, preemption)
-        blocked = [a for a in tries if _only(view, a, Outcome.BLOCKED, Outcome.LEFT)]
-        if (
-            len(tries) - len(blocked) - len(short) >= policy.max_attempts
-            or len(blocked) >= BLOCKED_PER_ATTEMPT * policy.max_attempts
-        ):
-            last = max(ends, key=lambda end: end.ended, default=None)
-            how = f"; the last one: {last.outcome}, {last.error} (log: {last.log})" if last else ""
-            return f"{stage.id} is not done after {len(tries)} attempts{how}"
-    return ""
-
-
-def _count_by_fingerprint(errors: Sequence[EndRecord]) -> Counter[str]:
-    """How often each error happened. Many ranks of one job that fail the same way are one failure."""
-    of_ranks = Counter((fingerprint(e.error), e.name, e.job_id, e.restart, e.rank) for e in errors)
-    of_jobs: dict[tuple[str, ...], int] = {}
-    for (error, name, job_id, restart, _), count in of_ranks.items():
-        job = (error, name, job_id, str(restart))
-        of_jobs[job] = max(count, of_jobs.get(job, 0))
-    counts: Counter[str] = Counter()
-    for (error, *_), count in of_jobs.items():
-        counts[error] += count
-    return counts
-
-
-def _out_of_memory(stage: Stage, ends: Sequence[EndRecord], times: int) -> str:
-    last = max((e for e in ends if e.outcome == Outcome.OUT_OF_MEMORY.value), key=lambda end: end.ended)
-    often = "once" if times == 1 else f"{times} times, the last time"
-    return (
-        f"{stage.id} ran out of memory {often} with settings that go no lower. "
-        f"{stage.way_out or WAY_OUT}; the last one: {last.error} (log: {last.log})"
-    )
-
-
-def _any(view: View, attempt: Attempt, outcome: Outcome) -> bool:
-    return any(end.outcome == outcome.value for end in view.ends.get(attempt.name, ()))
-
-
-def _only(view: View, attempt: Attempt, *outcomes: Outcome) -> bool:
-    ends, wanted = view.ends.get(attempt.name, ()), {outcome.value for outcome in outcomes}
-    return bool(ends) and all(end.outcome in wanted for end in ends)
+def _finished(plan: _Planner) -> Decision:
+    plan.cancel_waiting(plan.view.history.attempts, "the run is finished")
+    return Decision(tuple(plan.actions), "finished")

@@ -135,6 +135,8 @@ class _Watch:
             made = [manifest.read(self.run.ws, stage.round, stage.stage, shard) for shard in range(stage.shards)]
             took_s = max(m.ended for m in made) - min(m.started for m in made)
             self.say(f"{_title(stage)} done in {took_s:.0f} s")
+        elif stage.state == "given up":
+            self.say(f"{_title(stage)} is {stage.last_error}")
         elif stage.state == "failed":
             self.say(f"{_title(stage)}: {stage.last_error} (log: {self.run.ws.root / stage.log})")
 

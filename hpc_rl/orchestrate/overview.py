@@ -22,8 +22,8 @@ class StageOverview:
     """One stage.
 
     `state` is done, running, waiting (in the queue), failed (its last attempt went wrong), incomplete (nothing is
-    queued for it) or not yet (nothing was submitted). `shards_*` count work, `tasks_*` jobs or array elements in the
-    queue.
+    queued for it), not yet (nothing was submitted) or given up (it was left undone, and the run goes on). `shards_*`
+    count work, `tasks_*` jobs or array elements in the queue.
     """
 
     round: int
@@ -92,8 +92,9 @@ def _stage(view: View, stage: Stage) -> StageOverview:
     last = max(ends, key=lambda end: end.ended, default=None)
     done = view.is_done(stage.id) if stage.kind is not Kind.CONTROL else bool(attempts) and not jobs
     lost = "" if done else _lost(view, stage, attempts, jobs)
+    given_up = view.history.given_up.get((stage.round, stage.name), "") if done else ""
     if done and not counts["running"]:
-        state = "done"
+        state = "given up" if given_up else "done"
     elif counts["running"]:
         state = "running"
     elif counts["waiting"]:
@@ -115,7 +116,7 @@ def _stage(view: View, stage: Stage) -> StageOverview:
         job_ids=tuple(i for attempt in attempts for i in attempt.job_ids or ()),
         nodes=tuple(sorted({job.node for job in jobs if job.node})),
         reason=next((job.reason for job in jobs if job.reason not in ("", "None")), ""),
-        last_error=lost or (f"{last.outcome}: {last.error}" if last else ""),
+        last_error=(f"given up: {given_up}" if given_up else lost) or (f"{last.outcome}: {last.error}" if last else ""),
         log=last.log if last else "",
     )
 

@@ -21,8 +21,9 @@ from hpc_rl.cluster.failures import Outcome
 from hpc_rl.config.schema import Config
 from hpc_rl.engines.memory import notches_of
 from hpc_rl.orchestrate import overview
-from hpc_rl.orchestrate.decide import Cancel, Decision, Policy, Submit, View, WriteOff, decide
-from hpc_rl.orchestrate.graph import Graph, StageId
+from hpc_rl.orchestrate.decide import Cancel, Decision, GiveUp, Policy, Submit, View, WriteOff, decide
+from hpc_rl.orchestrate.giving_up import give_up
+from hpc_rl.orchestrate.graph import Graph, Stage, StageId
 from hpc_rl.orchestrate.requests import build_request, submission_name, task_count
 from hpc_rl.orchestrate.spent import remove_spent
 from hpc_rl.run import atomic, manifest
@@ -72,6 +73,7 @@ class Report:
     decision: Decision
     submitted: dict[StageId, list[str]] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
+    given_up: list[Stage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -129,7 +131,7 @@ def reconcile(
     patience_s
         How long to wait for another reconcile that is under way.
     resume
-        Go on with a run that is paused or stopped, or that would have to stop.
+        Go on with a run that is paused or stopped, or that would have to stop or to give something up.
     on_work
         Called under the lease before anything is submitted, and only if something is.
     say
@@ -155,7 +157,8 @@ def reconcile(
         ledger = Ledger(run.ws)
         view = look(run, executor, ledger.history())
         decision = decide(view, policy, me)
-        if resume and decision.status in ("paused", "stopped"):
+        lost = any(isinstance(action, GiveUp) for action in decision.actions)
+        if resume and (lost or decision.status in ("paused", "stopped")):
             # a person says so: what was tried before does not count any more
             ledger.append("resumed")
             view = replace(view, history=ledger.history())
@@ -202,7 +205,11 @@ def _carry_out(
     for action in decision.actions:
         if lease.lost:  # we were frozen for so long that somebody else goes on in our place: our view is out of date
             raise RunBusy(f"another process has taken over reconciling {run.ws.root}; nothing is lost")
-        if isinstance(action, WriteOff):
+        if isinstance(action, GiveUp):
+            give_up(run.ws, run.config, action.stage, action.why)
+            report.given_up.append(action.stage)
+            say(f"{action.stage.id} is given up: {action.why}")
+        elif isinstance(action, WriteOff):
             ledger.append("written_off", name=action.name)
         elif isinstance(action, Cancel):
             executor.cancel([action.name], action.waiting_only)
@@ -214,7 +221,8 @@ def _carry_out(
         elif isinstance(action, Submit):
             accepted = report.submitted[action.stage.id] = submitter.submit(action)
             what = " with ".join(str(part.stage.id) for part in (action, *action.beside))
-            say(f"{what}: submitted as {', '.join(accepted)}")
+            later = f", to start in {action.delay_s:g} s" if action.delay_s else ""
+            say(f"{what}: submitted as {', '.join(accepted)}{later}")
 
 
 class _Submitter:
@@ -259,6 +267,7 @@ class _Submitter:
             after_end=tuple(i for a in after_end for i in self.ids[a]),
             after_start=tuple(self._first(a) for a in after_start if a not in self.running),
             companion=companion,
+            delay_s=action.delay_s,
         )
         self.ids[name] = []
         if request.resources.tasks > 1:
@@ -295,7 +304,7 @@ def _view_after(run: Run, view: View, report: Report) -> View:
         for a in history.attempts
         if a.name not in before and a.job_ids
     ]
-    return replace(view, history=history, queue=[*kept, *new])
+    return replace(view, history=history, queue=[*kept, *new]).with_done(report.given_up)
 
 
 def _write_state(run: Run, view: View, report: Report) -> None:

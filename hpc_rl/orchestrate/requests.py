@@ -36,6 +36,7 @@ def build_request(
     after_end: tuple[str, ...] = (),
     after_start: tuple[str, ...] = (),
     companion: bool = False,
+    delay_s: float = 0.0,
 ) -> JobRequest:
     """The request for one attempt at a stage.
 
@@ -49,6 +50,8 @@ def build_request(
         Ids of jobs to wait for.
     companion
         It runs beside another one, in whose job it is.
+    delay_s
+        How long it must not start.
     """
     wanted = config.stage(stage.name)
     delay_s = wanted.signal_delay_s or config.cluster.signal_delay_s
@@ -101,7 +104,7 @@ def build_request(
         setup=wanted.setup or (),
         sbatch=wanted.sbatch,
     )
-    return JobRequest(spec, stage.kind, resources, code, after_end, after_start)
+    return JobRequest(spec, stage.kind, resources, code, after_end, after_start, delay_s=delay_s)
 
 
 def _interpreter(config: Config, stage: Stage) -> list[str]:

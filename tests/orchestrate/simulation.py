@@ -15,15 +15,15 @@ from dataclasses import dataclass, field, replace
 from hpc_rl.cluster.base import Queued
 from hpc_rl.cluster.entry import EndRecord
 from hpc_rl.cluster.failures import Outcome
-from hpc_rl.orchestrate.decide import Cancel, Decision, Policy, Submit, View, WriteOff, decide
+from hpc_rl.orchestrate.decide import Cancel, Decision, GiveUp, Policy, Submit, View, WriteOff, decide
 from hpc_rl.orchestrate.graph import Graph, Kind, Stage, StageId, build_graph
 from hpc_rl.run.ledger import Attempt, History
 
 
-def lewis_like(rounds: int, shards: int, hetjob: bool = False) -> Graph:
+def lewis_like(rounds: int, shards: int, hetjob: bool = False, optional: Sequence[str] = ()) -> Graph:
     """sample (array) → grade (array, with a listener) → train → evaluate (with a listener), as in the Lewis recipe.
 
-    With `hetjob` the listeners run in the jobs that they serve.
+    With `hetjob` the listeners run in the jobs that they serve. The run can go on without the stages in `optional`.
     """
 
     def with_listener(stage: Stage) -> Iterable[Stage]:
@@ -36,10 +36,11 @@ def lewis_like(rounds: int, shards: int, hetjob: bool = False) -> Graph:
         if round == 0:
             yield Stage(train, "jobs.lewis.prepare", Kind.ARRAY, shards=shards)
             return
-        before = (StageId(round - 1, "train"),)
+        before, may_lack = (StageId(round - 1, "train"),), "grade" in optional
         yield Stage(sample, "jobs.sample", Kind.ARRAY, needs=before, shards=shards)
-        yield from with_listener(Stage(grade, "jobs.lewis.grade", Kind.ARRAY, needs=(sample,), shards=shards))
-        yield Stage(train, "jobs.train", Kind.MULTINODE, needs=(grade,))
+        graded = Stage(grade, "jobs.lewis.grade", Kind.ARRAY, needs=(sample,), shards=shards, optional=may_lack)
+        yield from with_listener(graded)
+        yield Stage(train, "jobs.train", Kind.MULTINODE, needs=(grade, *before), optional="train" in optional)
         yield from with_listener(Stage(StageId(round, "evaluate"), "jobs.lewis.evaluate", Kind.SINGLE, needs=(train,)))
 
     return build_graph(rounds, stages)
@@ -173,6 +174,7 @@ class Simulation:
         self.resumed_at = 0.0
         self.clock = 0
         self.launches = self.advances = 0
+        self.given_up: dict[StageId, str] = {}
         self.broken: dict[StageId, str] = {}  # stages whose program fails with this message whenever it runs
 
     # what reconcile does
@@ -204,7 +206,12 @@ class Simulation:
         names: dict[StageId, str] = {}
         for action in decision.actions:
             step()
-            if isinstance(action, WriteOff):
+            if isinstance(action, GiveUp):
+                assert action.stage.optional
+                self.given_up[action.stage.id] = action.why
+                step()
+                self.done[action.stage.id] = set(range(action.stage.shards))
+            elif isinstance(action, WriteOff):
                 self.attempts[action.name] = replace(self.attempts[action.name], written_off=True)
             elif isinstance(action, Cancel):
                 self.scheduler.cancel(action.name, action.waiting_only)
@@ -251,6 +258,7 @@ class Simulation:
             assert not submits, f"{decision.status}, and yet something is submitted"
         first = min((stage.round for stage in self.graph.work if not view.is_done(stage.id)), default=0)
         for action in submits:
+            assert self.policy.until is None or action.stage.round <= self.policy.until
             ahead = max(1, self.policy.lookahead) if action.stage.kind is Kind.CONTROL else self.policy.lookahead
             assert first <= action.stage.round <= first + ahead
             assert not view.is_done(action.stage.id)
@@ -289,7 +297,7 @@ class Simulation:
         """Steps until the run has ended; returns its status."""
         status = self.launch()
         for _ in range(limit):
-            if status in ("finished", "stopped", "paused"):
+            if status in ("finished", "stopped", "paused", "held"):
                 return status
             possible = [*self.scheduler.startable(), *self.scheduler.running()]
             if not possible:
