@@ -123,7 +123,7 @@ class TeacherClient:
         Parameters
         ----------
         questions
-            Any number; `parallel_calls` are under way at once.
+            Any number; `parallel_calls` are under way at once. For none nobody is asked anything.
         progress
             Told after each how many of how many are done, in the client's own thread.
 
@@ -139,7 +139,7 @@ class TeacherClient:
         for schema in {id(question.schema): question.schema for question in questions}.values():
             if schema is not None:
                 replies.check_schema(schema)
-        return self._loop.run(self._ask_all(questions, progress))
+        return self._loop.run(self._ask_all(questions, progress)) if questions else []
 
     async def _ask_all(self, questions: Sequence[Question], progress: Progress | None) -> list[Reply | TeacherError]:
         self._cache.refresh()

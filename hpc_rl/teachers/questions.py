@@ -94,3 +94,7 @@ class Totals:
     errors: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+    def metrics(self, since: Totals) -> dict[str, int]:
+        """For a manifest: what was done since then, as `teacher_calls`, `teacher_answers` …"""
+        return {f"teacher_{name}": value - getattr(since, name) for name, value in vars(self).items()}

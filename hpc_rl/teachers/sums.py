@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from hpc_rl.teachers import enhancing, judging, references, sections
 
 DIGITS = 3
+POWERS = (1, 10, 100)
 LARGEST = 99
 MORE = 20
 """By how much larger than the old terms those of a harder sum are, at most."""
@@ -102,11 +103,11 @@ def targeted(terms: tuple[int, int], attempts: Sequence[str], rng: random.Random
 def carried(terms: tuple[int, int], column: int) -> int:
     """What is carried into a column; 0 is the units'."""
     a, b = terms
-    return int(a % 10**column + b % 10**column >= 10**column)
+    return int(a % POWERS[column] + b % POWERS[column] >= POWERS[column])
 
 
 def _column(a: int, b: int, column: int) -> int:
-    return a // 10**column % 10 + b // 10**column % 10
+    return a // POWERS[column] % 10 + b // POWERS[column] % 10
 
 
 def _failed_column(right: str, attempts: Sequence[str]) -> int:

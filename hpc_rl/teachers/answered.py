@@ -1,0 +1,98 @@
+"""A round's questions with what came of their attempts: what is read of graded files to make new questions of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from hpc_rl.data.questions import Question, iter_questions
+
+ATTEMPTS = 256
+"""Rows of a graded file in memory at once."""
+LEAST_AGREEMENT = 2
+"""Attempts with the same answer that make it a frequent one."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question and its attempts.
+
+    Attributes
+    ----------
+    question
+        As the pool has it.
+    zone
+        `mastered`, `learning`, `too_hard` or `ungraded` (S4).
+    wrong
+        Texts of its first wrong attempts, none twice.
+    frequent
+        What most attempts have answered; None where no two agree.
+    """
+
+    question: Question
+    zone: str
+    wrong: tuple[str, ...]
+    frequent: str | None
+
+
+def iter_answered(questions: Path, places: range, graded: Path, results: Path, wrong: int) -> Iterator[Answered]:
+    """The questions of a shard in order, a few in memory at once.
+
+    Parameters
+    ----------
+    questions, places
+        The round's pool, and the shard's part of it.
+    graded, results
+        What grading has made of the shard (`jobs.prosetting.grade`).
+    wrong
+        Most wrong attempts of a question.
+
+    Raises
+    ------
+    ValueError
+        When the results are those of other questions.
+    """
+    attempts = _attempts(graded)
+    place, rows = next(attempts, (None, []))
+    for question, number, result in zip(iter_questions(questions, places), places, _results(results), strict=True):
+        if (result["place"], result["question_id"]) != (number, question.question_id):
+            found = f"{result['question_id']} at place {result['place']}"
+            raise ValueError(f"{results}: expected {question.question_id} at place {number}, found {found}")
+        own = rows if place == number else []
+        yield Answered(question, result["zone"], _wrong(own, wrong), _frequent(own))
+        if place == number:
+            place, rows = next(attempts, (None, []))
+
+
+def _results(path: Path) -> Iterator[dict[str, Any]]:
+    return _rows(path, ["question_id", "place", "zone"])
+
+
+def _attempts(path: Path) -> Iterator[tuple[int | None, list[dict[str, Any]]]]:
+    """The attempts at each place of the pool that has any, in order."""
+    rows = _rows(path, ["group", "text", "answer", "reward_correctness"])
+    return ((place, list(own)) for place, own in groupby(rows, itemgetter("group")))
+
+
+def _rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(ATTEMPTS, columns=columns):
+            yield from batch.to_pylist()
+
+
+def _wrong(rows: list[dict[str, Any]], most: int) -> tuple[str, ...]:
+    texts = (row["text"] for row in rows if row["reward_correctness"] == 0)  # null: nobody knows
+    return tuple(dict.fromkeys(texts))[:most]
+
+
+def _frequent(rows: list[dict[str, Any]]) -> str | None:
+    answers = Counter(row["answer"] for row in rows if row["answer"])
+    answer, number = next(iter(answers.most_common(1)), (None, 0))
+    return answer if number >= LEAST_AGREEMENT else None

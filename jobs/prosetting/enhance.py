@@ -1,0 +1,220 @@
+"""Job body of the enhance stage: a teacher writes new questions from those that were answered, and finds broken ones.
+
+    mastered → a harder variant      too_hard → is the reference answer broken? (`enhance.check_references`)
+    learning → a variant aimed at what went wrong      ungraded → nothing, it comes again as it is
+
+What the teacher is asked depends on the question, its attempts and the round: a shard that is done again asks the same,
+and finds in the cache what was answered before.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from hpc_rl.cluster.failures import EXIT_BLOCKED
+from hpc_rl.config.prosetting import ProSettingConfig
+from hpc_rl.data.questions import Question, count_questions, shard_range, write_questions
+from hpc_rl.orchestrate.job import Job, Shard, open_job
+from hpc_rl.run.seeds import derive
+
+if TYPE_CHECKING:
+    from hpc_rl.grading.answers import Checker
+    from hpc_rl.teachers import questions as asking
+    from hpc_rl.teachers.answered import Answered
+    from hpc_rl.teachers.client import TeacherClient
+    from hpc_rl.teachers.enhancing import Kind
+
+log = logging.getLogger("hpc_rl")
+
+AT_ONCE = 2048
+"""Questions whose prompts and answers are in memory together."""
+KINDS: Mapping[str, Kind] = {"mastered": "harder", "learning": "targeted"}
+"""Zone → what its variants are for (S4)."""
+EXPLAINED = 3
+"""Reasons of a shard that are written to the log."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m jobs.prosetting.enhance --workspace W --round R`; 75 when no teacher answers (answers are kept)."""
+    job = open_job("enhance", argv)
+    from hpc_rl.services.calling import ServiceUnavailable
+    from hpc_rl.teachers.client import TeacherClient
+
+    config = job.config
+    assert isinstance(config, ProSettingConfig)
+    with TeacherClient.of_run(job.ws, config, service=config.enhance.teacher) as teacher:
+        for shard in job.shards():
+            try:
+                enhance(job, config, shard, teacher)
+            except ServiceUnavailable as error:
+                log.error("ServiceUnavailable: %s", error)
+                return EXIT_BLOCKED
+    return 0
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A question whose reference answer a teacher found wrong."""
+
+    question_id: str
+    why: str
+    suggested_answer: str
+
+
+def enhance(job: Job, config: ProSettingConfig, shard: Shard, teacher: TeacherClient) -> None:
+    """Ask about the questions of a shard, and commit what came of it."""
+    from hpc_rl.grading.answers import Checker
+    from hpc_rl.teachers.answered import iter_answered
+
+    questions = job.input(job.round - 1, "pool", 0).path("questions.parquet")
+    grades = job.input(job.round, "grade", shard.index)
+    places = shard_range(count_questions(questions), job.stage.shards, shard.index)
+    graded, results = grades.path("graded.parquet"), grades.path("results.parquet")
+    answered = iter_answered(questions, places, graded, results, wrong=config.enhance.failures_shown)
+    work = Work(job, config, shard, teacher, Checker(config.grade.answers), total=len(places))
+    before = teacher.totals
+    variants, findings = shard.output("enhanced.parquet"), shard.output("broken.parquet")
+    write_questions(variants, work.variants(answered))
+    _write_broken(findings, work.broken)
+    for why in work.reasons[:EXPLAINED]:
+        log.warning("left out: %s", why)
+    counts = {name: work.counts[name] for name in COUNTS}
+    metrics = {**counts, "broken": len(work.broken), **teacher.totals.metrics(since=before)}
+    shard.commit([variants, findings], made_from={"graded": graded.name}, metrics=metrics)
+
+
+COUNTS = (
+    "asked", "enhanced", "dropped_bad_reply", "dropped_same", "dropped_unreadable", "dropped_unanswered",
+    "checked_references", "unchecked_references", "contradictions",
+)  # fmt: skip
+"""Questions that a variant was asked of, and what came of it: `enhanced` and the dropped ones add up to `asked`.
+`dropped_unreadable`: the rule that compares answers makes nothing of the new one. `dropped_unanswered`: calls failed.
+`contradictions`: references called wrong in favour of the same answer; they stay."""
+
+
+class Work:
+    """Asks about the questions of a shard.
+
+    Attributes
+    ----------
+    counts
+        As `COUNTS` says.
+    broken
+        So far.
+    reasons
+        Why questions were left out.
+    """
+
+    def __init__(
+        self, job: Job, config: ProSettingConfig, shard: Shard, teacher: TeacherClient, checker: Checker, total: int
+    ) -> None:
+        self._job, self._config, self._shard, self._teacher = job, config, shard, teacher
+        self._checker, self._total, self._done = checker, total, 0
+        self.counts: Counter[str] = Counter()
+        self.broken: list[Broken] = []
+        self.reasons: list[str] = []
+
+    def variants(self, answered: Iterator[Answered]) -> Iterator[Question]:
+        """New questions, in the order of those that they come from; what is broken is noted on the way."""
+        while some := list(islice(answered, AT_ONCE)):
+            asked = [(one, question) for one in some if (question := self._ask(one)) is not None]
+            replies = self._teacher.ask_all(
+                [question for _, question in asked],
+                lambda done, of: self._shard.progress(self._done + done * len(some) // of, self._total),
+            )
+            for (one, _), reply in zip(asked, replies, strict=True):
+                if one.zone not in KINDS:
+                    self._note_reference(one, reply)
+                elif (variant := self._variant(one, reply)) is not None:
+                    yield variant
+            self._done += len(some)
+
+    def _ask(self, one: Answered) -> asking.Question | None:
+        """What the teacher is asked about a question, or None."""
+        from hpc_rl.teachers import enhancing, references
+
+        question, options, seed = one.question, self._config.enhance, self._config.run.seed
+        if one.zone in KINDS:
+            kind = KINDS[one.zone]
+            attempts = one.wrong if kind == "targeted" else ()
+            chat = enhancing.messages(kind, question.question, question.answer, question.solution, attempts)
+            return enhancing.ask(
+                chat, question.question, seed=derive(seed, "enhance", self._job.round, question.question_id),
+                temperature=options.temperature, max_tokens=options.max_tokens,
+            )  # fmt: skip
+        if one.zone == "too_hard" and options.check_references:
+            own = derive(seed, "reference", question.question_id)
+            return references.ask(question.question, question.answer, one.frequent, own)
+        return None
+
+    def _variant(self, one: Answered, reply: asking.Reply | asking.TeacherError) -> Question | None:
+        """The variant in a reply, or None and the reason counted."""
+        from hpc_rl.teachers import enhancing
+        from hpc_rl.teachers.questions import TeacherError
+
+        parent = one.question
+        self.counts["asked"] += 1
+        if isinstance(reply, TeacherError):
+            same = reply.value is not None and enhancing.fault(enhancing.read(reply.value), parent.question)
+            kind = "same" if same == enhancing.SAME else "bad_reply" if reply.bad_reply else "unanswered"
+            self._drop(f"dropped_{kind}", parent, reply.message)
+            return None
+        variant = enhancing.read(reply.value)
+        own, old = self._checker.reference(variant.answer), self._checker.reference(parent.answer)
+        if not own.words or (old.checkable and not own.checkable):
+            self._drop("dropped_unreadable", parent, f"the answer of its variant is {variant.answer[:80]!r}")
+            return None
+        self.counts["enhanced"] += 1
+        return Question(
+            question_id=f"{parent.question_id}.r{self._job.round:02d}",
+            question=variant.question,
+            answer=variant.answer,
+            solution=variant.solution,
+            root_id=parent.root_id,
+            parent_id=parent.question_id,
+            made_in=self._job.round,
+            kind=KINDS[one.zone],
+            split=parent.split,
+            reason="enhanced",
+        )
+
+    def _note_reference(self, one: Answered, reply: asking.Reply | asking.TeacherError) -> None:
+        """Whether a reference answer is broken; not without a clear answer."""
+        from hpc_rl.teachers import references
+        from hpc_rl.teachers.questions import TeacherError
+
+        question = one.question
+        if isinstance(reply, TeacherError):
+            self._drop("unchecked_references", question, reply.message)
+            return
+        self.counts["checked_references"] += 1
+        finding = references.read(reply.value)
+        if finding.correct:
+            return
+        if self._checker.verdict(self._checker.reference(question.answer), finding.answer).right:
+            self.counts["contradictions"] += 1
+            return
+        self.broken.append(Broken(question.question_id, finding.reason, finding.answer))
+
+    def _drop(self, count: str, question: Question, why: str) -> None:
+        self.counts[count] += 1
+        self.reasons.append(f"{question.question_id}: {why}")
+
+
+def _write_broken(path: Any, broken: Sequence[Broken]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = ("question_id", "why", "suggested_answer")
+    columns = [pa.array([getattr(one, name) for one in broken], pa.string()) for name in names]
+    pq.write_table(pa.Table.from_arrays(columns, names=list(names)), path, compression="zstd")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
