@@ -137,32 +137,33 @@ class QuestionFile:
 
 def check_files(questions: QuestionsConfig) -> Iterator[Problem]:
     """Why the run cannot begin with these files: bad rows, too few questions, held-out questions to be trained on."""
-    files: dict[str, QuestionFile] = {}
-    fine = True
-    for name, path in (("file", questions.file), ("held_out_file", questions.held_out_file)):
+    yield from look_through(questions)[1]
+
+
+def look_through(questions: QuestionsConfig) -> tuple[list[QuestionFile], list[Problem]]:
+    """What the files have in them, the held-out one last if there is one; and every reason not to begin with that."""
+    files: list[QuestionFile] = []
+    problems: list[Problem] = []
+    for field, path in (("questions.file", questions.file), ("questions.held_out_file", questions.held_out_file)):
         if path is None:
             continue
-        field = f"questions.{name}"
         try:
-            files[name] = QuestionFile(path)
+            files.append(QuestionFile(path))
         except QuestionFileError as error:
-            fine = False
-            yield Problem(field, str(error), way_out="correct the path or the file")
-            continue
-        for problem in files[name].problems(field):
-            fine = False
-            yield problem
-    if not fine:
-        return
+            problems.append(Problem(field, str(error), way_out="correct the path or the file"))
+        else:
+            problems += files[-1].problems(field)
+    if problems:
+        return files, problems
     least, why = fewest(questions)
-    if (number := len(files["file"].keys)) < least:
-        what = f"{questions.file} has {number} different questions"
-        yield Problem("questions.file", what, f"at least {least}: {why}")
-    if "held_out_file" not in files:
-        return
-    if not files["held_out_file"].keys:
-        yield Problem("questions.held_out_file", f"{questions.held_out_file} has no questions", "at least 1")
-    yield from _leaks(files["file"], files["held_out_file"])
+    if (number := len(files[0].keys)) < least:
+        what = f"{questions.file} has {number} different question{'' if number == 1 else 's'}"
+        problems.append(Problem("questions.file", what, f"at least {least}: {why}"))
+    if len(files) == 2:
+        if not files[1].keys:
+            problems.append(Problem("questions.held_out_file", f"{files[1].path} has no questions", "at least 1"))
+        problems += _leaks(*files)
+    return files, problems
 
 
 def fewest(questions: QuestionsConfig) -> tuple[int, str]:

@@ -123,6 +123,15 @@ def iter_questions(path: Path, places: range | None = None) -> Iterator[Question
                     yield Question(**row)
 
 
+def iter_texts(path: Path) -> Iterator[tuple[str, str]]:
+    """Id and text of each question of a file, in order; nothing else is read."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(ROWS, columns=["question_id", "question"]):
+            yield from zip(batch["question_id"].to_pylist(), batch["question"].to_pylist(), strict=True)
+
+
 def count_questions(path: Path) -> int:
     """How many a file has; only its footer is read."""
     import pyarrow.parquet as pq
