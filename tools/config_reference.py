@@ -6,7 +6,7 @@ import ast
 import inspect
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from pydantic.fields import FieldInfo
 from hpc_rl.config.base import Section
 from hpc_rl.config.checks import AUTO_IN_DEEPSPEED
 from hpc_rl.config.environment import NAMES
-from hpc_rl.config.identity import circumstances
-from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.config.identity import CIRCUMSTANCES, OF_TRAINING
+from hpc_rl.config.loader import RECIPES, config_class
+from hpc_rl.config.schema import Config
 from hpc_rl.config.walk import describe, section_at
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
@@ -30,7 +31,7 @@ Made by `python -m tools.config_reference` from the classes in `hpc_rl/config/`;
 
 A config is one YAML file. Only what differs from the defaults needs to stand in it. Keys that do not exist, keys given
 twice and values of the wrong type are errors that name the file, the line and the nearest valid key, all at once and
-before anything is submitted.
+before anything is submitted. Below come the fields of every recipe, then those of each.
 
 ## Who sets a field
 
@@ -59,8 +60,18 @@ are circumstances, not part of the experiment, and may be changed at any time:
 
 {circumstances}
 
-Of `stages` one number does belong to the experiment: nodes × ranks of `train`, because it multiplies the batch.
-`train.deepspeed` may change: ZeRO stages and offload divide memory differently but compute the same.
+and of the sections that train ({trainings}): {of_training}.
+
+Of `stages` one number does belong to the experiment: nodes × ranks of a training, because it multiplies the batch.
+Its `deepspeed` may change: ZeRO stages and offload divide memory differently but compute the same.
+"""
+
+LEGACY = """\
+## Keys of the seed with `recipe: {recipe}`
+
+A `training_config.json` of the system that the recipe comes from may be named in `extends:`, before or after a file of
+yours; any file may have its keys at the top level. Each says at launch what it sets. A file with both spellings of a
+field, and two values, is an error.
 """
 
 CHECKS = """\
@@ -73,6 +84,7 @@ CHECKS = """\
 - `data.image_root` has the layout `<split>/<category>/<concept>/*` with at least `data.k` concepts in each category. Of
   its pictures at most about {look_at} are looked at, equally many of each concept: the header, and the whole picture
   where the file does not end as its format should. The `prepare` stage decodes all of them.
+- Every row of `questions.file` and `questions.held_out_file`: the first bad ones with file, line and field.
 - The DeepSpeed JSON leaves to the config what the config has; these keys are absent or `"auto"`:
 
 {auto}
@@ -107,16 +119,75 @@ def sections(cls: type[Section], path: tuple[str, ...] = ()) -> Iterator[tuple[t
             yield from sections(inner, inner_path)
 
 
+def recipes() -> dict[str, type[Config]]:
+    """The config classes of the shipped recipes."""
+    return {name: config_class(name) for name in RECIPES}
+
+
 def page() -> str:
     """The whole page as Markdown."""
-    parts = [INTRO, "## Fields\n"]
-    for path, cls in sections(LewisConfig):
-        parts.append(_section(path, cls))
-    rows = [f"| `{name}` | `{field}` |" for name, field in NAMES.items()]
-    parts.append("\n".join(["## Environment variables\n", "| variable | field |", "|---|---|", *rows, ""]))
-    parts.append(IDENTITY.format(circumstances=", ".join(f"`{key}`" for key in circumstances(LewisConfig))))
+    seen: dict[type[Section], str] = {}
+    parts = [INTRO, "## Fields of every recipe\n", *_sections(Config, tuple(Config.model_fields), seen)]
+    for name, cls in recipes().items():
+        own = [field for field in cls.model_fields if field not in Config.model_fields]
+        parts += [f"## Fields of `recipe: {name}`\n", _stages(cls)]
+        parts += _sections(cls, own, seen)
+    parts += [_variables(), _legacy_keys()]
+    trainings = [field for cls in recipes().values() for fields in cls.train_sections.values() for field in fields]
+    parts.append(
+        IDENTITY.format(
+            circumstances=_listed(CIRCUMSTANCES), trainings=_listed(trainings), of_training=_listed(OF_TRAINING)
+        )
+    )
     parts.append(_checks())
     return "\n".join(parts)
+
+
+def _sections(cls: type[Config], fields: Sequence[str], seen: dict[type[Section], str]) -> Iterator[str]:
+    """The tables of some of the top-level fields and of what is in them; of a class that comes again, where it was."""
+    yield _table((), cls, fields)
+    again: tuple[str, ...] | None = None
+    for path, inner in sections(cls):
+        if not path or path[0] not in fields or (again and path[: len(again)] == again):
+            continue
+        name = ".".join(path)
+        if (first := seen.setdefault(inner, name)) != name:
+            again = path
+            yield f"### `{name}`\n\nThe same fields as `{first}`.\n"
+        else:
+            yield _table(path, inner, tuple(inner.model_fields))
+
+
+def _stages(cls: type[Config]) -> str:
+    own = (f"`{name}`: {key} {value}" for name, d in cls.stage_defaults.items() for key, value in d.items())
+    several = "on several nodes: " + _listed(cls.train_sections)
+    arrays = "arrays, with `tasks`: " + _listed(
+        name for name in cls.stage_names or () if name in (cls.array_stages or ())
+    )
+    defaults = f"defaults other than those of `stages.NAME`: {', '.join(own)}"
+    return f"Its stages are {_listed(cls.stage_names or ())}; {arrays}; {several}; {defaults}.\n"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _variables() -> str:
+    rows = [f"| `{name}` | `{field}` | |" for name, field in NAMES.items()]
+    for recipe, cls in recipes().items():
+        rows += [f"| `{name}` | `{field}` | {recipe} |" for name, field in cls.variables.items()]
+    return "\n".join(["## Environment variables\n", "| variable | field | recipe |", "|---|---|---|", *rows, ""])
+
+
+def _legacy_keys() -> str:
+    lines = []
+    for recipe, cls in recipes().items():
+        if not cls.legacy_keys:
+            continue
+        lines += [LEGACY.format(recipe=recipe), "| key | sets |", "|---|---|"]
+        for key, legacy in cls.legacy_keys.items():
+            lines.append(f"| `{key}` | {'; '.join(part for part in (_listed(legacy.fields), legacy.why) if part)} |")
+    return "\n".join([*lines, ""])
 
 
 def _checks() -> str:
@@ -131,18 +202,13 @@ def _checks() -> str:
     )
 
 
-def _section(path: tuple[str, ...], cls: type[Section]) -> str:
+def _table(path: tuple[str, ...], cls: type[Section], fields: Sequence[str]) -> str:
     docs = field_docs(cls)
-    title = f"### `{'.'.join(path)}`" if path else "### Top level"
-    lines = [f"{title}\n", f"{inspect.cleandoc(cls.__doc__ or '')}\n"]
-    if path == ("stages", "NAME"):
-        names = ", ".join(f"`{name}`" for name in LewisConfig.stage_names or ())
-        lines.append(f"NAME is one of {names}.")
-        own = (f"`{name}`: {key} {value}" for name, d in LewisConfig.stage_defaults.items() for key, value in d.items())
-        lines.append(f"Defaults other than below: {', '.join(own)}.\n")
+    lines = [f"### `{'.'.join(path)}`\n", f"{inspect.cleandoc(cls.__doc__ or '')}\n"] if path else ["### Top level\n"]
     lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
     below = []
-    for name, info in cls.model_fields.items():
+    for name in fields:
+        info = cls.model_fields[name]
         default, meaning = _default(info), docs[name].replace("\n", " ")
         if len(default) > LONG:
             below.append(f"\nDefault of `{name}`:\n\n> {info.default}")

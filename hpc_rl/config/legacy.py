@@ -50,8 +50,8 @@ def translate(tree: Tree, keys: Mapping[str, LegacyKey], notes: list[str], probl
     """
     for key in [key for key in tree.data if key in keys]:
         legacy, place, value = keys[key], tree.place((key,)), tree.data.pop(key)
-        for path in [path for path in tree.places if path[0] == key]:
-            del tree.places[path]
+        for below in [path for path in tree.places if path[0] == key]:
+            del tree.places[below]
         try:
             values = legacy.read(value)
         except Unreadable as expected:

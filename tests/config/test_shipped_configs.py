@@ -12,7 +12,8 @@ import pytest
 from hpc_rl.config.environment import NAMES
 from hpc_rl.config.identity import to_json
 from hpc_rl.config.lewis import LewisConfig
-from hpc_rl.config.loader import from_json, load, load_with_places
+from hpc_rl.config.loader import RECIPES, config_class, from_json, load, load_with_places
+from hpc_rl.config.schema import Config
 from tools import config_reference
 
 REPOSITORY = Path(__file__).parents[2]
@@ -25,7 +26,8 @@ PROFILES = sorted(path.name for path in (REPOSITORY / "configs" / "cluster").glo
 
 
 def test_there_are_configs() -> None:
-    assert {"configs/lewis.yaml", "configs/tiny/lewis.yaml"} <= set(CONFIGS)
+    of_recipes = {f"configs/{folder}{name}.yaml" for name in RECIPES for folder in ("", "tiny/")}
+    assert of_recipes <= set(CONFIGS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -35,10 +37,11 @@ def test_it_loads_from_the_root_of_the_repository(name: str) -> None:
     assert from_json(to_json(loaded.config)) == loaded.config
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("profile", PROFILES)
-def test_a_cluster_profile_goes_with_the_lewis_config(profile: str, tmp_path: Path) -> None:
+def test_a_cluster_profile_goes_with_the_recipes_config(profile: str, recipe: str, tmp_path: Path) -> None:
     configs = REPOSITORY / "configs"
-    (tmp_path / "run.yaml").write_text(f"extends: [{configs}/lewis.yaml, {configs}/cluster/{profile}]\n")
+    (tmp_path / "run.yaml").write_text(f"extends: [{configs}/{recipe}.yaml, {configs}/cluster/{profile}]\n")
     load("run.yaml", env={"HOME": "/home/u", "USER": "u"}, cwd=tmp_path)
 
 
@@ -64,19 +67,20 @@ def test_lewis_has_the_values_of_its_systems_page() -> None:
     assert steps > train.warmup_steps, "a round would end before the learning rate is reached"
 
 
-def test_the_example_of_env_names_every_variable_and_its_field() -> None:
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_example_of_env_names_every_variable_and_its_field(recipe: str) -> None:
     text = (REPOSITORY / ".env.example").read_text()
-    for name, field in NAMES.items():
-        assert re.search(rf"^#?{name}=.*# {re.escape(field)}\b", text, re.MULTILINE), name
-    used = re.findall(r"\$\{(\w+)", (REPOSITORY / "configs" / "lewis.yaml").read_text())
-    assert [name for name in used if name != "NAME" and f"\n{name}=" not in text] == []
+    for name, field in (NAMES | config_class(recipe).variables).items():
+        assert re.search(rf"^#?{name}=.*# .*\b{re.escape(field)}\b", text, re.MULTILINE), name
+    used = re.findall(r"\$\{(\w+)", (REPOSITORY / "configs" / f"{recipe}.yaml").read_text())
+    assert [name for name in used if name != "NAME" and not re.search(rf"^#?{name}=", text, re.MULTILINE)] == []
 
 
-def test_the_example_of_env_is_a_valid_env(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_example_of_env_is_a_valid_env(recipe: str, tmp_path: Path) -> None:
     text = (REPOSITORY / ".env.example").read_text()
     (tmp_path / ".env").write_text(re.sub(r"^#(?=[A-Z_]+=)", "", text, flags=re.MULTILINE))
-    config = load(REPOSITORY / "configs" / "lewis.yaml", env={}, cwd=tmp_path)
-    assert isinstance(config, LewisConfig)
+    config = load(REPOSITORY / "configs" / f"{recipe}.yaml", env={}, cwd=tmp_path)
     assert config.services.listener.client.url == "http://gpu-node-01:9000"
 
 
@@ -84,9 +88,21 @@ def test_the_reference_page_is_current() -> None:
     assert config_reference.PAGE.read_text() == config_reference.page(), "run: python -m tools.config_reference"
 
 
-@pytest.mark.parametrize(
-    "cls", dict.fromkeys(cls for _, cls in config_reference.sections(LewisConfig)), ids=lambda c: c.__name__
-)
+def test_the_reference_page_has_every_field_of_every_recipe() -> None:
+    page = config_reference.page()
+    for name in RECIPES:
+        part = page.partition(f"## Fields of `recipe: {name}`")[2].partition("\n## ")[0]
+        for field in set(config_class(name).model_fields) - set(Config.model_fields):
+            assert f"\n| `{field}` |" in part, (name, field)
+    for cls in CLASSES:
+        rows = "\n".join(f"| `{field}` |" for field in cls.model_fields)
+        assert all(row in page for row in rows.split("\n")), cls
+
+
+CLASSES = list(dict.fromkeys(cls for name in RECIPES for _, cls in config_reference.sections(config_class(name))))
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_every_field_has_a_text(cls: type) -> None:
     docs = config_reference.field_docs(cls)
     assert set(docs) >= set(cls.model_fields)  # type: ignore[attr-defined]
@@ -94,18 +110,24 @@ def test_every_field_has_a_text(cls: type) -> None:
 
 HEAVY = ("torch", "transformers", "vllm", "numpy", "PIL", "submitit", "fastapi", "dotenv")
 PROBE = f"""
-import time
+import sys, time
 from hpc_rl.config import load, from_json, to_json
-config = load("configs/lewis.yaml", env={{}})
+config = load(sys.argv[1], env={{}})
 from_json(to_json(config))
-import sys
 print(time.process_time(), *(name for name in {HEAVY!r} if name in sys.modules))
 """
 
 
-def test_reading_a_config_is_cheap_and_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_reading_a_config_is_cheap_and_imports_nothing_heavy(recipe: str) -> None:
     runs = [
-        subprocess.run([sys.executable, "-c", PROBE], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", PROBE, f"configs/{recipe}.yaml"],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         for _ in range(3)
     ]
     seconds = min(float(run.split()[0]) for run in runs)
