@@ -44,13 +44,19 @@ def number_in(body: dict[str, Any]) -> int:
     return int(body["messages"][0]["content"].split()[-1])
 
 
+def of(body: dict[str, Any]) -> Any:
+    """What was asked: a number, or another chat."""
+    last = body["messages"][0]["content"].split()[-1]
+    return int(last) if last.isdecimal() else json.dumps(body["messages"])
+
+
 class Teacher:
     """The server. Its right answer to `… 7` is `seven times two is 14`, or the same as JSON where a schema is sent."""
 
     def __init__(self, port: int = 0) -> None:
         self.behave: Behaviour = lambda call, body: None
         self.calls = 0
-        self.paid: Counter[int] = Counter()
+        self.paid: Counter[Any] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.at_once = self.most_at_once = 0
@@ -129,7 +135,7 @@ class Teacher:
                     return
                 wish = None
             with self._lock:
-                self.paid[number_in(body)] += 1
+                self.paid[of(body)] += 1
             self.send(handler, Misbehave(body=completion(wish if wish is not None else right(body))))
         finally:
             with self._lock:
