@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import sys
 import time
@@ -15,9 +14,9 @@ from typing import Any
 
 from hpc_rl.cluster.failures import EXIT_BLOCKED
 from hpc_rl.config.lewis import LewisConfig
-from hpc_rl.orchestrate.graph import StageId
+from hpc_rl.orchestrate import curves, evaluation
+from hpc_rl.orchestrate.evaluation import Asked
 from hpc_rl.orchestrate.job import Job, Shard, open_job
-from hpc_rl.orchestrate.sampled import summarise
 from hpc_rl.run.seeds import derive
 
 log = logging.getLogger("hpc_rl")
@@ -60,16 +59,13 @@ class Played:
 def evaluate(job: Job, shard: Shard) -> None:
     """Describe, ask, count; write the files, commit, and tell TensorBoard."""
     from hpc_rl.data.lewis import image_root, read_rows
-    from hpc_rl.engines.engine_spec import EngineSpec
-    from hpc_rl.engines.memory import notches_of, note_notches
-    from hpc_rl.engines.opening import open_engine
     from hpc_rl.engines.weights import Role, weights_of
     from hpc_rl.grading import predictions
     from hpc_rl.services.client import ListenerClient
 
     config = job.config
     assert isinstance(config, LewisConfig)
-    wandb = find_wandb(config)
+    wandb = curves.find_wandb(config)
     (dataset,) = job.inputs(0, "dataset")
     rows = [(name, row) for name in SETS for row in read_rows(dataset.path(f"{name}.parquet"))]
     weights = weights_of(job.ws, Role("speaker", config.speaker), job.round)
@@ -77,10 +73,7 @@ def evaluate(job: Job, shard: Shard) -> None:
     fit = fitting(config, rows, root, weights.base)
     dropped = Counter(name for name, row in rows if (name, row.id) not in fit)
     rows = [(name, row) for name, row in rows if (name, row.id) in fit]
-    kind = config.evaluate.engine or config.sample.engine
-    notches = notches_of(job.ws, job.round, job.stage.name)
-    engine = open_engine(EngineSpec(kind, config.speaker, config.sample, weights, job.ws.compile_cache, notches))
-    note_notches(job.ws, job.round, job.stage.name, engine.description)
+    engine = evaluation.open_engine(job, config.speaker, weights)
     played: list[Played] = []
     started = time.monotonic()
     with ListenerClient(job.ws, config) as listener:
@@ -93,36 +86,23 @@ def evaluate(job: Job, shard: Shard) -> None:
     write_table(table, played)
     write_predictions(log_lines, job, config, played)
     made_from = {"weights": weights.hash, "engine": engine.kind, "temperature": config.evaluate.temperature}
-    if config.logging.tensorboard:  # before the commit: written twice it does no harm, missing it would stay missing
-        write_tensorboard(job, config, played, metrics, root)
+    points = {f"evaluate/{name}": value for name, value in metrics.items()}
+    curves.write(job, points | curves.of_sampling(job, config.sampling_stage))
+    if config.logging.tensorboard:
+        show_games(job, config, played, root)
     if shard.commit([table, log_lines], made_from=made_from, metrics=metrics):
         log.info("round %d: %s", job.round, metrics)
         if config.logging.prediction_log is not None:
             predictions.append(config.logging.prediction_log, log_lines)
-        if wandb is not None:
-            write_wandb(wandb, job, config, metrics)
+        curves.write_wandb(wandb, job, points)
 
 
 def fitting(config: LewisConfig, rows: Sequence[tuple[str, Any]], root: Path, model: str) -> set[tuple[str, str]]:
-    """Set and id of the games whose prompt leaves room for a description, as `sample.long_prompts` says.
+    """Set and id of the games whose prompt leaves room for a description; see `evaluation.check_prompts`."""
+    from hpc_rl.engines.base import Prompt
 
-    Raises
-    ------
-    PromptError
-        For prompts that are too long or that the model cannot read, before the engine starts.
-    """
-    from hpc_rl.engines.base import Prompt, Sampling
-    from hpc_rl.sampling.prompts import check_prompts
-
-    checked = check_prompts(
-        ((f"{name}/{row.id}", Prompt.of(row.speaker_problem, root / row.image)) for name, row in rows),
-        model,
-        Sampling(config.evaluate.temperature, config.sample.max_tokens),
-        max_model_len=config.sample.max_model_len,
-        min_pixels=config.speaker.min_pixels,
-        max_pixels=config.speaker.max_pixels,
-        how=config.sample.long_prompts,
-    )
+    prompts = ((f"{name}/{row.id}", Prompt.of(row.speaker_problem, root / row.image)) for name, row in rows)
+    checked = evaluation.check_prompts(config, config.speaker, model, prompts)
     return {(name, row.id) for name, row in rows if f"{name}/{row.id}" not in checked.dropped}
 
 
@@ -136,22 +116,18 @@ def play(
     ValueError
         For a game whose image cannot be read, with its set and row.
     """
-    from hpc_rl.engines.base import Prompt, Request, Sampling, generate_each
+    from hpc_rl.engines.base import Prompt
     from hpc_rl.grading.game import judge
 
-    requests = [
-        Request(
+    asked = [
+        Asked(
+            f"{name}/{row.id}, image {row.image}",
             Prompt.of(row.speaker_problem, root / row.image),
             derive(config.run.seed, job.round, "evaluate", row.id),
         )
-        for _, row in rows
+        for name, row in rows
     ]
-    sampling = Sampling(config.evaluate.temperature, config.sample.max_tokens)
-    texts = []
-    for (name, row), made in zip(rows, generate_each(engine, [(one, sampling) for one in requests]), strict=True):
-        if isinstance(made, ValueError):
-            raise ValueError(f"row {name}/{row.id}, image {row.image}: {made}") from made
-        texts.append(made.text)
+    texts = [made.text for made in evaluation.complete(engine, asked, evaluation.sampling_of(config))]
     verdicts = judge(texts, [row for _, row in rows], listener, config.listener.question, config.rewards)
     return [Played(name, row, text, verdict) for (name, row), text, verdict in zip(rows, texts, verdicts, strict=True)]
 
@@ -233,20 +209,14 @@ def write_predictions(path: Path, job: Job, config: LewisConfig, played: Sequenc
     predictions.write(path, lines)
 
 
-def write_tensorboard(
-    job: Job, config: LewisConfig, played: Sequence[Played], metrics: dict[str, float], root: Path
-) -> None:
-    """Metrics of the round and of its sampling; the first games of each set with image, candidates and decision."""
+def show_games(job: Job, config: LewisConfig, played: Sequence[Played], root: Path) -> None:
+    """The first games of each set in TensorBoard, with image, candidates and decision."""
     import numpy as np
     from torch.utils.tensorboard import SummaryWriter
 
     from hpc_rl.data.images import load_image
 
-    with SummaryWriter(str(job.ws.tb_dir / "run"), filename_suffix=f".evaluate-{job.round:02d}") as writer:
-        for name, value in metrics.items():
-            writer.add_scalar(f"evaluate/{name}", value, job.round)
-        for name, value in sampling_scalars(job).items():
-            writer.add_scalar(f"sampling/{name}", value, job.round)
+    with SummaryWriter(str(job.ws.tb_dir / "run"), filename_suffix=f".games-{job.round:02d}") as writer:
         for set_name in SETS:
             games = [game for game in played if game.set == set_name][: config.evaluate.sample_texts_to_log]
             for number, game in enumerate(games):
@@ -258,38 +228,6 @@ def write_tensorboard(
                 said = f"`{game.text}`\n\ntarget {game.row.label}, picked {game.verdict.predicted_index}"
                 chances = ", ".join(f"{p:.3f}" for p in game.verdict.yes_probabilities)
                 writer.add_text(tag, f"{said}, P(yes) {chances or '-'}", job.round)
-
-
-def sampling_scalars(job: Job) -> dict[str, float]:
-    """What the round's sampling was like, for curves beside those of what came of it; none where no job sampled."""
-    stage = job.graph.by_id.get(StageId(job.round, "sample"))
-    sampled = summarise(job.ws, stage) if stage is not None else None
-    return sampled.to_scalars() if sampled is not None else {}
-
-
-def find_wandb(config: LewisConfig) -> Any:
-    """The wandb package where the config asks for it, else None; not installed is an error, before any work is done."""
-    if not config.logging.wandb.enabled:
-        return None
-    try:
-        return importlib.import_module("wandb")
-    except ImportError as error:
-        raise RuntimeError(
-            "logging.wandb.enabled is true and wandb is not installed: pip install wandb in the evaluate stage's "
-            "environment, or set logging.wandb.enabled: false"
-        ) from error
-
-
-def write_wandb(wandb: Any, job: Job, config: LewisConfig, metrics: dict[str, float]) -> None:
-    """Metrics of the round as one more step of the W&B run `<run name>-evaluate`; offline unless the config says so."""
-    options = config.logging.wandb
-    folder = options.dir or job.ws.root / "wandb"
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{config.run.name}-evaluate"
-    with wandb.init(
-        project=options.project, mode=options.mode, dir=str(folder), id=name, name=name, resume="allow"
-    ) as run:
-        run.log({f"evaluate/{name}": value for name, value in metrics.items()}, step=job.round)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from hpc_rl.cluster.entry import Spec
+from hpc_rl.orchestrate import curves
 from hpc_rl.orchestrate.job import load
 from hpc_rl.orchestrate.sampled import summarise
 from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.sampling.lives import PARTS
 from hpc_rl.sampling.record import read_records
-from jobs.lewis import evaluate
 from tests.jobs.conftest import REPOSITORY, NewRun
 from tests.waiting import PATIENCE_S, wait_for
 
@@ -80,7 +80,7 @@ def test_its_time_adds_up_with_what_was_lost_and_curves_tell_of_it(killed_and_do
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     playing = load(ws.root, 1, "evaluate")
-    evaluate.write_tensorboard(playing, playing.config, [], {}, ws.images_dir)  # type: ignore[arg-type]
+    curves.write(playing, curves.of_sampling(playing, "sample"))
     events = EventAccumulator(str(ws.tb_dir / "run")).Reload()
     (accepted,) = events.Scalars("sampling/acceptance/speaker")
     assert (accepted.step, accepted.value) == (1, 1.0)
