@@ -2,16 +2,18 @@
 # Sourced by every template: arguments, log file, and what to do when Slurm asks the job to leave. Nothing to edit here.
 # No `set -eu`: what people source in a template (module, conda) often does not survive it.
 
-# begin STAGE WORKSPACE ROUND: checks the arguments, sets WORKSPACE, ROUND and STAGE, and sends all further output to
-# WORKSPACE/logs/round_RR/STAGE/JOBID-RESTART.out, beside the logs of jobs that hpc_rl.launch submits.
+# begin TEMPLATE DEFAULT WORKSPACE ROUND [STAGE]: checks the arguments of a template, sets WORKSPACE, ROUND and STAGE
+# (DEFAULT if none is given), and sends all further output to WORKSPACE/logs/round_RR/STAGE/JOBID-RESTART.out, beside the
+# logs of jobs that hpc_rl.launch submits.
 begin() {
-    STAGE=$1
-    WORKSPACE=${2:-${WORKSPACE:-}}
-    ROUND=${3:-${ROUND:-}}
-    [[ -n $WORKSPACE && $ROUND =~ ^[0-9]+$ ]] || fail "usage: sbatch slurm_templates/${TEMPLATE:-${STAGE##*.}}.sbatch WORKSPACE ROUND
+    STAGE=${5:-$2}
+    WORKSPACE=${3:-${WORKSPACE:-}}
+    ROUND=${4:-${ROUND:-}}
+    [[ -n $WORKSPACE && $ROUND =~ ^[0-9]+$ && -n $STAGE ]] || fail "usage: sbatch slurm_templates/$1.sbatch WORKSPACE ROUND ${2:+[}STAGE${2:+]}
   WORKSPACE  the run's folder, on storage that all nodes share   (got: '$WORKSPACE')
   ROUND      a number: 0 is the preparation, training begins at 1 (got: '$ROUND')
-Both may also be environment variables of these names."
+  STAGE      of the run's recipe, with what this script asks for  (got: '$STAGE')
+The first two may also be environment variables of these names."
     [[ -f $WORKSPACE/training_config.json ]] || fail "$WORKSPACE holds no run. Make one first:
   python -m hpc_rl.launch CONFIG --workspace $WORKSPACE --init"
     WORKSPACE=$(realpath "$WORKSPACE") # a container may start in another folder

@@ -44,8 +44,8 @@ def repository(tmp_path: Path) -> Path:
     folder = tmp_path / "repository"
     shutil.copytree(REPOSITORY / "slurm_templates", folder / "slurm_templates")
     (folder / "jobs").mkdir()
-    for name in ("sample", "train", "serve"):
-        (folder / "jobs" / f"{name}.py").write_text(BODY)
+    (folder / "jobs/__init__.py").touch()
+    (folder / "jobs/__main__.py").write_text(BODY)
     return folder
 
 
@@ -98,10 +98,11 @@ def test_each_element_of_an_array_knows_when_its_limit_strikes(
     cluster.wait_for_empty_queue()
 
 
-def test_a_listener_submitted_as_an_array_is_as_many_replicas(
+def test_a_service_submitted_as_an_array_is_as_many_replicas(
     cluster: SlurmCluster, repository: Path, workspace: Path
 ) -> None:
-    job = cluster.sbatch(*SMALL, "--array=0-1", "slurm_templates/listener.sbatch", str(workspace), "1", cwd=repository)
+    template = ("slurm_templates/serve.sbatch", str(workspace), "1", "grade.listener")
+    job = cluster.sbatch(*SMALL, "--array=0-1", *template, cwd=repository)
     cluster.wait_for_empty_queue()
     for task in (0, 1):
         log = (workspace / f"logs/round_01/grade.listener/{job}_{task}-0.out").read_text()
@@ -120,7 +121,7 @@ def test_the_rank_that_fails_first_says_how_a_training_ended(
     cluster: SlurmCluster, repository: Path, workspace: Path
 ) -> None:
     """The others are told to leave by srun, and leaving as they do in a preemption would have the job run again."""
-    (repository / "jobs/train.py").write_text(
+    (repository / "jobs/__main__.py").write_text(
         "import os, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
         "time.sleep(1 if os.environ['SLURM_PROCID'] == '1' else 600)\nsys.exit(3)\n"
@@ -136,7 +137,7 @@ def test_torchrun_starts_the_same_ranks_and_what_they_end_with_is_the_jobs(
 ) -> None:
     (repository / "status").write_text("75")
     (repository / "hpc_rl").symlink_to(REPOSITORY / "hpc_rl")
-    (repository / "jobs/train.py").write_text(
+    (repository / "jobs/__main__.py").write_text(
         BODY.replace("SLURM_PROCID", "RANK").replace("SLURM_NTASKS", "WORLD_SIZE").replace("sys.exit", ALL_HAVE_SAID)
     )
     (repository / "said").mkdir()
@@ -150,7 +151,8 @@ def test_torchrun_starts_the_same_ranks_and_what_they_end_with_is_the_jobs(
 
 def test_a_blocked_job_says_so_and_fails(cluster: SlurmCluster, repository: Path, workspace: Path) -> None:
     (repository / "status").write_text("75")
-    job = cluster.sbatch(*SMALL, "slurm_templates/listener.sbatch", str(workspace), "1", cwd=repository)
+    template = ("slurm_templates/serve.sbatch", str(workspace), "1", "grade.listener")
+    job = cluster.sbatch(*SMALL, *template, cwd=repository)
     assert cluster.wait_for_state(job, "FAILED")["ExitCode"] == "75:0"
     assert "blocked" in (workspace / f"logs/round_01/grade.listener/{job}-0.out").read_text()
 
