@@ -55,7 +55,15 @@ def test_a_dry_run_of_every_shipped_config_imports_no_framework(config: str, exe
 
 @pytest.mark.parametrize(
     "module",
-    ["hpc_rl.launch", "hpc_rl.status", "hpc_rl.cancel", "hpc_rl.report", "jobs.advance", "hpc_rl.cluster.slurm"],
+    [
+        "hpc_rl.launch",
+        "hpc_rl.status",
+        "hpc_rl.cancel",
+        "hpc_rl.report",
+        "hpc_rl.doctor",
+        "jobs.advance",
+        "hpc_rl.cluster.slurm",
+    ],
 )
 def test_a_command_for_the_login_node_imports_no_framework(module: str) -> None:
     code = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"

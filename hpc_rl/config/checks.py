@@ -21,7 +21,9 @@ from hpc_rl.config.schema import Config
 from hpc_rl.config.training import TrainConfig
 
 
-def check(config: Config, places: Mapping[str, str] = MappingProxyType({})) -> list[Problem]:
+def check(
+    config: Config, places: Mapping[str, str] = MappingProxyType({}), *, inside_files: bool = True
+) -> list[Problem]:
     """Everything about the file system that would stop the run, all at once; an empty list when it may start.
 
     What only the recipe knows of is its `Config.file_problems`. Nothing is created or changed.
@@ -32,6 +34,8 @@ def check(config: Config, places: Mapping[str, str] = MappingProxyType({})) -> l
         As loaded.
     places
         `Loaded.places`, so that a problem says which line set the field.
+    inside_files
+        False: leave out what only the recipe knows of, which may be a look at every row of a large file.
     """
     executor = config.cluster.executor
     if executor == "auto":
@@ -41,7 +45,7 @@ def check(config: Config, places: Mapping[str, str] = MappingProxyType({})) -> l
         *_check_services(config),
         *_check_models(config),
         *_check_trainings(config),
-        *config.file_problems(),
+        *(config.file_problems() if inside_files else ()),
     ]
     return [replace(problem, where=places.get(problem.field, "")) for problem in problems]
 

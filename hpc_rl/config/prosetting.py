@@ -204,6 +204,23 @@ class ProSettingConfig(SamplingRecipeConfig):
         """The section of the backend."""
         return self.dpo if self.backend == "dpo" else self.rloo
 
+    def prompts_per_round(self, look: bool) -> int | None:
+        """The questions of the file: a pool is seldom larger."""
+        from hpc_rl.data.question_files import QuestionFileError, iter_rows
+
+        if self.pool.max_questions is not None or not look:
+            return self.pool.max_questions
+        try:
+            return sum(1 for _ in iter_rows(self.questions.file))
+        except QuestionFileError:  # `file_problems` says why
+            return None
+
+    def stage_extras(self, name: str) -> tuple[str, ...]:
+        """Math answers are compared by a library; teachers are asked by one."""
+        compares = self.grade.answers == "math" and name in ("grade", "dpo_data", "enhance", "evaluate")
+        asks = name == "enhance" or (name == "grade" and self.grade.judge != "never")
+        return (*(("solve",) if compares else ()), *(("teacher",) if asks else ()))
+
     def file_problems(self) -> Iterator[Problem]:
         """Question files that cannot be read, row by row (S15)."""
         from hpc_rl.data.question_files import check_files

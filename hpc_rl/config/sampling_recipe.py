@@ -27,6 +27,10 @@ class SamplingRecipeConfig(Config):
         engine: Engine = self.evaluate.engine or self.sample.engine
         return engine
 
+    def prompts_per_round(self, look: bool) -> int | None:
+        """How many prompts a round samples, about; None where the config does not tell, or with `look` its files."""
+        return None
+
     def faults(self) -> Iterator[Fault]:
         """Engines without GPUs."""
         yield from super().faults()

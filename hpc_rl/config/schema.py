@@ -261,6 +261,10 @@ class Config(Section):
         """What stands in the way in files that only the recipe knows of; looked at before anything is submitted."""
         yield from ()
 
+    def stage_extras(self, name: str) -> tuple[str, ...]:
+        """Extras of setup.cfg that a stage's body needs beyond those of every stage of its kind."""
+        return ()
+
     def notes(self) -> Iterator[str]:
         """What is no fault, and yet may not be what was meant; `launch` says it."""
         yield from ()

@@ -1,0 +1,78 @@
+"""Room for the run: free space against a rough estimate of what the rounds to come will write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hpc_rl.config.check_storage import nearest_folder
+from hpc_rl.config.modeling import TrainedModelConfig
+from hpc_rl.config.sampling_recipe import SamplingRecipeConfig
+from hpc_rl.health.findings import Finding, Subject
+from hpc_rl.health.paths import weights_bytes
+from hpc_rl.reporting.text import size
+from hpc_rl.run import manifest
+from hpc_rl.run.workspace import Workspace
+
+AREA = "disk"
+BYTES_PER_TOKEN = 2 * 12
+"""Of a sampled token: id, log-probability and text, once sampled and once graded."""
+CHECKPOINT = 2 * 7
+"""A checkpoint of all of a model's weights, as a multiple of these in 16 bit: they, and in 32 bit a copy and Adam's two
+moments. Twice, since the one before goes when the next one is whole."""
+FEW_FILES = 10_000
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes: kept from each round that is still to come, all of these rounds together, and only while one trains."""
+
+    per_round: int
+    kept: int
+    passing: int
+
+
+def disk(subject: Subject) -> Iterator[Finding]:
+    """Free bytes and files of the workspace's file system. A quota is not seen here."""
+    folder = nearest_folder(subject.config.run.workspace)
+    found = os.statvfs(folder)
+    free = found.f_bavail * found.f_frsize
+    need = estimate(subject)
+    what = (
+        f"{size(free)} free at {folder}; the run still needs about {size(need.kept + need.passing)} "
+        f"({size(need.per_round)} a round is kept, {size(need.passing)} comes and goes while a model trains)"
+    )
+    remedy = "make room, or choose another --workspace; a quota may be lower still"
+    if free < max(GIB // 8, need.per_round + need.passing):
+        yield Finding(AREA, "problem", what, remedy)
+    elif free < need.kept + need.passing:
+        yield Finding(AREA, "warning", what, remedy)
+    else:
+        yield Finding(AREA, "ok", what)
+    if found.f_files > 0 and found.f_favail < FEW_FILES:
+        yield Finding(AREA, "warning", f"only {found.f_favail} more files fit there", remedy)
+
+
+def estimate(subject: Subject) -> Need:
+    """What is left of the run will write, by the size of its models, and at most so many tokens as it may sample."""
+    config, graph, ws = subject.config, subject.graph, Workspace(subject.config.run.workspace)
+    open_rounds = {s.round for s in graph.work if len(manifest.done_shards(ws, s.round, s.name)) < s.shards} - {0}
+    kept = passing = 0
+    for name, field in config.trained_models.items():
+        model = getattr(config, field, None)
+        rounds = sum(stage.name == name and stage.round in open_rounds for stage in graph.work)
+        if isinstance(model, TrainedModelConfig) and rounds:
+            weights = weights_bytes(model.path)
+            kept += rounds * (_adapter_bytes(model, weights) if model.lora else weights)
+            passing = max(passing, CHECKPOINT * (_adapter_bytes(model, weights) if model.lora else weights))
+    if isinstance(config, SamplingRecipeConfig) and (prompts := config.prompts_per_round(look=not subject.quick)):
+        sample = config.sample
+        kept += len(open_rounds) * prompts * sample.samples_per_prompt * sample.max_tokens * BYTES_PER_TOKEN
+    return Need(kept // max(1, len(open_rounds)), kept, passing)
+
+
+def _adapter_bytes(model: TrainedModelConfig, weights: int) -> int:
+    """An adapter is small beside its model; of a rank as high as the model is wide it would be as large."""
+    return weights // 10
