@@ -141,18 +141,18 @@ def train(ws: Workspace, round: int = 1) -> Trained:
     """Train in this process."""
     from jobs import train as body
 
-    with _noting() as found:
+    with noting() as found:
         assert body.main(["--workspace", str(ws.root), "--round", str(round)]) == 0
     made = manifest.read(ws, round, "train", 0)
     return replace(found, metrics=made.metrics, weights=made.made_from["weights_out"])
 
 
 @contextmanager
-def _noting() -> Iterator[Trained]:
-    """Note what trainers compute."""
+def noting() -> Iterator[Trained]:
+    """Note what trainers in this process compute."""
     found, compute_loss, norm = Trained(), Driven.compute_loss, Driven._get_grad_norm
 
-    def noting(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def noting_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         loss = compute_loss(self, model, inputs, *args, **kwargs)
         found.batches.append({n: v.clone() if torch.is_tensor(v) else v for n, v in inputs.items()})
         found.units.append(self._units)
@@ -163,7 +163,7 @@ def _noting() -> Iterator[Trained]:
         found.grad_norms.append(float(norm(self, *args, **kwargs)))
         return found.grad_norms[-1]
 
-    Driven.compute_loss, Driven._get_grad_norm = noting, noting_norm  # type: ignore[method-assign]
+    Driven.compute_loss, Driven._get_grad_norm = noting_loss, noting_norm  # type: ignore[method-assign]
     try:
         yield found
     finally:

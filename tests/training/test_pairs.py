@@ -47,6 +47,23 @@ def test_pairs_come_back_with_their_rows_and_lengths(tmp_path: Path) -> None:
     assert pairs.read(write(tmp_path, PAIRS), None).rows(np.array([0]))[0].row_id == ""
 
 
+def test_pairs_of_further_files_are_only_measured(tmp_path: Path) -> None:
+    """Read with the others, so no name may be there twice; an empty file is one of no pairs."""
+    more = {**PAIRS, "pair_id": ["c", "d"], "chosen_token_ids": [[4], [5, 6, 7, 8]]}
+    none = {name: pa.array([], pa.array(values).type) for name, values in PAIRS.items()}
+    trained, measured, empty, again = write(tmp_path, PAIRS, more, none, PAIRS)
+    every = pairs.read([trained], None, measured=[measured], max_length=4, too_long="drop")
+    ours, others = pairs.split(every)
+    assert [[one.id for one in units.rows(slice(None))] for units in (every, ours, others)] == [
+        ["a", "b", "c"], ["a", "b"], ["c"]
+    ]  # fmt: skip
+    assert ours.numbers()["too_long"] == 0 and ours.numbers()["validation_too_long"] == 1
+    assert [len(units) for units in pairs.split(pairs.read([empty], None, measured=[measured]))] == [0, 2]
+    assert [len(units) for units in pairs.split(pairs.read([trained], None, measured=[empty]))] == [2, 0]
+    with pytest.raises(UnusableData, match="pair_id a is there twice"):
+        pairs.read([trained], None, measured=[again])
+
+
 def test_pairs_of_chats_share_their_prompt(tmp_path: Path, tokenizer: Any) -> None:
     chat = [{"role": "user", "content": "yes no"}]
     table = {"pair_id": ["a"], "prompt": [chat], "chosen": ["Yes"], "rejected": ["No"]}

@@ -56,6 +56,15 @@ def test_samples_come_back_as_groups_in_order_with_their_tokens(tmp_path: Path) 
     assert one.finished and found.weights_hash == "w" and len(found) == 6
 
 
+def test_groups_are_those_of_the_files_where_nobody_knows_their_number(tmp_path: Path) -> None:
+    """Shards may be empty; a group without any grade is one that is dropped."""
+    shards = [graded(0, i, float(i)) for i in range(4)], [], [graded(1, i, None) for i in range(4)]
+    assert read(tmp_path, *shards).counts.groups == 2
+    paths = [tmp_path / f"{number}.parquet" for number in range(3)]
+    found = store.read(paths, PARTS, 4, None).counts
+    assert (found.groups, found.dropped_groups, found.left_out) == (2, 1, 4)
+
+
 def test_a_sample_without_a_score_is_out_of_its_group_and_a_group_of_one_is_dropped(tmp_path: Path) -> None:
     whole = [graded(0, i, float(i % 2)) for i in range(4)]
     short = [graded(1, 0, 2.0), graded(1, 1, None), graded(1, 2, 0.0), graded(1, 3, 1.0)]
