@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from hpc_rl.config.checks import check
 from hpc_rl.config.errors import format_problems
 from hpc_rl.config.schema import Config
 from hpc_rl.orchestrate import plan
-from hpc_rl.orchestrate.decide import Policy
+from hpc_rl.orchestrate.decide import Decision, Policy
+from hpc_rl.orchestrate.graph import ADVANCE
 from hpc_rl.orchestrate.reconcile import DRIVER_LEASE, Run, RunBusy, look, reconcile
 from hpc_rl.orchestrate.start import OtherConfig, open_run, store_config
 from hpc_rl.run.atomic import CorruptFile
@@ -61,17 +63,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="show rounds, stages, dependencies and resources; submit and write nothing",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="with --dry-run: show the exact scripts")
-    parser.add_argument(
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument(
         "--init", action="store_true", help="make the workspace and stop: for those who submit slurm_templates/ by hand"
     )
-    parser.add_argument(
+    way.add_argument(
         "--watch", action="store_true", help="stay and advance the run from here, where compute nodes may not submit"
+    )
+    way.add_argument(
+        "--interactive",
+        action="store_true",
+        help="stay, and ask before each round: c continue, s status, q quit, r retry what failed",
     )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 when the run is submitted or finished, 1 when it stopped, 2 when it cannot start, 130 after Ctrl-C."""
+    """Returns 0 when the run is submitted, finished, or left at the prompt where it can go on; 1 when it stopped.
+
+    2 when it cannot start, 130 after Ctrl-C or SIGTERM while it ran.
+    """
     arguments = parse(argv)
     keep_closed()
     overrides = [*arguments.set, *([f"cluster.executor={arguments.executor}"] if arguments.executor else [])]
@@ -101,12 +112,13 @@ def start(config: Config, executor: str, arguments: argparse.Namespace) -> int:
     run = open_run(config, arguments.config)
     if arguments.init:
         take_over_config(run, arguments)
-        print(f"workspace: {run.ws.root}\nNow: sbatch slurm_templates/prepare.sbatch {run.ws.root}")
+        print(f"workspace: {run.ws.root}\nNow: slurm_templates/round.sh {run.ws.root} 0")
         return 0
-    policy = Policy.of(config.run, control=executor == "slurm" and config.cluster.advance == "jobs")
-    if executor == "slurm" and policy.control and not arguments.watch:
+    by_jobs = executor == "slurm" and config.cluster.advance == "jobs" and not arguments.interactive
+    policy = Policy.of(config.run, control=by_jobs)
+    if by_jobs and not arguments.watch:
         return submit(run, policy, arguments)
-    if queued := others_jobs(run, executor):
+    if queued := others_jobs(run, executor) or (advance_jobs(run) if arguments.interactive else ""):
         print(f"already running: Slurm jobs {queued}. Nothing was changed.\n{plan.commands(run.ws.root)}")
         return 0
     lease = acquire(run.ws.lease_folder, DRIVER_LEASE, config.run.lease_ttl_s)
@@ -114,7 +126,7 @@ def start(config: Config, executor: str, arguments: argparse.Namespace) -> int:
         return already_driven(run)
     with lease:
         take_over_config(run, arguments)
-        return drive(run, executor, policy, lease)
+        return drive(run, executor, policy, lease, arguments.interactive)
 
 
 def take_over_config(run: Run, arguments: argparse.Namespace) -> None:
@@ -127,6 +139,15 @@ def others_jobs(run: Run, executor: str) -> str:
     """Ids of jobs that another executor still has queued for this run, '' when there are none."""
     names = [a.name for a in Ledger(run.ws).history().attempts if a.executor == "slurm"]
     if executor == "slurm" or not names or shutil.which("squeue") is None:
+        return ""
+    return ", ".join(sorted({job.job_id for job in make_executor(run.config, "slurm").queue(names)}))
+
+
+def advance_jobs(run: Run) -> str:
+    """Ids of queued jobs by which a run goes on without anybody, '' where it is paused or has stopped."""
+    history = Ledger(run.ws).history()
+    names = [a.name for a in history.attempts if a.stage == ADVANCE and a.executor == "slurm"]
+    if not names or history.paused or history.stopped:
         return ""
     return ", ".join(sorted({job.job_id for job in make_executor(run.config, "slurm").queue(names)}))
 
@@ -144,12 +165,14 @@ def _snapshot(run: Run) -> Path:
 
 def submit(run: Run, policy: Policy, arguments: argparse.Namespace) -> int:
     """Submit what the run needs next and return."""
+    from hpc_rl import report
+
     if look_at_lease(run.ws.lease_folder, DRIVER_LEASE).is_held(run.config.run.lease_ttl_s):
         return already_driven(run)
     executor = make_executor(run.config, "slurm")
     view = look(run, executor)
     waiting_for_nothing = view.history.paused or view.history.stopped
-    control = {a.name for a in view.history.attempts if a.stage == "advance"}
+    control = {a.name for a in view.history.attempts if a.stage == ADVANCE}
     if not waiting_for_nothing and any(job.name in control for job in view.queue):
         jobs = sorted({job.job_id.partition("_")[0] for job in view.queue})
         print(
@@ -158,22 +181,24 @@ def submit(run: Run, policy: Policy, arguments: argparse.Namespace) -> int:
         )
         return 0
     take_over = partial(take_over_config, run, arguments)
-    report = reconcile(run, executor, _snapshot(run), policy, resume=True, on_work=take_over, say=say)
-    for note in report.notes:
+    result = reconcile(run, executor, _snapshot(run), policy, resume=True, on_work=take_over, say=say)
+    for note in result.notes:
         say(note)
-    if report.decision.status == "finished":
+    if result.decision.status == "finished":
+        report.write(run)
         print(f"the run in {run.ws.root} is finished.\n{plan.commands(run.ws.root)}")
         return 0
-    if report.decision.status == "stopped":
-        print(f"the run stopped: {report.decision.reason}", file=sys.stderr)
+    if result.decision.status == "stopped":
+        report.write(run)
+        print(f"the run stopped: {result.decision.reason}", file=sys.stderr)
         return 1
-    if not report.submitted:
+    if not result.submitted:
         print(
             f"already running: another launch of {run.ws.root} was faster. Nothing was changed.\n"
             f"{plan.commands(run.ws.root)}"
         )
         return 0
-    ids = [i for ids in report.submitted.values() for i in ids]
+    ids = [i for ids in result.submitted.values() for i in ids]
     print(
         f"submitted {len(ids)} jobs: {', '.join(ids)}\nworkspace: {run.ws.root}\n"
         f"{plan.commands(run.ws.root)}\nyou can log off."
@@ -181,9 +206,9 @@ def submit(run: Run, policy: Policy, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def drive(run: Run, name: str, policy: Policy, lease: Lease) -> int:
-    """Run or advance the run from this process until it ends."""
-    from hpc_rl import report
+def drive(run: Run, name: str, policy: Policy, lease: Lease, ask: bool = False) -> int:
+    """Run or advance the run from this process until it ends; with `ask`, each round when a person says so."""
+    from hpc_rl import interactive, report
     from hpc_rl.cluster.local import LocalExecutor
     from hpc_rl.orchestrate.follow import follow
 
@@ -192,7 +217,11 @@ def drive(run: Run, name: str, policy: Policy, lease: Lease) -> int:
     try:
         say(f"run {run.config.run.name} in {run.ws.root}, executor {name}. {lease.holder} drives it; Ctrl-C pauses it.")
         print(plan.commands(run.ws.root))
-        decision = follow(run, executor, _snapshot(run), policy, say, poll_s=10.0)
+
+        def play(until: int | None) -> Decision:  # with the code as it is now: what failed may have been mended
+            return follow(run, executor, _snapshot(run), replace(policy, until=until), say, poll_s=10.0)
+
+        decision = interactive.operate(run, executor, play) if ask else play(None)
     except KeyboardInterrupt:
         say("interrupted: telling the jobs to leave" if name != "slurm" else "interrupted: jobs that are queued go on")
         if isinstance(executor, LocalExecutor):
@@ -204,11 +233,15 @@ def drive(run: Run, name: str, policy: Policy, lease: Lease) -> int:
         if isinstance(executor, LocalExecutor):
             executor.shutdown()  # jobs that run here would die with us: let them leave as at Ctrl-C
         raise
+    if decision is None:
+        print(f"nothing is lost; go on with the same command. {plan.commands(run.ws.root)}")
+        return 0
     if decision.status == "finished":
         print(f"the run in {run.ws.root} is finished.")
         print(report.write(run))
         print(plan.commands(run.ws.root))
         return 0
+    print(report.write(run))
     print(f"the run {decision.status}: {decision.reason}\nlaunch again to go on.", file=sys.stderr)
     return 1
 

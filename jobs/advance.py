@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpc_rl import report
 from hpc_rl.cluster.choose import make_executor
 from hpc_rl.cluster.failures import EXIT_BLOCKED
 from hpc_rl.orchestrate.decide import Policy
@@ -30,14 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     policy = Policy.of(run.config.run)
     executor, me = make_executor(run.config, "slurm"), os.environ.get("HPC_RL_ATTEMPT", "")
     try:  # new jobs import the code that this one runs on: the snapshot of the last launch
-        report = reconcile(run, executor, source_root(), policy, me=me, say=say)
+        result = reconcile(run, executor, source_root(), policy, me=me, say=say)
     except RunBusy as error:
         say(str(error))
         return EXIT_BLOCKED
-    for note in report.notes:
+    for note in result.notes:
         say(note)
-    say(f"the run is {report.decision.status}. {report.decision.reason}")
-    return 1 if report.decision.status == "stopped" else 0
+    say(f"the run is {result.decision.status}. {result.decision.reason}")
+    if result.decision.status in ("finished", "stopped"):
+        report.write(run)
+    return 1 if result.decision.status == "stopped" else 0
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def follow(
             watch.look(executor, at_once=True)
             if local:
                 local.shutdown()
+                write_local_queue(run, local)
             return report.decision
         with suppress(ExecutorError):  # what the scheduler did not answer, the next reconcile asks again
             before = _alive(run, executor)

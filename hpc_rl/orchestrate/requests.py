@@ -54,8 +54,8 @@ def build_request(
         How long it must not start.
     """
     wanted = config.stage(stage.name)
-    delay_s = wanted.signal_delay_s or config.cluster.signal_delay_s
-    grace_s = max(10.0, delay_s - max(10.0, 0.1 * delay_s))  # what is left is for the end record and the requeue
+    early_s = wanted.signal_delay_s or config.cluster.signal_delay_s
+    grace_s = max(10.0, early_s - max(10.0, 0.1 * early_s))  # what is left is for the end record and the requeue
     # -P: the code that PYTHONPATH names, not that in the folder of the launch (python(1)). Unlike PYTHONSAFEPATH it
     # does not concern the programs that a body starts in turn, such as a script with modules beside it
     body = [*_interpreter(config, stage), "-P", "-m", stage.job]
@@ -86,7 +86,7 @@ def build_request(
         grace_s=grace_s,
         gpus=wanted.gpus_per_node / wanted.ranks,
         time_limit_s=60.0 * wanted.time_min if executor == "slurm" else None,
-        warning_s=delay_s + SIGNAL_EARLY_S,
+        warning_s=early_s + SIGNAL_EARLY_S,
     )
     resources = Resources(
         nodes=wanted.nodes,
@@ -100,7 +100,7 @@ def build_request(
         account=wanted.account,
         qos=wanted.qos,
         constraint=wanted.constraint,
-        signal_delay_s=delay_s,
+        signal_delay_s=early_s,
         setup=wanted.setup or (),
         sbatch=wanted.sbatch,
     )
