@@ -19,18 +19,18 @@ def split_roots(ids: Sequence[str], *, held_out: float, validation: float, seed:
         Different ones.
     held_out, validation
         Shares: of n questions `round(held_out · n)` are held out, of the m others `round(validation · m)` are for
-        validation, and at least one each; with `held_out` 0 none is held out.
+        validation; at least one each, and at most what leaves one for each of the other sets. With `held_out` 0 none
+        is held out.
 
     Raises
     ------
     ValueError
         When there are too few to have one of each.
     """
-    number = max(1, round(held_out * len(ids))) if held_out else 0
-    if len(ids) - number < 2:
-        raise ValueError(
-            f"{len(ids)} questions are too few to hold {number} out and to have 1 to train on, 1 to validate"
-        )
+    least = 3 if held_out else 2
+    if len(ids) < least:
+        raise ValueError(f"{len(ids)} questions are too few to have one in each of {least} sets")
+    number = min(max(1, round(held_out * len(ids))), len(ids) - 2) if held_out else 0
     drawn = seeded_order(ids, seed, "held_out")
     rest = seeded_order(drawn[number:], seed, "validation")
     measured = min(max(1, round(validation * len(rest))), len(rest) - 1)
