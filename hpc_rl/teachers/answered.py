@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rl.data.questions import Question, iter_questions
+from hpc_rl.grading.results import Zone, iter_results
 
 ATTEMPTS = 256
 """Rows of a graded file in memory at once."""
@@ -27,7 +28,7 @@ class Answered:
     question
         As the pool has it.
     zone
-        `mastered`, `learning`, `too_hard` or `ungraded` (S4).
+        What came of it (S4).
     wrong
         Texts of its first wrong attempts, none twice.
     frequent
@@ -35,7 +36,7 @@ class Answered:
     """
 
     question: Question
-    zone: str
+    zone: Zone
     wrong: tuple[str, ...]
     frequent: str | None
 
@@ -59,32 +60,25 @@ def iter_answered(questions: Path, places: range, graded: Path, results: Path, w
     """
     attempts = _attempts(graded)
     place, rows = next(attempts, (None, []))
-    for question, number, result in zip(iter_questions(questions, places), places, _results(results), strict=True):
-        if (result["place"], result["question_id"]) != (number, question.question_id):
-            found = f"{result['question_id']} at place {result['place']}"
+    for question, number, result in zip(iter_questions(questions, places), places, iter_results(results), strict=True):
+        if (result.place, result.question_id) != (number, question.question_id):
+            found = f"{result.question_id} at place {result.place}"
             raise ValueError(f"{results}: expected {question.question_id} at place {number}, found {found}")
         own = rows if place == number else []
-        yield Answered(question, result["zone"], _wrong(own, wrong), _frequent(own))
+        yield Answered(question, result.zone, _wrong(own, wrong), _frequent(own))
         if place == number:
             place, rows = next(attempts, (None, []))
 
 
-def _results(path: Path) -> Iterator[dict[str, Any]]:
-    return _rows(path, ["question_id", "place", "zone"])
-
-
 def _attempts(path: Path) -> Iterator[tuple[int | None, list[dict[str, Any]]]]:
     """The attempts at each place of the pool that has any, in order."""
-    rows = _rows(path, ["group", "text", "answer", "reward_correctness"])
-    return ((place, list(own)) for place, own in groupby(rows, itemgetter("group")))
-
-
-def _rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(ATTEMPTS, columns=columns):
-            yield from batch.to_pylist()
+        batches = file.iter_batches(ATTEMPTS, columns=["group", "text", "answer", "reward_correctness"])
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for place, own in groupby(rows, itemgetter("group")):
+            yield place, list(own)
 
 
 def _wrong(rows: list[dict[str, Any]], most: int) -> tuple[str, ...]:

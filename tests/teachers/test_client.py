@@ -21,8 +21,9 @@ from hpc_rl.teachers.cache import Answer, Cache, key_of
 from hpc_rl.teachers.client import TeacherClient
 from hpc_rl.teachers.endpoints import Named
 from hpc_rl.teachers.questions import Reply
+from tests.teachers.server import Misbehave, Teacher, number_in
 
-from .conftest import FAST, KEY, SCHEMA, Ask, Misbehave, Teacher, number_in, question
+from .conftest import FAST, KEY, SCHEMA, Ask, question
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

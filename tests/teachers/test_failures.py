@@ -13,8 +13,9 @@ import pytest
 
 from hpc_rl.services.calling import ServiceRefused, ServiceUnavailable
 from hpc_rl.teachers.questions import Reply, TeacherError
+from tests.teachers.server import Misbehave, Teacher, completion, number_in
 
-from .conftest import SCHEMA, Ask, Misbehave, Teacher, completion, number_in, question
+from .conftest import SCHEMA, Ask, question
 
 MANY = [question(number) for number in range(40)]
 

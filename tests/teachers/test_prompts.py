@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hpc_rl.teachers import enhancing, judging, references, replies, sections
 from hpc_rl.teachers.cache import Answer
 from hpc_rl.teachers.questions import Question, Reply, TeacherError
+from tests.teachers.server import Misbehave, Teacher
 
-from .conftest import Ask, Misbehave, Teacher
+from .conftest import Ask
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("`#\n"), max_size=60)
 
