@@ -9,6 +9,7 @@ from typing import Any
 from hpc_rl import config as configs
 from hpc_rl import recipes
 from hpc_rl.config.schema import Config
+from hpc_rl.engines.weights import STANDS
 from hpc_rl.orchestrate.graph import Stage
 from hpc_rl.run import manifest
 from hpc_rl.run.ledger import Ledger
@@ -38,4 +39,4 @@ def _instead(config: Config, stage: Stage) -> Mapping[str, Any]:
     """Of a training: the round whose weights stand (`hpc_rl.engines.weights.weights_of`)."""
     if stage.job != TRAINING_BODY:
         return {}
-    return {"trained_round": recipes.load(config.recipe).training(config, stage.id).trained_round}
+    return {STANDS: recipes.load(config.recipe).training(config, stage.id).trained_round}

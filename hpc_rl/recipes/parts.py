@@ -24,10 +24,15 @@ def evaluation_stage(config: SamplingRecipeConfig, id: StageId, job: str, needs:
     return Stage(id, job, Kind.SINGLE, needs=needs, notches=_notches(config, id))
 
 
-def training_stage(id: StageId, needs: tuple[StageId, ...], settings: TrainConfig, section: str) -> Stage:
-    """A training over nodes, of what the recipe's `training(config, id)` says; `section` has its settings."""
+def training_stage(
+    id: StageId, needs: tuple[StageId, ...], settings: TrainConfig, section: str, optional: bool = False
+) -> Stage:
+    """A training over nodes, of what the recipe's `training(config, id)` says; `section` has its settings.
+
+    With `optional` a round is worth having without it: what follows goes on with the weights that there were before.
+    """
     return Stage(
-        id, "jobs.train", Kind.MULTINODE, needs=needs,
+        id, "jobs.train", Kind.MULTINODE, needs=needs, optional=optional,
         notches=memory.most_notches(settings), way_out=memory.way_out(section),
     )  # fmt: skip
 

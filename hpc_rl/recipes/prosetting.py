@@ -47,7 +47,8 @@ def stages(config: ProSettingConfig, round: int) -> Iterable[Stage]:
     if config.generator is not None:
         trained = StageId(round, "train_generator")
         last = (StageId(round - 1, "train_generator"),) if round > 1 else ()
-        yield training_stage(trained, (data, *last), config.generator_training, "generator_training")
+        settings = config.generator_training
+        yield training_stage(trained, (data, *last), settings, "generator_training", optional=True)
     enhance = Stage(StageId(round, "enhance"), f"{BODIES}.enhance", Kind.ARRAY, needs=(questions, grade), shards=shards)
     yield from with_service(config, enhance, config.enhance.teacher)
     yield Stage(pool, f"{BODIES}.pool", Kind.SINGLE, needs=(questions, grade, enhance.id))
@@ -96,9 +97,11 @@ def _training(config: ProSettingConfig, round: int) -> Iterable[Stage]:
     needs = (data, *weights)
     if _has_reference_stage(config):
         shards = config.sample.shards if config.backend == "rloo" else 1
-        yield reference.stage(data, *weights, shards=shards, settings=config.training, section=config.backend)
+        yield reference.stage(
+            data, *weights, shards=shards, settings=config.training, section=config.backend, optional=True
+        )
         needs = (*needs, StageId(round, reference.NAME))
-    yield training_stage(train, needs, config.training, config.backend)
+    yield training_stage(train, needs, config.training, config.backend, optional=True)
     yield evaluation_stage(config, StageId(round, "evaluate"), f"{BODIES}.evaluate", (StageId(0, "pool"), train))
 
 

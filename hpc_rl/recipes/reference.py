@@ -17,7 +17,9 @@ from hpc_rl.training.task import Data
 NAME = "reference"
 
 
-def stage(of: StageId, *also: StageId, shards: int, settings: TrainConfig, section: str = "train") -> Stage:
+def stage(
+    of: StageId, *also: StageId, shards: int, settings: TrainConfig, section: str = "train", optional: bool = False
+) -> Stage:
     """The stage.
 
     Parameters
@@ -28,9 +30,11 @@ def stage(of: StageId, *also: StageId, shards: int, settings: TrainConfig, secti
         What made the reference's weights, if a stage did that `of` does not need itself.
     settings, section
         Of the training: a forward pass is as large as there.
+    optional
+        As of the training, which cannot do without it.
     """
     return Stage(
-        StageId(of.round, NAME), "jobs.reference", Kind.ARRAY, needs=(of, *also), shards=shards,
+        StageId(of.round, NAME), "jobs.reference", Kind.ARRAY, needs=(of, *also), shards=shards, optional=optional,
         notches=memory.most_notches(settings), way_out=memory.way_out(section),
     )  # fmt: skip
 
