@@ -4,10 +4,11 @@ export VENV
 # more workers than two cores: tests of the cluster, of services and of claims wait much of their time
 PYTEST_ARGS ?= -n 3 --dist loadgroup --no-loadscope-reorder -m "not slow" --durations=25
 
-.PHONY: help install demo test test-slow lint
+.PHONY: help install demo demo-prosetting test test-slow lint
 help:
 	@echo "make install   the environment in $(VENV), for GPUs or CPUs by what the machine has"
 	@echo "make demo      a Lewis run on this machine: three rounds"
+	@echo "make demo-prosetting   a solver that learns sums from teachers that are rules: five rounds"
 	@echo "make test      lint and tests; installs Slurm by apt where it may (PYTEST_ARGS='tests/run -x' for some)"
 	@echo "make test-slow long tests that have a shorter one beside them"
 	@echo "make lint      ruff and mypy"
@@ -17,6 +18,9 @@ install:
 
 demo: install
 	$(VENV)/bin/python -m hpc_rl.launch configs/tiny/lewis.yaml --executor local
+
+demo-prosetting: install
+	$(VENV)/bin/python -m hpc_rl.launch configs/tiny/prosetting.yaml --executor local
 
 test: lint
 	tests/slurm/install.sh

@@ -26,6 +26,7 @@ SEED: dict[str, Any] = {
     "trl_mixed_precision": "fp16",
 }
 """The seed's own, with other values where its are our defaults."""
+PAGE = Path(__file__).parents[2] / "docs" / "recipes" / "prosetting.md"
 MINE = "recipe: prosetting\nrun: {name: a}\nsolver: {path: m}\nquestions: {file: q.json}\n"
 
 
@@ -153,6 +154,16 @@ def test_its_keys_in_another_recipe_name_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "training_config.json").write_text(json.dumps(SEED))
     with pytest.raises(ConfigError, match=r"max_rounds: unknown key\n.*\n.*recipe: prosetting knows this key"):
         load_with_places("training_config.json", env={}, cwd=tmp_path)
+
+
+def test_the_page_of_the_recipe_maps_every_key_and_variable_to_its_fields() -> None:
+    rows = [line.split("|") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    keys = {cells[1].split("`")[1]: cells[3] for cells in rows if len(cells) == 5 and "`" in cells[1]}
+    for key, known in legacy.PROSETTING.items():
+        assert all(f"`{field}`" in keys[key] for field in known.fields), key
+        assert known.fields or "nothing to set" in keys[key]
+    for name, field in ProSettingConfig.variables.items():
+        assert [cells for cells in rows if len(cells) == 5 and name in cells[2] and f"`{field}`" in cells[3]], name
 
 
 def test_the_env_file_of_the_seed_is_taken_as_it_is(tmp_path: Path) -> None:
