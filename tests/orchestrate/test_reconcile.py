@@ -8,15 +8,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hpc_rl import config as configs
 from hpc_rl.cluster.base import ExecutorError, JobRequest, Queued
+from hpc_rl.cluster.entry import EndRecord
+from hpc_rl.engines.weights import Role, weights_of
 from hpc_rl.orchestrate.decide import Policy
+from hpc_rl.orchestrate.giving_up import give_up
 from hpc_rl.orchestrate.graph import StageId
 from hpc_rl.orchestrate.reconcile import RECONCILE_LEASE, Report, Run, RunBusy, look, reconcile
 from hpc_rl.orchestrate.spent import remove_spent
+from hpc_rl.orchestrate.start import open_run
 from hpc_rl.run import atomic, manifest
+from hpc_rl.run.code import source_root
 from hpc_rl.run.lease import acquire
 from hpc_rl.run.ledger import Ledger
 from hpc_rl.run.manifest import Manifest
@@ -80,7 +87,7 @@ SUBMISSIONS = 12
 
 
 def bring(run: Run, cluster: Cluster, **more: object) -> Report:
-    policy = Policy(run.config.run.lookahead, run.config.run.max_attempts)
+    policy = Policy.of(run.config.run)
     return reconcile(run, cluster, Path("/code"), policy, **more)  # type: ignore[arg-type]
 
 
@@ -323,3 +330,109 @@ def test_looking_changes_nothing(make_run: MakeRun) -> None:
     before = contents()
     look(run, cluster)
     assert contents() == before
+
+
+# giving up
+
+
+def fail_for_good(run: Run, stage: str, attempts: int = 2) -> None:
+    """As if all before a stage of round 1 were done, and its attempts had ended with the same error."""
+    for before in run.graph.of_round(1):
+        if before.name == stage:
+            break
+        for shard in range(before.shards):
+            manifest.write(run.ws, Manifest(1, before.name, shard, ()))
+    names = [a.name for a in Ledger(run.ws).history().of(1, stage)]
+    folder = run.ws.attempts_dir(1, stage)
+    for number in range(len(names) + 1, attempts + 1):
+        names.append(f"late-{number}")
+        fields = {"round": 1, "stage": stage, "number": number, "executor": "slurm", "depends_on": []}
+        Ledger(run.ws).append("intent", name=names[-1], **fields)
+        Ledger(run.ws).append("submitted", name=names[-1], job_ids=[f"9{number}"])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        end = EndRecord(name, "9", 0, 0, "node1", "error", 1, "RuntimeError: bad", "x.out", 1.0, 2.0, 0.0, 0.0)
+        atomic.write_json(folder / f"{name}.end-0.json", vars(end))
+
+
+def without(run: Run, *optional: str) -> Run:
+    """The run, with stages that it can do without."""
+    stages = tuple(replace(s, optional=s.name in optional) for s in run.graph.stages)
+    return replace(run, graph=replace(run.graph, stages=stages))
+
+
+@pytest.mark.parametrize("killed", ["", "before the ledger", "before the manifest", "after the manifest"])
+def test_what_is_given_up_is_said_in_ledger_manifest_and_state_whoever_is_killed(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, killed: str
+) -> None:
+    """S11: `auto_continue_on_failure`."""
+    run = without(make_run("run.continue_on_failure=true", "run.rounds=1"), "train")
+    cluster = Cluster(run)
+    fail_for_good(run, "train")
+    if killed:
+        target = (Ledger, "append") if killed == "before the ledger" else (manifest, "write")
+        real = getattr(*target)
+
+        def kill(*given: Any, **more: Any) -> None:
+            if killed == "after the manifest":
+                real(*given, **more)
+            raise Killed
+
+        monkeypatch.setattr(*target, kill)
+        with pytest.raises(Killed):
+            bring(run, cluster)
+        monkeypatch.undo()
+    report = bring(run, cluster)
+    assert report.decision.status == "running"
+    assert [str(id) for id in report.submitted if id.name not in ("advance",)] == ["round 1 evaluate"]
+    made = manifest.read(run.ws, 1, "train", 0)
+    assert made.outputs == ()
+    assert "failed 2 times with the same error: RuntimeError: bad" in made.made_from["given_up"]
+    assert Ledger(run.ws).history().given_up == {(1, "train"): made.made_from["given_up"]}
+    shown = {s["stage"]: s for s in json.loads(run.ws.state_path.read_text())["rounds"][1]["stages"]}
+    assert shown["train"]["state"] == "given up"
+    assert shown["train"]["last_error"] == f"given up: {made.made_from['given_up']}"
+    assert shown["evaluate"]["state"] == "waiting"
+
+
+def test_shards_that_are_done_stay_so_when_the_rest_is_given_up(make_run: MakeRun) -> None:
+    run = without(make_run("run.continue_on_failure=true", "run.rounds=1"), "sample")
+    manifest.write(run.ws, Manifest(1, "sample", 2, (), {"mine": True}))
+    fail_for_good(run, "sample")
+    bring(run, Cluster(run))
+    assert [manifest.read(run.ws, 1, "sample", shard).made_from.get("mine", False) for shard in range(4)] == [
+        False, False, True, False,
+    ]  # fmt: skip
+
+
+def test_a_person_who_launches_is_given_another_try_before_anything_is_given_up(make_run: MakeRun) -> None:
+    run = without(make_run("run.continue_on_failure=true", "run.rounds=1"), "train")
+    fail_for_good(run, "train")
+    cluster = Cluster(run)
+    assert StageId(1, "train") in bring(run, cluster, resume=True).submitted
+    assert not Ledger(run.ws).history().given_up
+    assert manifest.done_shards(run.ws, 1, "train") == set()
+
+
+def test_a_training_that_is_given_up_names_the_round_whose_weights_stand(tmp_path: Path) -> None:
+    """S8, S11: `weights_of` the round gives those."""
+    file = source_root() / "configs" / "tiny" / "lewis.yaml"
+    config = configs.load(file, [], {}, tmp_path / "run", cwd=source_root())
+    run = open_run(config, file)
+    for round in (1, 2):
+        give_up(run.ws, config, run.graph[StageId(round, "train")], "it failed")
+    made = manifest.read(run.ws, 2, "train", 0)
+    assert (made.made_from["given_up"], made.made_from["trained_round"]) == ("it failed", 1)
+    first = weights_of(run.ws, Role("speaker", config.speaker), 2)  # type: ignore[attr-defined]
+    assert first.base == str(config.speaker.path) and first.adapter is None  # type: ignore[attr-defined]
+
+
+def test_a_failed_attempt_is_submitted_again_with_the_pause_that_the_config_asks_for(make_run: MakeRun) -> None:
+    run = make_run("run.retry_delay_s=90", "run.rounds=1")
+    fail_for_good(run, "train", attempts=1)
+    cluster = Cluster(run)
+    said: list[str] = []
+    bring(run, cluster, say=said.append)
+    delays = {request.spec.stage: request.delay_s for request in cluster.requests}
+    assert (delays["train"], delays["evaluate"]) == (90.0, 0.0)
+    assert any("round 1 train: submitted as" in line and "to start in 90 s" in line for line in said)

@@ -84,6 +84,16 @@ def test_a_run_is_paused_or_stopped_until_it_is_resumed(ledger: Ledger) -> None:
     assert only(ledger.history()).time >= history.resumed_at > 0
 
 
+def test_what_was_given_up_says_why_until_it_is_tried_again(ledger: Ledger) -> None:
+    intent = {"name": "a", "round": 3, "stage": "train", "number": 1, "executor": "slurm", "depends_on": []}
+    ledger.append("intent", **intent)
+    ledger.append("given_up", round=3, stage="train", why="it failed")
+    ledger.append("resumed")
+    assert ledger.history().given_up == {(3, "train"): "it failed"}
+    ledger.append("intent", **{**intent, "name": "b", "number": 2})
+    assert ledger.history().given_up == {}
+
+
 def test_a_last_line_cut_off_anywhere_costs_that_line_only(ledger: Ledger) -> None:
     intend(ledger, "n1")
     whole = ledger.path.read_bytes()
