@@ -70,7 +70,7 @@ def _trainings(trainings: Sequence[Training]) -> Iterator[str]:
         "last loss": [t.last_loss for t in trainings],
         "mean loss": [t.mean_loss for t in trainings],
         "grad norm": [t.mean_grad_norm for t in trainings],
-        "tokens/s": [None if t.tokens_per_s is None else round(t.tokens_per_s) for t in trainings],
+        "tokens/s": [t.tokens_per_s for t in trainings],
         "GPU GiB": [t.peak_gpu_gib for t in trainings],
         "host GiB": [t.peak_host_gib for t in trainings],
     }
@@ -155,6 +155,8 @@ def cell(value: Number | None) -> str:
         return "-"
     if isinstance(value, int):
         return str(value)
+    if abs(value) >= 1000:
+        return f"{value:.0f}"
     return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.1e}"
 
 
