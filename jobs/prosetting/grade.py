@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpc_rl.cluster.failures import EXIT_BLOCKED
@@ -69,7 +68,7 @@ def grade(job: Job, shard: Shard, grader: Grader, teacher: TeacherClient | None)
     pool = job.input(job.round - 1, "pool", 0).path("questions.parquet")
     sampled = job.input(job.round, "collect", shard.index).path("samples.parquet")
     places = shard_range(count_questions(pool), job.stage.shards, shard.index)
-    tally = _Tally(sampled, places, iter_questions(pool, places))
+    tally = _Tally(places, iter_questions(pool, places))
     before, began = _spent(teacher), time.monotonic()
     graded, results = shard.output("graded.parquet"), shard.output("results.parquet")
     with pq.ParquetFile(sampled) as file, open_writer(graded, SolverGraded) as writer:
@@ -102,10 +101,10 @@ def grade(job: Job, shard: Shard, grader: Grader, teacher: TeacherClient | None)
 class _Tally:
     """The questions of a shard as its attempts come, and what came of them."""
 
-    def __init__(self, file: Path, places: range, questions: Iterator[Question]) -> None:
+    def __init__(self, places: range, questions: Iterator[Question]) -> None:
         import numpy as np
 
-        self._file, self._places, self._questions = file, places, questions
+        self._places, self._questions = places, questions
         self._at = places.start - 1
         self._question: Question | None = None
         self._ids: list[str] = []
@@ -118,11 +117,9 @@ class _Tally:
         """The question at a place, which is not before the last one that was asked for."""
         while self._at < place and self._next():
             pass
-        if self._at != place or self._question is None or self._question.question_id != row_id:
-            raise ValueError(
-                f"{self._file}: an attempt at {row_id} says group {place}, but another question has this place in the "
-                "round's pool: collect and pool are not of the same run"
-            )
+        assert self._question is not None and (self._at, self._question.question_id) == (place, row_id), (
+            f"an attempt at {row_id} says group {place}, but another question has this place in the pool"
+        )
         return self._question
 
     def add(self, places: Sequence[int], grades: Sequence[Grade]) -> None:

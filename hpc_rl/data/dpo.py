@@ -1,0 +1,211 @@
+"""Pairs for DPO from graded attempts (S5, S7): right × wrong of each question, each pair once in a run.
+
+A pair is a prompt, an answer that was graded right and one that was graded wrong. Answers that differ in white space at
+their ends alone are the same. Attempts that were cut off are wrong (`grading.answers`), so they may be the rejected
+one: that is how a solver learns to come to an end. What was left out, since nobody could judge it, is in no pair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from hpc_rl.data.questions import Question
+from hpc_rl.run.seeds import derive
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from hpc_rl.grading.answers import Checker
+
+COUNTS = (
+    "pairs_new", "questions_with_pairs", "duplicates", "too_many", "control_tokens", "no_reference_solution",
+    "wrong_reference_solution",
+)  # fmt: skip
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One row of train.parquet or validation.parquet.
+
+    Attributes
+    ----------
+    pair_id
+        Unique in the run: `r03-q000017-2`.
+    question_id, root_id, round
+        The question, the one of the file that it comes from, and the round in which it was attempted.
+    prompt
+        The chat that the solver answers.
+    chosen, rejected
+        Answers.
+    chosen_from
+        `attempt`, or `reference`: the question's own solution.
+    """
+
+    pair_id: str
+    question_id: str
+    root_id: str
+    round: int
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    chosen_from: Literal["attempt", "reference"]
+
+
+def schema() -> Any:
+    """Of a parquet file of pairs, as `hpc_rl.training.data.pairs` reads it."""
+    import pyarrow as pa
+
+    chat = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    return pa.schema([
+        ("pair_id", pa.string()), ("question_id", pa.string()), ("root_id", pa.string()), ("round", pa.int32()),
+        ("prompt", chat), ("chosen", pa.string()), ("rejected", pa.string()), ("chosen_from", pa.string()),
+    ])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """What a question was answered with in a round, by whether it is right; equal texts may be there several times."""
+
+    right: Sequence[str]
+    wrong: Sequence[str]
+
+    @property
+    def success_rate(self) -> float | None:
+        """Share of right ones; None for none at all."""
+        return len(self.right) / number if (number := len(self.right) + len(self.wrong)) else None
+
+
+class Known:
+    """Pairs that there are already, by eight bytes of what they say: of two in a million pairs one may be missed."""
+
+    def __init__(self) -> None:
+        self._added: list[NDArray[np.uint64]] = []
+        self._keys: NDArray[np.uint64] | None = None
+
+    def add(self, keys: Sequence[int]) -> None:
+        """Add pairs by their `key_of`; all of them before the first is looked up."""
+        import numpy as np
+
+        assert self._keys is None, "complete before it is used"
+        self._added.append(np.array(keys, np.uint64))
+
+    def __contains__(self, key: int) -> bool:
+        import numpy as np
+
+        if self._keys is None:
+            self._keys = np.sort(np.concatenate([np.empty(0, np.uint64), *self._added]))
+            self._added = []
+        place = int(np.searchsorted(self._keys, np.uint64(key)))
+        return place < len(self._keys) and int(self._keys[place]) == key
+
+
+def key_of(prompt: Sequence[Message], chosen: str, rejected: str) -> int:
+    """Equal for pairs that say the same, but for white space around the answers."""
+    said = "\x1f".join([*(message["content"] for message in prompt), chosen.strip(), rejected.strip()])
+    return int.from_bytes(hashlib.blake2b(said.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
+
+
+class Pairing:
+    """Makes the pairs of a round, question by question.
+
+    Parameters
+    ----------
+    round, run_seed
+        With the question they decide which pairs are taken where there are too many.
+    most
+        Pairs of one question in a round (`pairs.max_per_question`).
+    known
+        Pairs of earlier rounds.
+    control_tokens
+        Texts that a chat template would take for the end of a message: nothing that holds one is trained on.
+    checker
+        Checks reference solutions before they are chosen answers: one that gives another answer than the question's is
+        none. None where solutions are not to be used.
+
+    Attributes
+    ----------
+    counts
+        pairs_new, questions_with_pairs; and what came to nothing: duplicates (of right × wrong), too_many (cut by the
+        cap), control_tokens (texts that hold one), no_reference_solution and wrong_reference_solution (questions).
+    """
+
+    def __init__(
+        self, round: int, run_seed: int, most: int, known: Known, control_tokens: Sequence[str],
+        checker: Checker | None,
+    ) -> None:  # fmt: skip
+        self._round, self._seed, self._most = round, run_seed, most
+        self._known, self._control, self._checker = known, tuple(control_tokens), checker
+        self.counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
+
+    def pairs(self, question: Question, prompt: Sequence[Message], attempts: Attempts) -> list[Pair]:
+        """The pairs of a question.
+
+        Parameters
+        ----------
+        question
+            It is there once in a round's pool.
+        prompt
+            How the solver is asked.
+        attempts
+            At it, in this round.
+        """
+        if not attempts.wrong or any(self._has_control(message["content"]) for message in prompt):
+            return []
+        source: Literal["attempt", "reference"] = "attempt" if attempts.right else "reference"
+        right = attempts.right or self._solutions(question)
+        rights, wrongs = self._different(right), self._different(attempts.wrong)
+        candidates = [
+            (one, other)
+            for key, one in rights.items()
+            for other_key, other in wrongs.items()
+            if other_key not in rights and key_of(prompt, key, other_key) not in self._known
+        ]
+        self.counts["duplicates"] += len(right) * len(attempts.wrong) - len(candidates)
+        if len(candidates) > self._most:
+            draw = random.Random(derive(self._seed, self._round, "pairs", question.question_id))
+            self.counts["too_many"] += len(candidates) - self._most
+            candidates = [candidates[at] for at in sorted(draw.sample(range(len(candidates)), self._most))]
+        self.counts["pairs_new"] += len(candidates)
+        self.counts["questions_with_pairs"] += bool(candidates)
+        id, root = question.question_id, question.root_id
+        return [
+            Pair(f"r{self._round:02d}-{id}-{number}", id, root, self._round, tuple(prompt), one, other, source)
+            for number, (one, other) in enumerate(candidates)
+        ]
+
+    def _solutions(self, question: Question) -> list[str]:
+        """The reference solution, if there is one that may be chosen."""
+        if self._checker is None:
+            return []
+        if not question.solution:
+            self.counts["no_reference_solution"] += 1
+            return []
+        verdict = self._checker.verdict(self._checker.reference(question.answer), question.solution)
+        if verdict.right is False:
+            self.counts["wrong_reference_solution"] += 1
+            return []
+        return [question.solution]
+
+    def _different(self, texts: Sequence[str]) -> dict[str, str]:
+        """Each text once, by what it says; none that is empty or holds a control token."""
+        found: dict[str, str] = {}
+        for text in texts:
+            key = text.strip()
+            if not key or key in found:
+                continue
+            if self._has_control(text):
+                self.counts["control_tokens"] += 1
+                continue
+            found[key] = text
+        return found
+
+    def _has_control(self, text: str) -> bool:
+        return any(token in text for token in self._control)

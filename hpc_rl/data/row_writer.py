@@ -1,0 +1,56 @@
+"""Writing rows of a dataclass to a parquet file, a row group in memory at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+ROWS = 2048
+"""Rows in one row group."""
+
+
+class RowWriter:
+    """A context manager; the file has its columns also when nothing is added.
+
+    Parameters
+    ----------
+    path, schema
+        The file, and its columns: fields of what is added.
+    """
+
+    def __init__(self, path: Path, schema: Any) -> None:
+        import pyarrow.parquet as pq
+
+        self._schema = schema
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
+        self._waiting: list[Any] = []
+        self.rows = 0
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._flush()
+        self._writer.close()
+
+    def add(self, row: Any) -> None:
+        """Add a row: something with an attribute for each column."""
+        self._waiting.append(row)
+        self.rows += 1
+        if len(self._waiting) >= ROWS:
+            self._flush()
+
+    def add_table(self, table: Any) -> None:
+        """Add rows that Arrow has."""
+        self._flush()
+        self._writer.write_table(table.select(self._schema.names).cast(self._schema), row_group_size=ROWS)
+        self.rows += table.num_rows
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if self._waiting:
+            columns = [pa.array([getattr(row, one.name) for row in self._waiting], one.type) for one in self._schema]
+            self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))
+            self._waiting = []
