@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hpc_rl.data.questions import Question
 from hpc_rl.run.workspace import Workspace
-from hpc_rl.teachers import sums
+from hpc_rl.teachers import enhancing, judging, references, sections, sums
 from jobs.prosetting import enhance, grade
 from tests.jobs.listening import arguments
-from tests.jobs.solver_round import metrics, new_round, pool, service, tables, zone_of
+from tests.jobs.solver_round import attempts_at, by_rules, metrics, new_round, pool, service, tables, zone_of
+from tests.teachers.server import Misbehave, Teacher
 
 RULES = {"engine": "rules", "rules": "hpc_rl.teachers.sums:teacher", "batch_wait_ms": 0, "idle_timeout_s": 60}
 
@@ -27,6 +32,26 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     with service(ws, "enhance.enhancer"):
         assert enhance.main(arguments(ws)) == 0
     return ws
+
+
+Taught = Callable[..., tuple[Workspace, Teacher]]
+
+
+@pytest.fixture
+def taught() -> Iterator[Taught]:
+    """Rounds whose teacher is an endpoint of its own, which follows the rules until told otherwise."""
+    made: list[Teacher] = []
+
+    def make(root: Path, failures_shown: int = 3, **sections: Any) -> tuple[Workspace, Teacher]:
+        made.append(Teacher())
+        made[-1].right = by_rules
+        client = {"url": made[-1].url, "backoff_factor": 0.01, "max_retries": 1, "structured": "none"}
+        services = {"teacher": {"client": client}}
+        return new_round(root, services=services, enhance={"failures_shown": failures_shown}, **sections), made[-1]
+
+    yield make
+    for teacher in made:
+        teacher.die()
 
 
 def of_zones(ws: Workspace, *zones: str) -> list[Question]:
@@ -78,3 +103,65 @@ def test_what_was_asked_and_what_came_of_it_adds_up(done: Workspace) -> None:
     assert len(dropped) == 6 and not any(counted[name] for name in dropped)
     assert (counted["teacher_calls"], counted["teacher_answers"], counted["teacher_errors"]) == (20, 20, 0)
     assert counted["teacher_completion_tokens"] > 0
+
+
+def test_the_teacher_sees_what_went_wrong_and_what_most_attempts_said(tmp_path: Path, taught: Taught) -> None:
+    """S4: targeted variants come with their failed attempts, checks of references with the most frequent answer."""
+    ws, teacher = taught(tmp_path, failures_shown=2)
+    assert grade.main(arguments(ws)) == enhance.main(arguments(ws)) == 0
+    shown = {}
+    for body in teacher.bodies:
+        told, asked = (message["content"] for message in body["messages"])
+        shown[told, sections.read(asked)["Question"]] = (sections.read(asked), body)
+    for question in pool(ws):
+        zone, attempts = zone_of(question), attempts_at(question)
+        kind = {"mastered": "harder", "learning": "targeted", "forgotten": "targeted"}.get(zone)
+        asked, body = shown.pop((enhancing.SYSTEM[kind], question.question), (None, {})) if kind else (None, {})
+        if zone == "mastered":
+            assert asked == {"Question": question.question, "Answer": question.answer, "Solution": question.solution}
+        if kind == "targeted":
+            wrong = [asked[f"Wrong attempt {n}"] for n in (1, 2)]
+            assert wrong == list(dict.fromkeys(text for text in attempts if text.strip() != question.answer))[:2]
+            assert "Wrong attempt 3" not in asked
+            assert (body["temperature"], body["max_tokens"]) == (0.7, 4096)
+        if zone in ("too_hard", "broken"):
+            asked, body = shown.pop((references.SYSTEM, question.question))
+            assert asked["Most frequent answer of the model"] == attempts[0]
+            assert body["temperature"] == 0.0
+    assert all(told == judging.SYSTEM for told, _ in shown), "nothing was asked about an ungraded question"
+
+
+def test_what_cannot_be_used_is_dropped_and_counted_by_its_reason(tmp_path: Path, taught: Taught) -> None:
+    """S3: a bad reply is retried, then dropped and counted; the others stand."""
+    ws, teacher = taught(tmp_path, grade={"answers": "math", "judge": "not_right"})
+    replies: dict[str, Any] = {}
+    variant = {"enhanced_question": "1 + 1?", "solution": "2", "answer": "2"}
+    finding = {"reason": "so", "answer": "5", "reference_correct": False}
+    bad: list[tuple[str, Any]] = [
+        ("dropped_bad_reply", "I would rather not"),
+        ("dropped_bad_reply", {**variant, "answer": " "}),
+        ("dropped_same", "itself"),
+        ("dropped_unreadable", {**variant, "answer": "about the same as before"}),
+        ("dropped_unanswered", Misbehave(400)),
+    ]
+    mastered, hard = of_zones(ws, "mastered", "learning"), of_zones(ws, "too_hard")
+    for question, (_, reply) in zip(mastered, bad, strict=False):
+        replies[question.question] = {**variant, "enhanced_question": question.question} if reply == "itself" else reply
+    replies[hard[0].question] = {**finding, "answer": hard[0].answer}
+    replies[hard[1].question] = Misbehave(500)
+
+    def behave(call: int, body: dict[str, Any]) -> Any:
+        told, asked = (message["content"] for message in body["messages"][:2])
+        reply = replies.get(sections.read(asked)["Question"]) if told != judging.SYSTEM else None
+        return json.dumps(reply) if isinstance(reply, dict) else reply
+
+    teacher.behave = behave
+    assert grade.main(arguments(ws)) == enhance.main(arguments(ws)) == 0
+    counted = metrics(ws, "enhance")
+    assert {name: counted[name] for name, _ in bad} == Counter(name for name, _ in bad)
+    assert (counted["asked"], counted["enhanced"]) == (12, 12 - len(bad))
+    assert (counted["contradictions"], counted["unchecked_references"]) == (1, 1)
+    assert (counted["checked_references"], counted["broken"]) == (7, 4)
+    parents = tables(ws, "enhance")["enhanced"]["parent_id"].to_pylist()
+    assert not set(parents) & {question.question_id for question, _ in zip(mastered, bad, strict=False)}
+    assert counted["teacher_bad_replies"] == 9  # the first three of `bad`, in three tries each

@@ -40,10 +40,11 @@ def of(body: dict[str, Any]) -> Any:
 
 
 class Teacher:
-    """The server. Its right answer to `… 7` is `seven times two is 14`, or the same as JSON where a schema is sent."""
+    """The server. Its right answer to `… 7` is `7 times two is 14`, or the same as JSON where a schema is sent."""
 
     def __init__(self, port: int = 0) -> None:
         self.behave: Behaviour = lambda call, body: None
+        self.right: Callable[[dict[str, Any]], str] = right
         self.calls = 0
         self.paid: Counter[Any] = Counter()
         self.bodies: list[dict[str, Any]] = []
@@ -125,7 +126,7 @@ class Teacher:
                 wish = None
             with self._lock:
                 self.paid[of(body)] += 1
-            self.send(handler, Misbehave(body=completion(wish if wish is not None else right(body))))
+            self.send(handler, Misbehave(body=completion(wish if wish is not None else self.right(body))))
         finally:
             with self._lock:
                 self.at_once -= 1
