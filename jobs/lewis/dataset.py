@@ -12,6 +12,7 @@ from hpc_rl.data.image_folder import ImageFolderError
 from hpc_rl.data.lewis import SETS, image_root, merge_rows, read_rows, write_rows
 from hpc_rl.data.preparation import rows_wanted
 from hpc_rl.orchestrate.job import open_job
+from hpc_rl.orchestrate.placing import commit_placed
 from hpc_rl.run import atomic
 
 log = logging.getLogger("hpc_rl")
@@ -54,16 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             metrics[f"rows_{name}"] = len(rows)
             metrics[f"concepts_{name}"] = len(info["sets"][name]["concepts"])
         atomic.write_json(written["dataset_info.json"], info)
-        if not shard.still_ours():
-            log.warning("another job has taken this over; this copy is thrown away")
-            for path in written.values():
-                path.unlink(missing_ok=True)
-            continue
-        folder = job.ws.dataset_dir(job.round)
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = [path.rename(folder / name) for name, path in written.items()]
-        atomic.fsync_folder(folder)
-        shard.commit(paths, made_from={"split_seed": data.split_seed}, metrics=metrics)
+        placed = {path: job.ws.dataset_dir(job.round) / name for name, path in written.items()}
+        commit_placed(shard, placed, made_from={"split_seed": data.split_seed}, metrics=metrics)
     return 0
 
 
