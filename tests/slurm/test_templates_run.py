@@ -189,35 +189,54 @@ def test_a_cancelled_job_stays_cancelled(cluster: SlurmCluster, repository: Path
     cluster.wait_for_empty_queue()
 
 
-@pytest.mark.slow
-def test_two_rounds_without_the_launcher(cluster: SlurmCluster, tmp_path: Path) -> None:
+def two_rounds(cluster: SlurmCluster, workspace: Path, config: str, *settings: str) -> Workspace:
     """`launch --init`, then nothing but sbatch: the preparation and a round, submitted at once and chained."""
-    workspace = tmp_path / "workspace"
-    settings = (
-        *("sample.engine=transformers", "sample.prompts_per_round=16", "sample.samples_per_prompt=4"),
-        *("data.categories=[ring, square]", "data.scenes.views_train=4", "data.scenes.views_test=4"),
-        *("sample.shard_size=4", "data.train_rows=64", "data.eval_rows={new_views: 24, validation: 24}"),
-    )
-    init = [sys.executable, "-m", "hpc_rl.launch", "tests/slurm/lewis.yaml", "--workspace", str(workspace), "--init"]
+    init = [sys.executable, "-m", "hpc_rl.launch", config, "--workspace", str(workspace), "--init"]
     cluster.run([*init, *(part for setting in settings for part in ("--set", setting))], cwd=REPOSITORY, timeout_s=300)
     # the headers' sizes are those of real models and real nodes
     here = ("--", "--cpus-per-task=1", "--mem=1500M", "--gpus-per-node=1", "--ntasks-per-node=1", "--time=20")
     environment = {"PATH": f"{Path(sys.executable).parent}:{cluster.env()['PATH']}", "OMP_NUM_THREADS": "1"}
 
-    def submit(round: int, *options: str) -> list[str]:
+    def submit(round: int, *options: str) -> tuple[list[str], str]:
+        """The ids of a round's jobs, and what the next one is to wait for."""
         command = ["slurm_templates/round.sh", *options, str(workspace), str(round), *here]
         said = cluster.run(command, cwd=REPOSITORY, env=environment).stdout
-        return [line.split()[1] for line in said.partition("\n\n")[0].splitlines()]
+        after = re.search(r"--after (\S+)", said)
+        return [line.split()[1] for line in said.partition("\n\n")[0].splitlines()], after[1] if after else ""
 
-    first = submit(0)
-    second = submit(1, "--tasks", "3", "--after", first[0])
+    first, after = submit(0)
+    second, _ = submit(1, "--tasks", "3", "--after", after)
     cluster.wait_for_empty_queue(timeout_s=600)
     states = {job: cluster.state(job) for job in (*first, *second)}
     assert set(states.values()) == {"COMPLETED"}, _logs(workspace)
-    ws = Workspace(workspace)
+    return Workspace(workspace)
+
+
+@pytest.mark.slow
+def test_two_rounds_without_the_launcher(cluster: SlurmCluster, tmp_path: Path) -> None:
+    ws = two_rounds(
+        *(cluster, tmp_path / "workspace", "tests/slurm/lewis.yaml"),
+        *("sample.engine=transformers", "sample.prompts_per_round=16", "sample.samples_per_prompt=4"),
+        *("data.categories=[ring, square]", "data.scenes.views_train=4", "data.scenes.views_test=4"),
+        *("sample.shard_size=4", "data.train_rows=64", "data.eval_rows={new_views: 24, validation: 24}"),
+    )
     assert manifest.read(ws, 0, "evaluate", 0).metrics["n_validation"] == 24
     assert [len(manifest.done_shards(ws, 1, stage)) for stage in ("sample", "grade", "evaluate")] == [4, 4, 1]
     assert manifest.read(ws, 1, "train", 0).metrics["ranks"] == 2
+
+
+@pytest.mark.slow
+def test_two_rounds_of_the_other_recipe_without_the_launcher(cluster: SlurmCluster, tmp_path: Path) -> None:
+    ws = two_rounds(
+        *(cluster, tmp_path / "workspace", "configs/tiny/prosetting.yaml"),
+        *("cluster.executor=slurm", "cluster.allow_local_workspace=true", "cluster.allow_no_gpu=true"),
+        *("run.rounds=1", "train_start_round=1", "dpo.epochs=1", "dpo.per_device_batch_size=16"),
+        *("sample.engine=transformers", "sample.shards=3", "stages.train.nodes=2"),
+    )
+    done = {stage: len(manifest.done_shards(ws, 1, stage)) for stage in ("collect", "grade", "enhance", "pool")}
+    assert done == {"collect": 3, "grade": 3, "enhance": 3, "pool": 1}
+    assert manifest.read(ws, 1, "train", 0).metrics["ranks"] == 2
+    assert manifest.read(ws, 1, "evaluate", 0).metrics["n_held_out"] == 400
 
 
 def _logs(workspace: Path) -> str:
