@@ -85,12 +85,14 @@ def done(
     assert manifest.write(run.ws, Manifest(round, stage, shard, (), made_from=made_from or {}, metrics=metrics))
 
 
-def submitted(run: Run, round: int, stage: str, at: float, number: int = 1, after: tuple[str, ...] = ()) -> str:
+def submitted(
+    run: Run, round: int, stage: str, at: float, number: int = 1, after: tuple[str, ...] = (), executor: str = "local"
+) -> str:
     """A submission in the ledger, at a second of our choice."""
     name = f"{stage}-r{round}-a{number}"
     lines = [
         {"event": "intent", "time": at, "name": name, "round": round, "stage": stage, "number": number,
-         "executor": "local", "depends_on": list(after)},
+         "executor": executor, "depends_on": list(after)},
         {"event": "submitted", "time": at, "name": name, "job_ids": [f"job-{name}"]},
     ]  # fmt: skip
     with run.ws.ledger_path.open("a") as file:
@@ -287,6 +289,7 @@ def test_what_failed_how_often_and_with_which_last_words(run: Run, capsys: pytes
     ended(run, 1, "sample", first, 20.0, 40.0, outcome="error", error="KeyError: 'late'", log="logs/2.out", job_id="2")
     ended(run, 1, "sample", second, 50.0, 60.0, outcome="left", error="told to leave")
     submitted(run, 1, "grade", 70.0)
+    submitted(run, 1, "score", 70.0, executor="debug")
     found = as_json(run, capsys)
     sample, grade = found["troubles"]
     assert (sample["stage"], sample["attempts"], sample["ends"]) == ("sample", 2, {"error": 2, "left": 1})

@@ -47,7 +47,7 @@ def check(
         *_check_trainings(config),
         *(config.file_problems() if inside_files else ()),
     ]
-    return [replace(problem, where=places.get(problem.field, "")) for problem in problems]
+    return [replace(problem, where=problem.where or places.get(problem.field, "")) for problem in problems]
 
 
 def _check_services(config: Config) -> Iterator[Problem]:

@@ -186,7 +186,8 @@ def _troubles(found: _Found, queued: frozenset[str]) -> Iterator[Trouble]:
             bad = [end for end in bad if end.outcome not in QUIET]
         counts = Counter(end.outcome for end in bad)
         heard_of = {end.name for end in ends} | queued
-        lost = [a for a in attempts if a.job_ids and a.name not in heard_of]
+        # in the launcher's own process (debug) there is no entry process that would leave a word
+        lost = [a for a in attempts if a.job_ids and a.executor != "debug" and a.name not in heard_of]
         if lost and stage.has_work:
             counts[Outcome.LOST.value] += len(lost)
         if counts or (len(attempts) > 1 and stage.has_work):
