@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hpc_rl.cluster.local import LocalExecutor
 from hpc_rl.orchestrate.graph import Kind, StageId
 from hpc_rl.orchestrate.reconcile import end_records
 from hpc_rl.run.code import source_root
+from hpc_rl.run.workspace import Workspace
 from tests.waiting import is_alive, wait_for
 
 FOR_LONG = "import time; print('x', flush=True); time.sleep(600)"
@@ -36,13 +38,14 @@ class Machine:
         after_end: tuple[str, ...] = (),
         after_start: tuple[str, ...] = (),
         beside: tuple[JobRequest, ...] = (),
+        delay_s: float = 0.0,
         **resources: int,
     ) -> JobRequest:
         spec = Spec(name, str(self.tmp_path / "run"), 1, name, 0, "local", (sys.executable, "-u", "-c", body), {})
         spec.save()
         ended, started = (tuple(self.ids[n] for n in names) for names in (after_end, after_start))
         wanted = Resources(**resources)  # type: ignore[arg-type]
-        return JobRequest(spec, kind, wanted, source_root(), ended, started, beside)
+        return JobRequest(spec, kind, wanted, source_root(), ended, started, beside, delay_s)
 
     def submit(self, name: str, body: str, kind: Kind = Kind.SINGLE, **options: Any) -> None:
         self.executor.submit(
@@ -106,6 +109,21 @@ def test_a_job_starts_when_those_it_follows_have_ended_however(machine: Callable
     here.wait("first")
     here.wait("second")
     assert (here.outcomes("first"), here.outcomes("second")) == (["error"], ["done"])
+
+
+def test_a_job_that_is_to_wait_does_not_start_before_its_time_and_keeps_nobody_from_starting(
+    machine: Callable[..., Machine],
+) -> None:
+    here = machine(limit=1)
+    here.submit("much later", "pass", delay_s=3600.0)
+    here.submit("later", "pass", delay_s=0.3)
+    asked = time.time()
+    here.submit("now", "pass")
+    here.wait("now", "later")
+    assert here.states("much later") == ["PENDING"]
+    assert here.log("later") == "" and here.outcomes("later") == here.outcomes("now") == ["done"]
+    (ended,) = end_records(Workspace(here.tmp_path / "run"), StageId(1, "later"))
+    assert ended.ended - asked >= 0.25
 
 
 def test_no_more_tasks_run_at_once_than_allowed(machine: Callable[..., Machine]) -> None:

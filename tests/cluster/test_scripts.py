@@ -34,6 +34,7 @@ def request(
     resources: Mapping[str, Any],
     cluster: Mapping[str, Any] | None = None,
     companion: bool = False,
+    delay_s: float = 0.0,
     **after: tuple[str, ...],
 ) -> JobRequest:
     config = Config.model_validate(
@@ -46,7 +47,8 @@ def request(
     )
     ws = Workspace(config.run.workspace)
     name = f"lewis-r{stage.round:02d}-{stage.name}-a1-abc123"
-    return build_request(ws, config, stage, name, "slurm", ws.code_dir / "c0de", companion=companion, **after)
+    code = ws.code_dir / "c0de"
+    return build_request(ws, config, stage, name, "slurm", code, companion=companion, delay_s=delay_s, **after)
 
 
 def together(leader: JobRequest, *others: JobRequest) -> JobRequest:
@@ -66,6 +68,7 @@ SITE = {
 CASES = {
     "single": request(EVALUATE, {"cpus_per_task": 4, "mem_gb": 1.5, "time_min": 90}),
     "array": request(SAMPLE, {"tasks": 4, "gpus_per_node": 1, "cpus_per_task": 8}, after_end=("41", "42")),
+    "after_a_failure": request(EVALUATE, {}, delay_s=90.5),
     "array_of_one": request(SAMPLE, {"tasks": 1}),
     "array_with_more_tasks_than_shards": request(SAMPLE, {"tasks": 100}),
     "array_beyond_max_array_size": request(SAMPLE, {"tasks": 7}),
