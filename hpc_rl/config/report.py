@@ -72,7 +72,9 @@ def _unknown_key(at: KeyPath, cls: type[Config], tree: Tree) -> Problem:
     assert section is not None, at
     valid = list(section.model_fields)
     way_out = nearest(str(at[-1]), valid)
-    if len(at) == 1 and at[0] in PROSETTING:
+    if len(at) == 1 and at[0] in cls.legacy_keys:  # files have been translated: this one came by --set
+        way_out = f"here it is {' and '.join(cls.legacy_keys[str(at[0])].fields) or 'nothing: leave it out'}"
+    elif len(at) == 1 and at[0] in PROSETTING:
         way_out = "recipe: prosetting knows this key of the seed's training_config.json"
     return Problem(".".join(map(str, at)), "unknown key", f"one of {', '.join(valid)}", way_out, tree.place(at))
 

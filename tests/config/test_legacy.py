@@ -150,6 +150,12 @@ def test_what_cannot_be_read_is_a_problem_with_its_line(tmp_path: Path, key: str
     assert expected in said
 
 
+def test_its_keys_are_for_files_and_set_is_told_ours(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(MINE)
+    with pytest.raises(ConfigError, match=r"--set: max_rounds: unknown key\n.*\n.*here it is run\.rounds"):
+        load_with_places("run.yaml", ["max_rounds=3"], env={}, cwd=tmp_path)
+
+
 def test_its_keys_in_another_recipe_name_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "training_config.json").write_text(json.dumps(SEED))
     with pytest.raises(ConfigError, match=r"max_rounds: unknown key\n.*\n.*recipe: prosetting knows this key"):
