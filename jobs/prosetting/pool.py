@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpc_rl.config.prosetting import ProSettingConfig
+from hpc_rl.orchestrate import curves
 from hpc_rl.orchestrate.job import Job, Shard, open_job
 from hpc_rl.orchestrate.placing import commit_placed
 
@@ -76,6 +77,7 @@ def make_pool(job: Job, config: ProSettingConfig, shard: Shard) -> None:
         "compression_ratio": measured.compression_ratio,
         **zones,
     }
+    graded = attempts_of(job)
     folder = ws.dataset_dir(round)
     written = {
         pool: ws.dataset_dir(round + 1) / "questions.parquet",
@@ -86,12 +88,14 @@ def make_pool(job: Job, config: ProSettingConfig, shard: Shard) -> None:
         "round": round,
         "questions": len(roots),
         "zones": zones,
-        **attempts_of(job),
+        **graded,
         "next_pool": metrics,
         "broken": broken[:SHOWN],
         "files": {name: ws.relative(path) for name, path in files_of(job).items()},
     }
     atomic.write_json(summary, about)
+    reward = {} if graded["mean_reward"] is None else {"grade/mean_reward": graded["mean_reward"]}
+    curves.write(job, {**reward, **{f"pool/{name}": value for name, value in metrics.items()}})
     commit_placed(shard, written, made_from={}, metrics=metrics)
 
 

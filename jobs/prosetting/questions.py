@@ -11,6 +11,7 @@ from hpc_rl.config.errors import format_problems
 from hpc_rl.config.prosetting import ProSettingConfig
 from hpc_rl.data.question_files import BadRow, QuestionFile, QuestionFileError, iter_rows, look_through
 from hpc_rl.data.questions import Question, Split, iter_texts, write_questions
+from hpc_rl.orchestrate import curves
 from hpc_rl.orchestrate.job import Shard, open_job
 from hpc_rl.orchestrate.placing import commit_placed
 
@@ -78,6 +79,7 @@ def first_pool(config: ProSettingConfig, shard: Shard) -> None:
         held_out: ws.dataset_dir(0) / "held_out.parquet",
         about: ws.dataset_dir(0) / "dataset_info.json",
     }
+    curves.write(shard.job, {f"pool/{name}": metrics[name] for name in ("questions", "diversity", "compression_ratio")})
     commit_placed(shard, written, made_from={"files": sources}, metrics=metrics)
 
 

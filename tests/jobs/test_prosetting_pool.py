@@ -16,7 +16,7 @@ import pytest
 from hpc_rl import config as configs
 from hpc_rl.data.question_files import QuestionFileError
 from hpc_rl.data.questions import Question, count_questions, iter_questions, shard_range, text_key, write_questions
-from hpc_rl.grading.results import result, write_results
+from hpc_rl.grading.results import ZONES, result, write_results
 from hpc_rl.orchestrate.job import load
 from hpc_rl.orchestrate.shard import Shard
 from hpc_rl.orchestrate.start import open_run
@@ -207,14 +207,16 @@ def test_s9_pools_of_several_rounds_keep_their_promises(new_run: NewRun) -> None
 
 
 def test_s9_a_pool_does_not_depend_on_how_the_work_was_cut(new_run: NewRun) -> None:
-    pools = []
-    for shards in (1, 3, 36):  # of 36 some are empty
+    made = []
+    for shards, rounds in ((1, 2), (3, 2), (36, 1)):  # of 36 some are empty
         ws = new_run(f"sample.shards={shards}")
-        play(ws, 2)
-        results = [pq.read_table(manifest.read(ws, round, "pool", 0).path("results.parquet")) for round in (1, 2)]
-        pools.append((pool_of(ws, 3), [table.to_pylist() for table in results]))
-    assert pools[0] == pools[1] == pools[2]
-    assert pools[0][0]
+        play(ws, rounds)
+        done = [manifest.read(ws, round, "pool", 0) for round in range(1, rounds + 1)]
+        results = [pq.read_table(one.path("results.parquet")).to_pylist() for one in done]
+        made.append([(pool_of(ws, round + 1), results[round - 1]) for round in range(1, rounds + 1)])
+    assert made[0] == made[1]
+    assert made[0][:1] == made[2]
+    assert all(questions and results for questions, results in made[0])
 
 
 def test_s16_everything_of_a_round_is_kept_where_its_results_say(new_run: NewRun) -> None:
@@ -236,6 +238,27 @@ def test_s16_everything_of_a_round_is_kept_where_its_results_say(new_run: NewRun
             assert (ws.root / about["files"][name]).exists(), name
         for name in ("solver_training", "solver_validation", "generator_training", "trajectories"):
             assert about["files"][name].split("/")[1] == f"round_{round:02d}"
+
+
+def test_s18_reward_zones_and_diversity_are_curves(new_run: NewRun) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    ws = new_run()
+    play(ws, 2)
+    points = EventAccumulator(str(ws.tb_dir / "run"))
+    points.Reload()
+
+    def curve(name: str) -> dict[int, float]:
+        return {point.step: point.value for point in points.Scalars(name)}
+
+    done = {round: manifest.read(ws, round, "pool", 0) for round in (0, 1, 2)}
+    for name in ("questions", "diversity"):
+        expected = {round: pytest.approx(one.metrics[name]) for round, one in done.items()}
+        assert curve(f"pool/{name}") == expected
+    rewards = {round: json.loads(done[round].path("results.json").read_text())["mean_reward"] for round in (1, 2)}
+    assert curve("grade/mean_reward") == {round: pytest.approx(reward) for round, reward in rewards.items()}
+    for zone in ZONES:
+        assert curve(f"pool/zone_{zone}") == {round: done[round].metrics[f"zone_{zone}"] for round in (1, 2)}
 
 
 @pytest.mark.parametrize("moment", ["still_ours", "commit"])
