@@ -213,7 +213,7 @@ def test_s18_zones_rewards_pairs_diversity_and_losses_of_each_round(
          mean_tokens_per_s=float("nan"))  # fmt: skip
     done(solver, 2, "evaluate", accuracy=0.75, n_held_out=40, n_attempts=40)
     found = as_json(solver, capsys)
-    held_out, attempts, questions, pairs = found["tables"]
+    held_out, attempts, questions, teachers, pairs = found["tables"]
     assert held_out["about"] == "40 questions, 40 attempts"
     assert held_out["rounds"] == [{"round": 0, "pass@1": 0.25}, {"round": 2, "pass@1": 0.75}]
     assert [column["title"] for column in held_out["columns"]] == ["pass@1"], "what no round has is not shown"
@@ -225,8 +225,9 @@ def test_s18_zones_rewards_pairs_diversity_and_losses_of_each_round(
     assert (trend["title"], trend["first_round"], trend["last_round"]) == ("reward", 1, 2)
     assert (trend["first"], trend["last"]) == (pytest.approx(3 / 12), pytest.approx(8 / 12))
     assert questions["rounds"][0] == {"round": 0, "next pool": 4, "diversity": 0.5}
-    of_round_1 = {"mastered": 1, "learning": 0, "too hard": 1, "ungraded": 0, "enhanced": 1, "dropped": 1, "broken": 1}
+    of_round_1 = {"mastered": 1, "learning": 0, "too hard": 1, "ungraded": 0, "enhanced": 1, "broken": 1}
     assert questions["rounds"][1] == {"round": 1, **of_round_1, "next pool": 5, "diversity": 0.25}
+    assert teachers["rounds"] == [{"round": 1, "bad replies": 1}, {"round": 2, "bad replies": 1}]
     assert pairs["rounds"][1] == {"round": 2, "new": 10, "train": 20, "validation": 2, "val. loss": 0.4}
     (training,) = found["trainings"]
     assert (training["first_loss"], training["last_loss"], training["mean_grad_norm"]) == (0.69, 0.31, 1.5)
@@ -244,11 +245,14 @@ def test_s18_zones_rewards_pairs_diversity_and_losses_of_each_round(
 
 def test_a_stage_that_the_run_went_on_without_is_said(solver: Run, capsys: pytest.CaptureFixture[str]) -> None:
     done(solver, 2, "train", made_from={"given_up": "out of memory with settings that go no lower", "trained_round": 0})
+    done(solver, 3, "train", made_from={"nothing_to_learn": "no pairs", "trained_round": 0}, steps=0)
     found = as_json(solver, capsys)
-    assert found["given_up"] == [
-        {"round": 2, "stage": "train", "reason": "out of memory with settings that go no lower"}
+    assert found["went_without"] == [
+        {"round": 2, "stage": "train", "how": "given up", "reason": "out of memory with settings that go no lower"},
+        {"round": 3, "stage": "train", "how": "nothing to learn", "reason": "no pairs"},
     ]
     assert found["trainings"] == []
+    assert "round 3 train: nothing to learn, and the run went on: no pairs" in page(solver)
     assert "round 2 train: given up, and the run went on: out of memory" in page(solver)
 
 

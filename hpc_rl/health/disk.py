@@ -40,10 +40,12 @@ def disk(subject: Subject) -> Iterator[Finding]:
     found = os.statvfs(folder)
     free = found.f_bavail * found.f_frsize
     need = estimate(subject)
-    what = (
-        f"{size(free)} free at {folder}; the run still needs about {size(need.kept + need.passing)} "
-        f"({size(need.per_round)} a round is kept, {size(need.passing)} comes and goes while a model trains)"
-    )
+    what = f"{size(free)} free at {folder}"
+    if need.kept:
+        what += (
+            f"; the run still needs about {size(need.kept + need.passing)} ({size(need.per_round)} a round is kept, "
+            f"{size(need.passing)} comes and goes while a model trains)"
+        )
     remedy = "make room, or choose another --workspace; a quota may be lower still"
     if free < max(GIB // 8, need.per_round + need.passing):
         yield Finding(AREA, "problem", what, remedy)

@@ -20,7 +20,7 @@ QUICKLY_READ_BYTES = 8 << 20
 def paths(subject: Subject) -> Iterator[Finding]:
     """Every problem, and the models that are there."""
     config = subject.config
-    files = list(_input_files(subject))
+    files = list(dict.fromkeys(_input_files(subject)))
     too_large = subject.quick and sum(path.stat().st_size for path in files) > QUICKLY_READ_BYTES
     problems = check(config, subject.places, inside_files=not too_large)
     for problem in problems:

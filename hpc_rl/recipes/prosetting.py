@@ -129,7 +129,6 @@ REPORT = (
         (
             Column("pass@1", "evaluate", "accuracy", "share of right answers, over all attempts", trend=True),
             Column("pass@k", "evaluate", "pass_at_k", "share of questions that one of the attempts solved", trend=True),
-            Column("cut off", "evaluate", "truncated", "attempts that reached the longest length"),
         ),
         about="{n_held_out} questions, {n_attempts} attempts",
         about_stage="evaluate",
@@ -149,15 +148,26 @@ REPORT = (
     Table(
         "questions by zone, and the pool that came of them",
         (
+            Column("questions", "grade", "questions"),
             Column("mastered", "grade", "zone_mastered", "all attempts are right: a harder variant is written"),
             Column("learning", "grade", "zone_learning", "some are: a variant aimed at the failure"),
             Column("too hard", "grade", "zone_too_hard", "none is: they come again, their references are checked"),
             Column("ungraded", "grade", "zone_ungraded"),
             Column("enhanced", "pool", "enhanced"),
-            Column("dropped", "enhance", "dropped_bad_reply", "variants that the teacher did not get right"),
             Column("broken", "pool", "broken", "questions whose reference answer was found wrong: they leave the pool"),
             Column("next pool", "pool", "questions"),
             Column("diversity", "pool", "diversity", "share of different word pairs in the next pool (distinct-2)"),
+        ),
+    ),
+    Table(
+        "teachers: who judges attempts, and who writes variants",
+        (
+            Column("judge: calls", "grade", "teacher_calls"),
+            Column("tokens", "grade", "teacher_completion_tokens", "that the judge wrote"),
+            Column("errors", "grade", "teacher_errors", "attempts that the judge was asked about in vain"),
+            Column("writer: calls", "enhance", "teacher_calls"),
+            Column("its tokens", "enhance", "teacher_completion_tokens"),
+            Column("bad replies", "enhance", "dropped_bad_reply", "of the writer, after being asked again: dropped"),
         ),
     ),
     Table(

@@ -52,11 +52,12 @@ class Trouble:
 
 
 @dataclass(frozen=True)
-class GivenUp:
-    """A stage that failed for good, and that the run went on without."""
+class WentWithout:
+    """A stage that the run went on without: it was `given up` for good, or had `nothing to learn`."""
 
     round: int
     stage: str
+    how: str
     reason: str
 
 
@@ -138,7 +139,7 @@ class Report:
     times: Times
     tables: tuple[Rows, ...]
     trainings: tuple[Training, ...]
-    given_up: tuple[GivenUp, ...]
+    went_without: tuple[WentWithout, ...]
     troubles: tuple[Trouble, ...]
     costs: tuple[Cost, ...]
     storage: tuple[Folder, ...]

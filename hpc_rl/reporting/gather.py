@@ -19,7 +19,7 @@ from hpc_rl.orchestrate.reconcile import Run, end_paths, look
 from hpc_rl.orchestrate.sampled import summarise
 from hpc_rl.reporting import clock
 from hpc_rl.reporting.columns import Column, Folding, Number, Table
-from hpc_rl.reporting.data import Cost, GivenUp, Report, Rows, Sampled, Training, Trend, Trouble
+from hpc_rl.reporting.data import Cost, Report, Rows, Sampled, Training, Trend, Trouble, WentWithout
 from hpc_rl.reporting.storage import folders
 from hpc_rl.run import manifest
 from hpc_rl.run.atomic import CorruptFile
@@ -38,7 +38,7 @@ class _Found:
     folded: dict[tuple[int, Column], Folding] = field(default_factory=dict)
     about: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
     trainings: list[Training] = field(default_factory=list)
-    given_up: list[GivenUp] = field(default_factory=list)
+    went_without: list[WentWithout] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -69,7 +69,7 @@ def gather(run: Run) -> Report:
         times=clock.times(run, found.history, found.ends, status, time.time()),
         tables=tuple(rows for table in tables if (rows := _fill_in(found, table)).shown),
         trainings=tuple(found.trainings),
-        given_up=tuple(found.given_up),
+        went_without=tuple(found.went_without),
         troubles=tuple(_troubles(found, queued)),
         costs=tuple(_costs(found)),
         storage=folders(run.ws.root, found.damage),
@@ -124,9 +124,10 @@ def _read_manifests(found: _Found, stage: Stage, tables: Sequence[Table]) -> Non
             found.folded.setdefault((stage.round, column), Folding(column)).add(made.metrics)
         if is_about:
             found.about.setdefault(stage.round, {})[stage.name] = dict(made.metrics)
-        if reason := made.made_from.get("given_up"):
-            found.given_up.append(GivenUp(stage.round, stage.name, str(reason)))
-        elif stage.kind is Kind.MULTINODE and "steps" in made.metrics:
+        reasons = [(key, made.made_from[key]) for key in ("given_up", "nothing_to_learn") if key in made.made_from]
+        for key, reason in reasons:
+            found.went_without.append(WentWithout(stage.round, stage.name, key.replace("_", " "), str(reason)))
+        if not reasons and stage.kind is Kind.MULTINODE and "steps" in made.metrics:
             found.trainings.append(_training(made))
 
 

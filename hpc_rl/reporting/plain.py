@@ -23,7 +23,7 @@ def to_plain(report: Report) -> dict[str, Any]:
         "gpu_hours": report.gpu_hours,
         "tables": [_table(rows) for rows in report.tables],
         "trainings": [asdict(training) for training in report.trainings],
-        "given_up": [asdict(one) for one in report.given_up],
+        "went_without": [asdict(one) for one in report.went_without],
         "troubles": [asdict(trouble) for trouble in report.troubles],
         "costs": [asdict(cost) for cost in report.costs],
         "storage": [asdict(folder) for folder in report.storage],

@@ -94,10 +94,10 @@ def lowered(training: Training) -> str:
 
 
 def _troubles(report: Report) -> Iterator[str]:
-    if report.given_up or report.troubles:
+    if report.went_without or report.troubles:
         yield "what did not go well at once"
-    for given_up in report.given_up:
-        yield f"  round {given_up.round} {given_up.stage}: given up, and the run went on: {_cut(given_up.reason)}"
+    for one in report.went_without:
+        yield f"  round {one.round} {one.stage}: {one.how}, and the run went on: {_cut(one.reason)}"
     for trouble in report.troubles:
         yield f"  round {trouble.round} {trouble.stage}: {_ends(trouble)}"
         if trouble.last_error or trouble.log:
