@@ -94,7 +94,7 @@ class Grader:
             if question.question_id != self._of:
                 self._begin(question)
             known = self._known.get((text, cut_off))
-            if known is None and (question.question_id, text) not in waiting:
+            if known is None and (cut_off or (question.question_id, text) not in waiting):
                 verdict = self._checker.verdict(self._reference, text, cut_off=cut_off)
                 if not self._is_for_teacher(verdict, text, cut_off):
                     known = self._known[text, cut_off] = Grade(verdict.right is True, verdict.answer, "rule")

@@ -275,6 +275,8 @@ def test_earlier_rounds_pairs_are_taken_over_or_not_s7(tmp_path: Path) -> None:
     assert [one["question_id"] for one in new if one["question_id"] != "q000001"] == ["q000004"], "the fourth of 4"
     assert {one["round"] for one in last} == {2} and len(last) == 5
     assert len({one["pair_id"] for one in window_all}) == len(window_all)
+    held = {one["root_id"] for one in rows(made["all"], 2, "validation.parquet")}
+    assert held == {"q000002"} and held.isdisjoint(one["root_id"] for one in window_all), "nothing changes sides"
     info = json.loads((made["all"].dataset_dir(2) / "dataset_info.json").read_text())
     assert info["rounds"] == {"train": [1, 2], "validation": [1]} and info["window"] == "all"
 
