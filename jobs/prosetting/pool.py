@@ -184,59 +184,61 @@ def batches(path: Path, *columns: str) -> Iterator[Any]:
     """Record batches of a parquet file, with these columns in this order."""
     import pyarrow.parquet as pq
 
+    from hpc_rl.data.questions import ROWS
+
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(columns=list(columns)):
+        for batch in file.iter_batches(ROWS, columns=list(columns)):
             yield batch.select(list(columns))
 
 
 def write_pool(path: Path, inputs: Inputs, decided: NextPool) -> int:
     """Write the next pool: those that are asked again in the order they had, then the new ones; how many."""
+    from hpc_rl.data.questions import ROWS, schema
+    from hpc_rl.data.regroup import write_batches
+
+    columns = schema()
+    return write_batches(path, columns, _questions(columns, inputs, decided), ROWS)
+
+
+def _questions(columns: Any, inputs: Inputs, decided: NextPool) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
-    from hpc_rl.data.questions import schema
-
-    columns, first, number = schema(), 0, 0
-    names = [field.name for field in columns]
-    new = pa.array(decided.enhanced_to.values(), pa.string())
-    with pq.ParquetWriter(path, columns, compression="zstd") as writer:
-        for batch in batches(inputs.pool, *names):
-            fates = pa.array(decided.fates[first : first + batch.num_rows], pa.string())
-            first += batch.num_rows
-            again = pa.Table.from_batches([batch]).set_column(names.index("reason"), columns.field("reason"), fates)
-            number += _append(writer, again.filter(pc.is_in(fates, pa.array(["failed", "replay"]))))
-        for shard in inputs.enhanced:
-            for batch in batches(shard, *names):
-                number += _append(writer, batch.filter(pc.is_in(batch["question_id"], new)))
-    return number
+    names, first = [field.name for field in columns], 0
+    again, new = pa.array(["failed", "replay"]), pa.array(decided.enhanced_to.values(), pa.string())
+    for batch in batches(inputs.pool, *names):
+        fates = pa.array(decided.fates[first : first + batch.num_rows], pa.string())
+        first += batch.num_rows
+        given = {"reason": fates}
+        arrays = [given.get(name, batch[name]) for name in names]
+        yield pa.RecordBatch.from_arrays(arrays, schema=columns).filter(pc.is_in(fates, again))
+    for shard in inputs.enhanced:
+        for batch in batches(shard, *names):
+            yield batch.filter(pc.is_in(batch["question_id"], new))
 
 
 def write_results(path: Path, results: Sequence[Path], decided: NextPool) -> Counter[str]:
     """Write the round's results with what becomes of each question; how many are in which zone."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    from hpc_rl.grading.results import ZONES, schema
+    from hpc_rl.data.regroup import write_batches
+    from hpc_rl.grading.results import ROWS, ZONES, schema
 
     zones = Counter({f"zone_{zone}": 0 for zone in ZONES})
     columns = schema()
     whole = columns.append(pa.field("fate", pa.string())).append(pa.field("enhanced_to", pa.string()))
-    with pq.ParquetWriter(path, whole, compression="zstd") as writer:
+
+    def rows() -> Iterator[Any]:
         for shard in results:
             for batch in batches(shard, *(field.name for field in columns)):
                 fates = [decided.fates[place] for place in batch["place"].to_pylist()]
                 to = [decided.enhanced_to.get(id) for id in batch["question_id"].to_pylist()]
                 zones.update(f"zone_{zone}" for zone in batch["zone"].to_pylist())
                 added = [pa.array(fates, pa.string()), pa.array(to, pa.string())]
-                _append(writer, pa.RecordBatch.from_arrays([*batch.columns, *added], schema=whole))
+                yield pa.RecordBatch.from_arrays([*batch.columns, *added], schema=whole)
+
+    write_batches(path, whole, rows(), ROWS)
     return zones
-
-
-def _append(writer: Any, rows: Any) -> int:
-    if rows.num_rows:
-        writer.write(rows)
-    return int(rows.num_rows)
 
 
 def attempts_of(job: Job) -> dict[str, Any]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +19,7 @@ from hpc_rl.data.diversity import SAMPLE, diversity
 from hpc_rl.data.pool import NextPool, Variant, next_pool
 from hpc_rl.data.question_split import split_roots
 from hpc_rl.data.questions import text_key
+from hpc_rl.data.regroup import write_batches
 from hpc_rl.grading.results import ZONES
 
 TEXTS = [f"How much is {i}?" for i in range(30)]
@@ -237,3 +242,25 @@ def test_s18_repetition_is_less_diverse_and_pools_of_all_sizes_are_measured_alik
     assert varied.compression_ratio < repeated.compression_ratio
     assert varied.questions == repeated.questions == SAMPLE
     assert diversity(texts[::-1], seed=0) == varied
+
+
+@given(st.lists(st.integers(0, 9), max_size=8), st.integers(1, 7))
+def test_rows_are_written_in_row_groups_of_one_size_whatever_pieces_they_come_in(sizes: list[int], rows: int) -> None:
+    schema = pa.schema([("n", pa.int32()), ("text", pa.string())])
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    pieces = [
+        pa.record_batch(
+            [pa.array(range(at, at + size), pa.int32()), pa.array(["x"] * size, pa.string())], schema=schema
+        )
+        for at, size in zip(starts, sizes, strict=True)
+    ]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.parquet"
+        assert write_batches(path, schema, pieces, rows) == sum(sizes)
+        once = path.read_bytes()
+        with pq.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            assert file.read()["n"].to_pylist() == list(range(sum(sizes)))
+        assert all(size == rows for size in groups[:-1])
+        write_batches(path, schema, pa.Table.from_batches(pieces, schema).combine_chunks().to_batches(), rows)
+        assert path.read_bytes() == once

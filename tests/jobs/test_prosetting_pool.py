@@ -212,11 +212,10 @@ def test_s9_a_pool_does_not_depend_on_how_the_work_was_cut(new_run: NewRun) -> N
         ws = new_run(f"sample.shards={shards}")
         play(ws, rounds)
         done = [manifest.read(ws, round, "pool", 0) for round in range(1, rounds + 1)]
-        results = [pq.read_table(one.path("results.parquet")).to_pylist() for one in done]
-        made.append([(pool_of(ws, round + 1), results[round - 1]) for round in range(1, rounds + 1)])
+        made.append([[one.path(f"{name}.parquet").read_bytes() for name in ("questions", "results")] for one in done])
     assert made[0] == made[1]
     assert made[0][:1] == made[2]
-    assert all(questions and results for questions, results in made[0])
+    assert pool_of(ws, 2)
 
 
 def test_s16_everything_of_a_round_is_kept_where_its_results_say(new_run: NewRun) -> None:
