@@ -89,7 +89,7 @@ class TeacherClientConfig(CallConfig):
     tokens_per_min: PositiveFloat | None = None
     """Most tokens a minute of one client, prompts and longest possible answers together. null = no limit."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 0.0
-    """Temperature of questions that name none. null = it is not sent: some models take no other than their own."""
+    """Temperature of questions that name none. null = none is sent at all: some models take no other than their own."""
     max_tokens: PositiveInt = 2048
     """Longest answer to questions that name no length, in tokens."""
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"

@@ -190,7 +190,9 @@ class TeacherClient:
     def _body(self, question: Question, note: Sequence[Mapping[str, str]], number: int) -> dict[str, Any]:
         """What is sent; the cache goes by it."""
         options = self._options
-        temperature = options.temperature if question.temperature is None else question.temperature
+        temperature = options.temperature
+        if temperature is not None and question.temperature is not None:
+            temperature = question.temperature
         body: dict[str, Any] = {
             "model": self._model,
             "messages": [*question.messages, *note],

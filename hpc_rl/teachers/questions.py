@@ -20,7 +20,7 @@ class Question:
     seed
         Tells equal questions apart that want answers of their own; None = none is sent.
     temperature, max_tokens
-        Instead of the config's.
+        Instead of the config's. Where the config says null for the temperature none is sent.
     check
         What is wrong with a value that follows the schema, "" for nothing: else it counts as one that does not. Pure
         and quick; called in the client's own thread.

@@ -23,12 +23,10 @@ RULES = {"engine": "rules", "rules": "hpc_rl.teachers.sums:teacher", "batch_wait
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A round that was graded and enhanced, by two teachers of its own."""
-    services = {"teacher": RULES, "enhancer": RULES}
-    enhance_options = {"teacher": "enhancer", "failures_shown": 2}
-    ws = new_round(tmp_path_factory.mktemp("round"), services=services, enhance=enhance_options)
-    with service(ws, "grade.teacher"):
-        assert grade.main(arguments(ws)) == 0
+    """A round that was graded by the rule alone, and enhanced by a teacher of its own."""
+    sections = {"services": {"enhancer": RULES}, "enhance": {"teacher": "enhancer"}}
+    ws = new_round(tmp_path_factory.mktemp("round"), grade={"answers": "text", "judge": "never"}, **sections)
+    assert grade.main(arguments(ws)) == 0
     with service(ws, "enhance.enhancer"):
         assert enhance.main(arguments(ws)) == 0
     return ws

@@ -92,7 +92,7 @@ def test_the_cache_goes_by_what_is_asked_and_not_by_whom(teacher: Teacher, clien
 
 def test_what_is_sent(teacher: Teacher, client: Ask) -> None:
     asking = client(extra_body={"top_p": 0.9}, max_tokens_field="max_completion_tokens", temperature=None)
-    asking.ask_all([question(1, schema=SCHEMA, seed=3, max_tokens=7)])
+    asking.ask_all([question(1, schema=SCHEMA, seed=3, max_tokens=7, temperature=0.7)])
     client(structured="none").ask_all([question(2, schema=SCHEMA, temperature=1.0)])
     client(structured="json_object").ask_all([question(3, schema=SCHEMA)])
     first, second, third = (body for body in teacher.bodies if len(body["messages"]) == 1)

@@ -80,7 +80,7 @@ TROUBLES: dict[str, Misbehave | str] = {
 }
 
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 2.0
 
 
 def first_times() -> Behaviour:
@@ -119,7 +119,7 @@ def test_an_endpoint_that_is_away_for_a_while_is_waited_for(endpoint: Endpoint, 
 
     def go_away() -> None:
         server.die()
-        threading.Event().wait(1.0)
+        threading.Event().wait(0.5)
         server.come_back()
 
     def behave(call: int, body: dict[str, Any]) -> None:
@@ -134,34 +134,37 @@ def test_an_endpoint_that_is_away_for_a_while_is_waited_for(endpoint: Endpoint, 
     assert sum(server.paid.values()) <= sum(CALLS.values()) + PARALLEL  # what was under way may have been paid
 
 
-@pytest.mark.parametrize("stage", BODIES)
 def test_after_the_deadline_the_job_is_blocked_and_the_next_one_pays_only_for_the_rest(
-    endpoint: Endpoint, undisturbed: Files, stage: str
+    endpoint: Endpoint, undisturbed: Files
 ) -> None:
     ws = endpoint.round(deadline_s=0.5)
-    if stage == "enhance":
-        assert grade.main(arguments(ws)) == 0
-    before = len(endpoint.server.paid)
-    endpoint.server.behave = lambda call, body: Misbehave(503) if len(endpoint.server.paid) > before + 4 else None
-    assert BODIES[stage].main(arguments(ws)) == 75
-    assert len(manifest.done_shards(ws, 1, stage)) < 3
-    endpoint.server.behave = lambda call, body: None
-    assert BODIES[stage].main(arguments(ws)) == 0
-    assert tables(ws, stage).items() <= undisturbed.items()
-    assert endpoint.all_paid_once(before + CALLS[stage])
+    for stage, body in BODIES.items():
+        most = len(endpoint.server.paid) + 4
+        endpoint.server.behave = lambda *_, most=most: Misbehave(503) if len(endpoint.server.paid) > most else None
+        assert body.main(arguments(ws)) == 75
+        assert len(manifest.done_shards(ws, 1, stage)) < 3
+        endpoint.server.behave = lambda call, body: None
+        assert body.main(arguments(ws)) == 0
+    assert files_of(ws) == undisturbed
+    assert endpoint.all_paid_once(sum(CALLS.values()))
 
 
-@pytest.mark.parametrize("stage", BODIES)
 def test_a_job_that_is_killed_in_the_middle_is_done_again_and_pays_only_for_the_rest(
-    endpoint: Endpoint, undisturbed: Files, stage: str
+    endpoint: Endpoint, undisturbed: Files
 ) -> None:
     """`kill -9`; S2: a resumed round pays nothing twice."""
     ws = endpoint.round()
-    if stage == "enhance":
-        assert grade.main(arguments(ws)) == 0
-    server, killed = endpoint.server, threading.Event()
-    before = len(server.paid)
-    lock, let_through = threading.Lock(), iter(range(before, before + 5))
+    for stage, body in BODIES.items():
+        kill_after_five_answers(endpoint.server, ws, stage)
+        assert not manifest.done_shards(ws, 1, stage)
+        assert body.main(arguments(ws)) == 0
+    assert files_of(ws) == undisturbed
+    assert endpoint.all_paid_once(sum(CALLS.values()))
+
+
+def kill_after_five_answers(server: Teacher, ws: Workspace, stage: str) -> None:
+    """Start a stage's job, and kill it when so many answers are kept and its other calls are under way."""
+    killed, lock, let_through, before = threading.Event(), threading.Lock(), iter(range(5)), kept(ws)
 
     def behave(call: int, body: dict[str, Any]) -> Misbehave | None:
         with lock:
@@ -176,10 +179,6 @@ def test_a_job_that_is_killed_in_the_middle_is_done_again_and_pays_only_for_the_
         wait_for(lambda: kept(ws) == before + 5, "five answers", of=process)
         process.kill()
     killed.set()
-    assert not manifest.done_shards(ws, 1, stage)
-    assert BODIES[stage].main(arguments(ws)) == 0
-    assert tables(ws, stage).items() <= undisturbed.items()
-    assert endpoint.all_paid_once(before + CALLS[stage])
 
 
 def kept(ws: Workspace) -> int:
