@@ -72,6 +72,10 @@ class CollectConfig(SamplingConfig):
     shards: PositiveInt = 64
     """Into how many pieces a round's questions are cut, whatever their number. A piece is what a lost task costs at
     most; more of them than array tasks."""
+    long_prompts: Literal["error", "drop", "truncate_left"] = "drop"
+    """What becomes of a prompt that leaves less than `max_tokens` for its completion. drop: leave it out, counted; a
+    teacher may write a long question, and that should not end the run. error: stop before the engine starts, with its
+    row. truncate_left: cut tokens off its beginning."""
 
 
 class GradeConfig(Section):

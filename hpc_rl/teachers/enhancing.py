@@ -79,12 +79,13 @@ def messages(
 
 
 def ask(
-    asked: tuple[Mapping[str, str], ...], question: str, *, seed: int, temperature: float, max_tokens: int
-) -> Question:
-    """What the teacher is asked; a variant that cannot be used is asked for again."""
+    asked: tuple[Mapping[str, str], ...], question: str, *, seed: int, temperature: float, max_tokens: int,
+    control_tokens: Sequence[str] = (),
+) -> Question:  # fmt: skip
+    """What the teacher is asked for a variant of `question`; one that has a `fault` is asked for again."""
     return Question(
         asked, SCHEMA, seed=seed, temperature=temperature, max_tokens=max_tokens,
-        check=lambda value: fault(read(value), question),
+        check=lambda value: fault(read(value), question, control_tokens),
     )  # fmt: skip
 
 
@@ -99,13 +100,16 @@ def completion(variant: Variant) -> str:
     return json.dumps(said, ensure_ascii=False)
 
 
-def fault(variant: Variant, parent: str) -> str:
-    """What is wrong with a variant of the question `parent`; "" for nothing."""
+def fault(variant: Variant, parent: str, control_tokens: Sequence[str] = ()) -> str:
+    """What is wrong with a variant of the question `parent`; "" for nothing.
+
+    A text that holds a control token of the solver cannot be shown to it: it would end the round that asks it.
+    """
     for name, text in (
-        ("enhanced_question", variant.question),
-        ("solution", variant.solution),
-        ("answer", variant.answer),
-    ):
+        ("enhanced_question", variant.question), ("solution", variant.solution), ("answer", variant.answer),
+    ):  # fmt: skip
         if not text:
             return f"{name} is blank"
+        if any(token in text for token in control_tokens):
+            return f"{name} holds a control token"
     return SAME if text_key(variant.question) == text_key(parent) else ""

@@ -66,6 +66,10 @@ def read(answer: Answer, schema: Mapping[str, Any] | None) -> Any:
     if problem is not None:
         where = "" if problem.json_path == "$" else f", at {problem.json_path}"
         raise BadReply(f"the JSON does not follow the schema: {problem.message[:QUOTED_CHARACTERS]}{where}")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # "\\ud800" alone is no character, and no file takes it
+        raise BadReply(f"the JSON holds half a character: {error}") from error
     return value
 
 

@@ -15,10 +15,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpc_rl.cluster.failures import EXIT_BLOCKED
 from hpc_rl.config.prosetting import ProSettingConfig
+from hpc_rl.data.control_tokens import control_tokens
 from hpc_rl.data.questions import Question, count_questions, shard_range, write_questions
 from hpc_rl.orchestrate.job import Job, Shard, open_job
 from hpc_rl.run.seeds import derive
@@ -116,6 +118,7 @@ class Work:
     ) -> None:
         self._job, self._config, self._shard, self._teacher = job, config, shard, teacher
         self._checker, self._total, self._done = checker, total, 0
+        self._control_tokens = control_tokens(Path(config.solver.path))
         self.counts: Counter[str] = Counter()
         self.broken: list[Broken] = []
         self.reasons: list[str] = []
@@ -146,7 +149,7 @@ class Work:
             chat = enhancing.messages(kind, question.question, question.answer, question.solution, attempts)
             return enhancing.ask(
                 chat, question.question, seed=derive(seed, "enhance", self._job.round, question.question_id),
-                temperature=options.temperature, max_tokens=options.max_tokens,
+                temperature=options.temperature, max_tokens=options.max_tokens, control_tokens=self._control_tokens,
             )  # fmt: skip
         if one.zone == "too_hard" and options.check_references:
             own = derive(seed, "reference", question.question_id)
@@ -207,7 +210,7 @@ class Work:
         self.reasons.append(f"{question.question_id}: {why}")
 
 
-def _write_broken(path: Any, broken: Sequence[Broken]) -> None:
+def _write_broken(path: Path, broken: Sequence[Broken]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

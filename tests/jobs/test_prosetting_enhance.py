@@ -138,6 +138,7 @@ def test_what_cannot_be_used_is_dropped_and_counted_by_its_reason(tmp_path: Path
     bad: list[tuple[str, Any]] = [
         ("dropped_bad_reply", "I would rather not"),
         ("dropped_bad_reply", {**variant, "answer": " "}),
+        ("dropped_bad_reply", {**variant, "solution": "It is 2.<eos>"}),  # the solver's control token
         ("dropped_same", "itself"),
         ("dropped_unreadable", {**variant, "answer": "about the same as before"}),
         ("dropped_unanswered", Misbehave(400)),
@@ -162,4 +163,4 @@ def test_what_cannot_be_used_is_dropped_and_counted_by_its_reason(tmp_path: Path
     assert (counted["checked_references"], counted["broken"]) == (7, 4)
     parents = tables(ws, "enhance")["enhanced"]["parent_id"].to_pylist()
     assert not set(parents) & {question.question_id for question, _ in zip(mastered, bad, strict=False)}
-    assert counted["teacher_bad_replies"] == 9  # the first three of `bad`, in three tries each
+    assert counted["teacher_bad_replies"] == 12  # the first four of `bad`, in three tries each

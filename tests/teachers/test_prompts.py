@@ -63,6 +63,8 @@ def test_every_field_is_wanted_and_no_other_is(name: str) -> None:
             read({**good, field: 5}, schema)
     with pytest.raises(replies.BadReply):
         read({**good, "note": ""}, schema)
+    with pytest.raises(replies.BadReply, match="half a character"):
+        read({**good, next(iter(good)): "a \ud800"}, schema)
 
 
 def read(value: dict[str, Any], schema: Any) -> Any:
@@ -90,7 +92,11 @@ def test_a_targeted_variant_is_asked_for_with_the_attempts_that_failed() -> None
 
 @pytest.mark.parametrize(
     ("question", "answer", "wrong"),
-    [("what  is 2 + 3?", "5", enhancing.SAME), ("  ", "5", "enhanced_question is blank"), ("2 + 4?", " ", "answer is")],
+    [
+        ("what  is 2 + 3?", "5", enhancing.SAME),
+        ("  ", "5", "enhanced_question is blank"),
+        ("2 + 4?", "6<|im_end|>", "answer holds a control token"),
+    ],
 )
 def test_a_variant_of_no_use_is_asked_for_again_and_the_last_one_is_shown(
     teacher: Teacher, client: Ask, question: str, answer: str, wrong: str
@@ -102,8 +108,9 @@ def test_a_variant_of_no_use_is_asked_for_again_and_the_last_one_is_shown(
     def ask(text: str) -> Question:
         parent = "What is 2 + 3?"
         return enhancing.ask(
-            enhancing.messages("harder", parent, text, None), parent, seed=1, temperature=0, max_tokens=9
-        )
+            enhancing.messages("harder", parent, text, None), parent, seed=1, temperature=0, max_tokens=9,
+            control_tokens=("<eos>", "<|im_end|>"),
+        )  # fmt: skip
 
     texts = {"better later": [bad, good], "never better": [bad, bad, bad]}
 
