@@ -210,16 +210,21 @@ def drive(run: Run, name: str, policy: Policy, lease: Lease, ask: bool = False) 
     """Run or advance the run from this process until it ends; with `ask`, each round when a person says so."""
     from hpc_rl import interactive, report
     from hpc_rl.cluster.local import LocalExecutor
-    from hpc_rl.orchestrate.follow import follow
+    from hpc_rl.orchestrate.follow import follow, write_local_queue
 
     executor = make_executor(run.config, name)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout`, or the end of an allocation: as Ctrl-C
+    if isinstance(executor, LocalExecutor):
+        write_local_queue(run, executor)  # what an earlier launcher has written there is over
     try:
         say(f"run {run.config.run.name} in {run.ws.root}, executor {name}. {lease.holder} drives it; Ctrl-C pauses it.")
         print(plan.commands(run.ws.root))
 
         def play(until: int | None) -> Decision:  # with the code as it is now: what failed may have been mended
-            return follow(run, executor, _snapshot(run), replace(policy, until=until), say, poll_s=10.0)
+            try:
+                return follow(run, executor, _snapshot(run), replace(policy, until=until), say, poll_s=10.0)
+            finally:
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # bodies that ran in here had theirs
 
         decision = interactive.operate(run, executor, play) if ask else play(None)
     except KeyboardInterrupt:
