@@ -223,6 +223,7 @@ def test_a_listener_that_nobody_asks_leaves(new_run: NewRun) -> None:
 def test_job_bodies_are_light_until_they_pass_the_gate() -> None:
     code = (
         "import sys, jobs.sample, jobs.lewis.grade, jobs.lewis.evaluate, jobs.serve;"
+        "from jobs.prosetting import questions, grade, dpo_data, enhance, pool, evaluate;"
         "heavy = {'torch', 'transformers', 'vllm', 'pyarrow', 'numpy', 'fastapi'} & set(sys.modules);"
         "assert not heavy, heavy"
     )
