@@ -295,7 +295,7 @@ from hpc_rl.orchestrate.graph import Kind, Stage, StageId
 
 def stages(config, round):
     if round:
-        yield Stage(StageId(round, "break"), "failing.body", Kind.SINGLE)
+        yield Stage(StageId(round, "break"), "failing.body", Kind.SINGLE, optional=True)
         yield Stage(StageId(round, "after"), "failing.body", Kind.SINGLE, needs=(StageId(round, "break"),))
 """
 
@@ -304,25 +304,54 @@ import sys
 from hpc_rl.orchestrate.job import open_job
 
 for shard in open_job("break").shards():
+    if shard.job.stage.name == "after":
+        shard.commit([], made_from={})
+        continue
     raise KeyError("speaker_problm")
 """
 
 
-def test_the_same_program_error_twice_stops_the_run_and_names_the_error_and_its_log(tmp_path: Path) -> None:
-    package = tmp_path / "failing"
-    package.mkdir()
+@pytest.fixture
+def failing(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a module, as a rule the launcher, where there is a recipe with a stage that fails."""
+    (tmp_path / "failing").mkdir()
     for name, text in (("__init__", ""), ("recipe", RECIPE), ("body", BODY)):
-        (package / f"{name}.py").write_text(text)
+        (tmp_path / "failing" / f"{name}.py").write_text(text)
     (tmp_path / "failing.yaml").write_text(FAILING)
-    command = [sys.executable, "-m", "hpc_rl.launch", "failing.yaml", "--executor", "local"]
     environment = {**os.environ, "PYTHONPATH": f"{source_root()}{os.pathsep}{tmp_path}"}
 
-    def launch() -> subprocess.CompletedProcess[str]:
+    def run(*words: str, module: str = "launch") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", f"hpc_rl.{module}", *words]
         return subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
         )
 
-    launched = launch()
+    return run
+
+
+LAUNCH = ("failing.yaml", "--executor", "local")
+
+
+def test_a_stage_that_the_recipe_can_do_without_is_given_up_and_the_run_goes_on(
+    tmp_path: Path, failing: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """S11: `auto_retry_enabled` and `auto_continue_on_failure`."""
+    launched = failing(*LAUNCH, "--set", "run.auto_retry=false", "--set", "run.continue_on_failure=true")
+    assert launched.returncode == 0, launched.stdout + launched.stderr
+    why = "given up: round 1 break failed, and run.auto_retry is off; the last one: error, KeyError: 'speaker_problm'"
+    assert f"round 1 break is {why}" in launched.stdout
+    ws = Workspace(tmp_path / "runs" / "failing")
+    assert [a.stage for a in Ledger(ws).history().attempts if not a.cancelled] == ["break", "after"]
+    shown = failing(str(ws.root), module="status").stdout
+    assert re.search(r"^ +1  break +given up +1/1", shown, re.MULTILINE) and f"round 1 break: {why}" in shown
+    assert "given up" in (ws.root / "report.txt").read_text()
+
+
+def test_the_same_program_error_twice_stops_the_run_and_names_the_error_and_its_log(
+    tmp_path: Path, failing: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    package = tmp_path / "failing"
+    launched = failing(*LAUNCH)
     assert launched.returncode == 1, launched.stdout + launched.stderr
     assert "round 1 break failed 2 times with the same error: KeyError: 'speaker_problm'" in launched.stderr
     log = re.search(r"\(log: (.*?)\)", launched.stderr)
@@ -331,7 +360,7 @@ def test_the_same_program_error_twice_stops_the_run_and_names_the_error_and_its_
     ws = Workspace(tmp_path / "runs" / "failing")
     assert [a.number for a in Ledger(ws).history().of(1, "break")] == [1, 2]
     (package / "body.py").write_text(BODY.replace('raise KeyError("speaker_problm")', "shard.commit([], made_from={})"))
-    again = launch()
+    again = failing(*LAUNCH)
     assert again.returncode == 0, again.stdout + again.stderr
     assert len(list(ws.code_dir.iterdir())) == 2, "the mended code is a snapshot of its own"
 
