@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_rl.health.findings import Finding, Subject
+from hpc_rl.health.findings import Finding, Level, Subject
 from hpc_rl.orchestrate.graph import Kind, Stage
 from hpc_rl.run.code import source_root
 
@@ -74,7 +74,9 @@ def packages(subject: Subject, requirements: Mapping[str, Sequence[str]] | None 
             if isinstance(versions, str):
                 names = sorted({name for of_one in stages[own].values() for name in of_one})
                 remedy = f"see stages.{names[0]}: setup, container and python" if names else "see cluster.python"
-                yield Finding(AREA, "problem", f"{own}: {versions}", remedy)
+                # what a login node lacks (modules, a container's GPUs) compute nodes may have
+                level: Level = "warning" if subject.executor == "slurm" else "problem"
+                yield Finding(AREA, level, f"{own}: {versions}", remedy)
             else:
                 yield from _compare(own, stages[own], versions)
 

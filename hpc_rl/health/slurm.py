@@ -154,9 +154,8 @@ def _gpus(gres: str) -> int:
 
 
 def _first_of_each(subject: Subject) -> list[Stage]:
-    """Each stage by name once, as in the first round that has it; what runs in another one's job has none."""
-    graph = subject.graph
-    return list({s.name: s for s in reversed(graph.stages) if s.id not in graph.companions}.values())[::-1]
+    """Each stage by name once, as in the first round that has it."""
+    return list({stage.name: stage for stage in reversed(subject.graph.stages)}.values())[::-1]
 
 
 def _has_control(subject: Subject) -> bool:
@@ -178,10 +177,10 @@ def _sbatch(subject: Subject, stages: Sequence[Stage]) -> Iterator[Finding]:
     config, ws = subject.config, Workspace(subject.config.run.workspace)
     executor = make_executor(config, "slurm")
     asked: dict[str, tuple[str, str]] = {}
-    for stage in stages:
-        if not stage.beside:
-            request = build_request(ws, config, stage, f"{config.run.name}-{stage.name}", "slurm", ws.code_dir)
-            asked.setdefault(repr(request.resources), (stage.name, executor.render(request)[0]))
+    alone = [stage for stage in stages if not (stage.beside or stage.id in subject.graph.companions)]
+    for stage in alone:
+        request = build_request(ws, config, stage, f"{config.run.name}-{stage.name}", "slurm", ws.code_dir)
+        asked.setdefault(repr(request.resources), (stage.name, executor.render(request)[0]))
     refused = 0
     for name, script in asked.values():
         try:
@@ -190,7 +189,7 @@ def _sbatch(subject: Subject, stages: Sequence[Stage]) -> Iterator[Finding]:
             refused += 1
             yield Finding(AREA, "problem", f"stages.{name}: {error}", "correct the stage's resources, or cluster's")
     if asked and not refused:
-        yield Finding(AREA, "ok", f"sbatch would take the jobs of all {len(stages)} stages (--test-only)")
+        yield Finding(AREA, "ok", f"sbatch would take the jobs of {len(alone)} stages (--test-only)")
 
 
 def _ask(command: Sequence[str], patience_s: float, script: str = "") -> str:

@@ -72,7 +72,7 @@ def gather(run: Run) -> Report:
         went_without=tuple(found.went_without),
         troubles=tuple(_troubles(found, queued)),
         costs=tuple(_costs(found)),
-        storage=folders(run.ws.root, found.damage),
+        storage=folders(run.ws.root, found.notes.append),  # the caches of a run are its owner's alone
         free_bytes=shutil.disk_usage(run.ws.root).free,
         sampling=tuple(_sampling(found)),
         damaged=tuple(found.damaged),  # last: the lines above add to it
