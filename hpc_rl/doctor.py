@@ -59,6 +59,8 @@ def examine(subject: Subject) -> list[Finding]:
         except TimeoutError:
             remedy = "ask without --quick" if subject.quick else "see whether a file server or the network hangs"
             found.append(Finding(name, "warning", f"the check has not ended within {limit_s:g} s", remedy))
+        except OSError as error:  # a folder that we may not enter, a file server that is away
+            found.append(Finding(name, "problem", str(error), "see that you may read it, and that its disk is there"))
     return found
 
 

@@ -157,6 +157,13 @@ def test_a_check_that_hangs_is_given_up_and_named(
     assert "the check has not ended within 0.5 s" in shown and "state" in shown
 
 
+def test_a_file_system_that_refuses_is_a_finding_and_no_traceback(ask: Ask, tmp_path: Path) -> None:
+    found = ask(f"run.workspace={tmp_path / ('x' * 300)}")
+    for area in ("paths", "disk", "state"):
+        assert "File name too long" in only(found, area, "problem")
+    assert of(found, "packages", "ok")
+
+
 # disk
 
 
