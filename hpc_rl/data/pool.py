@@ -1,7 +1,7 @@
 """The questions of the next round (S9): all that failed, new ones, and some of the rest.
 
     asked again   failed: no attempt was right, or none could be graded; all of them, unless their reference answer is
-                  broken (S4)
+                  broken (S4), or no attempt was made, because they are too long for the solver (`sample.long_prompts`)
                   replay: `replay_fraction` of the others, drawn by the seed
     new           variants that a teacher wrote in this round, unless one was a question of the run before, of any round
                   and whatever became of it, or is held out, or another new one is the same
@@ -22,11 +22,9 @@ from typing import Literal
 from hpc_rl.grading.results import Zone
 from hpc_rl.run.seeds import seeded_order
 
-Fate = Literal["failed", "replay", "left", "broken", "cut"]
+Fate = Literal["failed", "replay", "left", "broken", "unasked", "cut"]
 """What becomes of a question: it is asked again because it failed or was drawn; it is left behind; its reference answer
-is broken; or it would be asked again, but `max_questions` are there without it."""
-
-FATES: tuple[Fate, ...] = ("failed", "replay", "left", "broken", "cut")
+is broken; it could not be asked; or it would be asked again, but `max_questions` are there without it."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,7 @@ def next_pool(
     ids: Sequence[str],
     zones: Sequence[Zone],
     broken: Collection[str],
+    unasked: Collection[str],
     variants: Iterable[Variant],
     *,
     seen: Container[bytes],
@@ -90,6 +89,8 @@ def next_pool(
         The questions of the round and how they were answered, by place.
     broken
         Ids of those whose reference answer was found wrong.
+    unasked
+        Ids of those at which no attempt was made.
     variants
         In any order; of each question one at most.
     seen, held_out
@@ -103,11 +104,11 @@ def next_pool(
         What is drawn depends on these and on the ids.
     """
     places = {id: place for place, id in enumerate(ids)}
-    fates: list[Fate] = ["broken" if id in broken else "left" for id in ids]
+    fates: list[Fate] = ["broken" if id in broken else "unasked" if id in unasked else "left" for id in ids]
     failed: list[str] = []
     others: list[str] = []
     for id, zone, fate in zip(ids, zones, fates, strict=True):
-        if fate != "broken":
+        if fate == "left":
             (failed if zone in ("too_hard", "ungraded") else others).append(id)
     number = builtins.round(replay_fraction * len(others))
     replay = seeded_order(others, seed, "replay", round)[:number] if number else []

@@ -47,10 +47,12 @@ def make_pool(job: Job, config: ProSettingConfig, shard: Shard) -> None:
     inputs = Inputs.of(job)
     roots = read_roots(inputs.pool)
     broken = list(read_broken(inputs.broken))
+    zones, unasked = read_zones(inputs.results, list(roots))
     decided = next_pool(
         list(roots),
-        read_zones(inputs.results, list(roots)),
+        zones,
         {one["question_id"] for one in broken},
+        unasked,
         read_variants(inputs.enhanced, roots),
         seen=read_keys(job.input(earlier, "pool", 0).path("questions.parquet") for earlier in range(round)),
         held_out=read_keys([job.input(0, "pool", 0).path("held_out.parquet")]),
@@ -59,23 +61,27 @@ def make_pool(job: Job, config: ProSettingConfig, shard: Shard) -> None:
         seed=config.run.seed,
         round=round,
     )
+    if unasked:
+        log.warning(
+            "%d questions leave the pool: they were too long for the solver (sample.long_prompts)", len(unasked)
+        )
     if not decided.questions:
         say_empty(round, config.run.rounds, decided)
     pool, results, summary = (shard.output(name) for name in ("questions.parquet", "results.parquet", "results.json"))
     number = write_pool(pool, inputs, decided)
-    zones = write_results(results, inputs.results, decided)
+    counted = write_results(results, inputs.results, decided)
     assert number == decided.questions, "each of them was found once"
     counts, measured = decided.counts, diversity(iter_texts(pool), config.run.seed)
     metrics = {
         "questions": number,
         "enhanced": len(decided.enhanced_to),
-        **{fate: counts[fate] for fate in ("failed", "replay", "left", "broken")},
+        **{fate: counts[fate] for fate in ("failed", "replay", "left", "broken", "unasked")},
         "cut": counts["cut"] + decided.variants_cut,
         "duplicates_dropped": decided.duplicates_dropped,
         "held_out_dropped": decided.held_out_dropped,
         "diversity": measured.distinct_2,
         "compression_ratio": measured.compression_ratio,
-        **zones,
+        **counted,
     }
     graded = attempts_of(job)
     folder = ws.dataset_dir(round)
@@ -87,7 +93,7 @@ def make_pool(job: Job, config: ProSettingConfig, shard: Shard) -> None:
     about = {
         "round": round,
         "questions": len(roots),
-        "zones": zones,
+        "zones": counted,
         **graded,
         "next_pool": metrics,
         "broken": broken[:SHOWN],
@@ -129,20 +135,22 @@ def read_roots(pool: Path) -> dict[str, tuple[str, str]]:
     }
 
 
-def read_zones(results: Sequence[Path], ids: Sequence[str]) -> list[Any]:
-    """The zone of each question of the pool, by place."""
+def read_zones(results: Sequence[Path], ids: Sequence[str]) -> tuple[list[Any], set[str]]:
+    """The zone of each question of the pool, by place; ids of those at which no attempt was made."""
     zones: list[Any] = [None] * len(ids)
+    unasked: set[str] = set()
     for path in results:
-        for batch in batches(path, "question_id", "place", "zone"):
-            for id, place, zone in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        for batch in batches(path, "question_id", "place", "zone", "attempts"):
+            for id, place, zone, attempts in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 if place >= len(ids) or ids[place] != id or zones[place] is not None:
                     raise ValueError(f"{path}: a result of {id} at place {place}, which the pool does not have there")
                 zones[place] = zone
+                unasked.update((id,) if attempts == 0 else ())
     if None in zones:
         raise ValueError(
             f"no result of {ids[zones.index(None)]}, the question at place {zones.index(None)} of the pool"
         )
-    return zones
+    return zones, unasked
 
 
 def read_broken(files: Sequence[Path]) -> Iterator[dict[str, str]]:

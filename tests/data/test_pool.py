@@ -29,8 +29,8 @@ HELD_OUT = {text_key(text) for text in TEXTS[:5]}
 def decide(ids: Sequence[str], zones: Sequence[Any], **given: Any) -> NextPool:
     """A next pool where nothing else is said."""
     defaults: dict[str, Any] = {
-        "broken": (), "variants": (), "seen": set(), "held_out": set(), "replay_fraction": 0.2, "max_questions": None,
-        "seed": 0, "round": 1,
+        "broken": (), "unasked": (), "variants": (), "seen": set(), "held_out": set(),
+        "replay_fraction": 0.2, "max_questions": None, "seed": 0, "round": 1,
     }  # fmt: skip
     return next_pool(ids, zones, **{**defaults, **given})
 
@@ -154,9 +154,10 @@ def test_s9_a_broken_question_never_comes_back_as_a_variant_either() -> None:
     assert (list(decided.fates), decided.enhanced_to, decided.duplicates_dropped) == (["broken", "left"], {}, 1)
 
 
-def test_s9_ungraded_questions_come_again() -> None:
-    decided = decide(["a", "b", "c"], ["ungraded", "too_hard", "learning"], replay_fraction=0.0)
-    assert list(decided.fates) == ["failed", "failed", "left"]
+def test_s9_ungraded_questions_come_again_and_those_that_cannot_be_asked_do_not() -> None:
+    zones = ["ungraded", "too_hard", "learning", "ungraded"]
+    decided = decide(["a", "b", "c", "d"], zones, unasked={"d"}, replay_fraction=0.0)
+    assert list(decided.fates) == ["failed", "failed", "left", "unasked"]
 
 
 def test_s9_what_is_replayed_depends_on_seed_and_round_and_not_on_places() -> None:
