@@ -24,12 +24,16 @@ WORDS = {CONTINUE: "continue", STATUS: "status", QUIT: "quit", RETRY: "retry"}
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run stands: the round that comes next, of how many, and what stopped it, '' if nothing did."""
+    """Where a run stands: the round that comes next, of how many, and what stopped it, '' if nothing did.
+
+    `given_up`: what the round before went on without.
+    """
 
     round: int
     rounds: int
     finished: bool = False
     failure: str = ""
+    given_up: tuple[str, ...] = ()
 
     @property
     def operations(self) -> str:
@@ -46,8 +50,10 @@ def standing(run: Run, failure: str = "") -> Standing:
         Why the round ended early, where the ledger does not say it.
     """
     undone = [stage.round for stage in run.graph.work if not gate.is_complete(run.ws, stage)]
-    stopped = Ledger(run.ws).history().stopped or failure
-    return Standing(max(1, min(undone, default=run.graph.rounds)), run.graph.rounds, not undone, stopped)
+    history = Ledger(run.ws).history()
+    current = max(1, min(undone, default=run.graph.rounds))
+    lost = tuple(f"{name}: {why}" for (round, name), why in history.given_up.items() if round == current - 1)
+    return Standing(current, run.graph.rounds, not undone, history.stopped or failure, lost)
 
 
 def block(now: Standing) -> str:
@@ -61,6 +67,7 @@ def block(now: Standing) -> str:
             f"   - Completed Rounds: {now.round - 1}",
             f"   - Total Rounds: {now.rounds}",
             f"   - Can Continue: {able}",
+            *(f"   - Given Up in Round {now.round - 1}: {lost}" for lost in now.given_up),
             "",
             f"Preparing to execute Round {now.round}",
         ]

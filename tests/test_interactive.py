@@ -96,6 +96,8 @@ def test_what_is_said_before_a_round() -> None:
     for line in ("Current Round: 2", "Completed Rounds: 1", "Total Rounds: 5", "Can Continue: Yes"):
         assert f"   - {line}\n" in said
     assert said.endswith("Preparing to execute Round 2")
+    lost = block(Standing(2, 5, given_up=("train: it failed",)))
+    assert "   - Given Up in Round 1: train: it failed\n" in lost
     assert "Can Continue: Yes, by a retry: it failed\n" in block(Standing(2, 5, failure="it failed"))
 
 

@@ -39,7 +39,7 @@ class RunConfig(Section):
     seed: NonNegativeInt = 0
     """Every random number of the run comes from this one."""
     rounds: PositiveInt = 3
-    """Rounds of sample → grade → train → evaluate after the preparing round 0. May be raised later to go on."""
+    """Rounds after the preparing round 0. May be raised later to go on."""
     lookahead: NonNegativeInt = 1
     """Rounds that are queued behind the running one, so that advancing is not on the critical path."""
     max_attempts: PositiveInt = 5
@@ -50,8 +50,8 @@ class RunConfig(Section):
     """How long after a failed attempt the next one starts at the earliest. Seconds; 0 = at once. A job that was told
     to leave, or that takes less memory than before, is not kept waiting."""
     continue_on_failure: bool = False
-    """Give up a stage that the recipe can do without and that failed for good, and go on. The solver's training: the
-    round ends with the weights that it began with. false: the run stops and says why."""
+    """Give up a stage that failed for good where the recipe can do without it, and go on. ProSetting's training is one:
+    the round ends with the weights that it began with. false: the run stops and says why."""
     lease_ttl_s: PositiveFloat = 120
     """A task whose heartbeat is older than this has lost its shard to the next one that asks. Seconds; well above
     `cluster.file_system_lag_s`, or heartbeats that are only shown late look like death."""
