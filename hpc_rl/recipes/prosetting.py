@@ -155,6 +155,7 @@ REPORT = (
             Column("ungraded", "grade", "zone_ungraded"),
             Column("enhanced", "pool", "enhanced"),
             Column("broken", "pool", "broken", "questions whose reference answer was found wrong: they leave the pool"),
+            Column("unasked", "pool", "unasked", "questions that are too long to be asked: they leave the pool"),
             Column("next pool", "pool", "questions"),
             Column("diversity", "pool", "diversity", "share of different word pairs in the next pool (distinct-2)"),
         ),

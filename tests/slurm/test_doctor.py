@@ -41,7 +41,7 @@ def test_s14_a_run_that_the_cluster_can_carry(cluster: SlurmCluster, tmp_path: P
         ("stages.sample.gpus_per_node=64", "stages.sample.gpus_per_node: no node of partition"),
         ("stages.train.nodes=50", "stages.train.nodes is 50"),
         ("stages.grade.partition=nowhere", "Slurm has no partition 'nowhere'"),
-        ("stages.grade.qos=nowhere", "qos"),
+        ("stages.grade.sbatch={nodelist: nowhere}", "nvalid node name"),  # only sbatch itself knows that
     ],
 )
 def test_what_the_cluster_cannot_carry_is_named(cluster: SlurmCluster, tmp_path: Path, setting: str, said: str) -> None:
