@@ -188,10 +188,12 @@ class _Check:
         longer = f"prompts are longer than the {self._room} tokens that sample.max_tokens leaves of {self._limit}"
         found = f"{self._too_long.number} of {self._checked} {longer}. {self._too_long}"
         if self._too_long.number and self._how == "error":
+            ways_out = "sample.long_prompts to drop or truncate_left"
+            if self._uncuttable.number:
+                ways_out += " (texts only); where pictures make it long, lower speaker.max_pixels"
             raise PromptError(
                 f"{found}. Raise sample.max_model_len where the model allows it, lower sample.max_tokens, or set "
-                "sample.long_prompts to drop or truncate_left (texts only); where pictures make it long, lower "
-                "speaker.max_pixels"
+                f"{ways_out}"
             )
         if self._uncuttable.number and self._how == "truncate_left":
             raise PromptError(

@@ -178,7 +178,9 @@ def test_a_prompt_that_just_fits_is_fine_and_one_token_more_is_not(folder: str, 
         check(folder, prompt, max_model_len=limit - 1)
 
 
-def test_rows_that_are_too_long_are_named_all_at_once_with_the_ways_out(folder: str, reader: PromptReader) -> None:
+def test_rows_that_are_too_long_are_named_all_at_once_with_the_ways_out(
+    folder: str, reader: PromptReader, tmp_path: Path
+) -> None:
     long = Prompt.of("ring " * 300)
     prompts = [Prompt.of("ring")] * 2 + [long] * 7
     with pytest.raises(PromptError) as caught:
@@ -186,8 +188,11 @@ def test_rows_that_are_too_long_are_named_all_at_once_with_the_ways_out(folder: 
     message, tokens = str(caught.value), length(reader, long)
     assert message.startswith("7 of 9 prompts are longer than the 184 tokens that sample.max_tokens leaves of 200. ")
     assert "; ".join(f"row r{place}: {tokens} tokens" for place in range(2, 7)) + "; and 2 more. " in message
-    for way_out in ("sample.max_model_len", "sample.max_tokens", "drop", "truncate_left", "speaker.max_pixels"):
+    for way_out in ("sample.max_model_len", "sample.max_tokens", "drop", "truncate_left"):
         assert way_out in message
+    assert "max_pixels" not in message, "texts have none"
+    with pytest.raises(PromptError, match=r"lower speaker\.max_pixels"):
+        check(folder, Prompt.of("ring " * 300, picture(tmp_path)), max_model_len=200)
 
 
 def test_long_rows_are_dropped_and_told_of(folder: str, caplog: pytest.LogCaptureFixture) -> None:
