@@ -226,10 +226,18 @@ class ProSettingConfig(SamplingRecipeConfig):
         return (*(("solve",) if compares else ()), *(("teacher",) if asks else ()))
 
     def file_problems(self) -> Iterator[Problem]:
-        """Question files that cannot be read, row by row (S15)."""
+        """Question files that cannot be read, row by row (S15); teachers that are asked and are nowhere."""
         from hpc_rl.data.question_files import check_files
 
         yield from check_files(self.questions)
+        asked = {"teacher": self.grade.judge != "never", self.enhance.teacher: True}
+        for name in (name for name, is_asked in asked.items() if is_asked):
+            options = self.services.teacher if name == "teacher" else self.services.enhancer
+            if options.client.url is None and options.served_model is None:
+                what = "nobody to ask: neither client.url nor model is set"
+                by = "TEACHER_BASE_URL, or " if name == "teacher" else ""
+                way_out = f"{by}services.{name}.client.url: an OpenAI-compatible endpoint; or services.{name}.model"
+                yield Problem(f"services.{name}", what, "an endpoint, or a model to serve", way_out)
 
     def faults(self) -> Iterator[Fault]:
         """Rollouts that RLOO's trainer would draw by itself; steps that cut a group in two."""

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
+from hpc_rl import config as configs
 from hpc_rl.config.schema import Config
 from hpc_rl.config.services import TeacherServiceConfig
 from hpc_rl.run.workspace import Workspace
@@ -25,6 +26,7 @@ from hpc_rl.teachers.client import TeacherClient
 from hpc_rl.teachers.questions import Question, Reply, TeacherError
 from tests.waiting import PATIENCE_S
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = {"teacher": teacher, "enhancer": enhancer}
 SUMS, ECHO = "hpc_rl.teachers.sums:teacher", "tests.services.rules_of_tests:echo"
 
@@ -169,3 +171,25 @@ def test_a_run_without_an_enhancer_says_where_to_name_one(lab: Lab) -> None:
     config = Config.model_validate({"run": {"name": "t", "workspace": lab.ws.root}})
     with pytest.raises(ServiceRefused, match=r"there is no enhancer: .* services\.enhancer\.client\.url, or in"):
         TeacherClient.of_run(lab.ws, config, service="enhancer")
+
+
+NO_ENHANCER = ["services.enhancer={engine: vllm, rules: null}"]
+NOBODY = [*NO_ENHANCER, "services.teacher={engine: vllm, rules: null}"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ([], []),
+        (NO_ENHANCER, ["services.enhancer"]),
+        (NOBODY, ["services.teacher", "services.enhancer"]),
+        ([*NOBODY, "grade.judge=never"], ["services.enhancer"]),
+        ([*NOBODY, "enhance.teacher=teacher"], ["services.teacher"]),
+        ([*NOBODY, "enhance.teacher=teacher", "services.teacher.client.url=http://a:1/v1"], []),
+    ],
+)
+def test_a_launch_says_which_teacher_is_nowhere(settings: list[str], missing: list[str], tmp_path: Path) -> None:
+    config = configs.load(REPOSITORY / "configs/tiny/prosetting.yaml", settings, {}, tmp_path, cwd=REPOSITORY)
+    problems = list(config.file_problems())
+    assert [problem.field for problem in problems] == missing
+    assert all("client.url" in problem.way_out for problem in problems)
