@@ -40,6 +40,13 @@ KINDS: Mapping[str, Kind] = {"mastered": "harder", "learning": "targeted"}
 """Zone → what its variants are for (S4)."""
 EXPLAINED = 3
 """Reasons of a shard that are written to the log."""
+COUNTS = (
+    "asked", "enhanced", "dropped_bad_reply", "dropped_same", "dropped_unreadable", "dropped_unanswered",
+    "checked_references", "unchecked_references", "contradictions",
+)  # fmt: skip
+"""Questions that a variant was asked of, and what came of it: `enhanced` and the dropped ones add up to `asked`.
+`dropped_unreadable`: the rule that compares answers makes nothing of the new one. `dropped_unanswered`: calls failed.
+`contradictions`: references called wrong in favour of the same answer; they stay."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,15 +96,6 @@ def enhance(job: Job, config: ProSettingConfig, shard: Shard, teacher: TeacherCl
     counts = {name: work.counts[name] for name in COUNTS}
     metrics = {**counts, "broken": len(work.broken), **teacher.totals.metrics(since=before)}
     shard.commit([variants, findings], made_from={"graded": graded.name}, metrics=metrics)
-
-
-COUNTS = (
-    "asked", "enhanced", "dropped_bad_reply", "dropped_same", "dropped_unreadable", "dropped_unanswered",
-    "checked_references", "unchecked_references", "contradictions",
-)  # fmt: skip
-"""Questions that a variant was asked of, and what came of it: `enhanced` and the dropped ones add up to `asked`.
-`dropped_unreadable`: the rule that compares answers makes nothing of the new one. `dropped_unanswered`: calls failed.
-`contradictions`: references called wrong in favour of the same answer; they stay."""
 
 
 class Work:
