@@ -44,6 +44,9 @@ _NUMBER = re.compile(
     r"(?P<whole>\d{1,3}(?:[, ]\d{3})+|\d+)?(?P<part>\.\d+)?(?P<power>[eE][+-]?\d{1,2})?"
     r"(?:\s*/\s*(?P<under>[1-9]\d*))?\s*(?P<percent>%)?"
 )
+_FRACTION = re.compile(
+    r"(?P<sign>[+-]?)\s*(?P<whole>\d+)?\s*\\[dt]?frac\s*(?:\{(?P<over>\d+)\}\s*\{(?P<under>[1-9]\d*)\}|(?P<two>\d[1-9]))"
+)
 _UNIT = re.compile(
     r"(?P<core>.*[\d%)}])(?:\s*\\(?:text|mathrm|mbox)\s*\{(?P<tex>[^{}]*)\}|\s*(?P<long>[A-Za-z]{3,}[A-Za-z. ]*|"
     r"cm|mm|km|dm|kg|mg|ml|ft|mi|lb|oz|hr|am|pm)|\s+(?P<short>[mgshl]))(?P<power>\^?\{?[23]\}?)?"
@@ -103,6 +106,11 @@ class Reference:
         return bool(self.words) and (self.answers == "text" or self.number is not None or self.expression is not None)
 
     @cached_property
+    def compared(self) -> dict[str, bool | None]:
+        """Answers that it has been compared with, since attempts at a question often end in the same one."""
+        return {}
+
+    @cached_property
     def _parts(self) -> tuple[str, str]:
         return _split_unit(_plain(self.text))
 
@@ -158,7 +166,9 @@ class Checker:
             return Verdict(False, answer)
         if answer is None:
             return Verdict(None, None)
-        right = self._same(reference, answer)
+        if answer not in reference.compared:
+            reference.compared[answer] = self._same(reference, answer)
+        right = reference.compared[answer]
         # what a completion happens to end with need not be its answer: that may make it right, but not wrong
         return Verdict(right if right or how != "end" else None, answer)
 
@@ -231,7 +241,14 @@ def _plain(text: str) -> str:
 
 
 def _number(text: str) -> _Number | None:
-    match = _NUMBER.fullmatch(text) if len(text) <= LONGEST else None
+    if len(text) > LONGEST:
+        return None
+    match = _FRACTION.fullmatch(text)
+    if match is not None:
+        over, under = (match["over"], match["under"]) if match["two"] is None else (match["two"][0], match["two"][1])
+        value = int(match["whole"] or 0) + Fraction(int(over), int(under))
+        return _Number(-value if match["sign"] == "-" else value, False, False)
+    match = _NUMBER.fullmatch(text)
     if match is None or not (match["whole"] or match["part"]) or (match["sign"] and match["sign2"]):
         return None
     digits = re.sub("[, ]", "", match["whole"] or "0") + (match["part"] or "") + (match["power"] or "")

@@ -10,7 +10,12 @@ How = Literal["boxed", "said", "end", "whole", "none"]
 TAIL = 2000
 """Characters at the end of a completion in which an answer without a box is looked for."""
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+TRIES = 10
+"""Boxes, from the end, that are looked at: a completion may have thousands that do not close."""
+
+_COMMANDS = ("\\boxed", "\\fbox")
+_OPENING = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _HASHES = re.compile(r"####[ \t]*(\S.*)")
 _SAID = re.compile(r"\banswer(?:\s+is\s*:?|\s*:|\s*=)\**[ \t]*\n?[ \t]*(\S[^\n]*)", re.IGNORECASE)
 _SENTENCE = re.compile(r"[.!?](?=\s|\**$)")
@@ -52,20 +57,27 @@ def answer_of(completion: str, *, whole: bool = False) -> tuple[str | None, How]
 
 
 def _last_box(text: str) -> str | None:
-    """What is inside the box that closes last; one pass, however braces are nested or missing."""
-    found: str | None = None
-    open: list[tuple[int, bool]] = []
-    if "\\boxed" not in text and "\\fbox" not in text:
+    """What is inside the last box whose braces close, of the last `TRIES` boxes; of nested ones the inner."""
+    end = len(text)
+    for _ in range(TRIES):
+        start = max(text.rfind(command, 0, end) for command in _COMMANDS)
+        if start < 0:
+            return None
+        found = _inside(text, start)
+        if found:
+            return found
+        end = start
+    return None
+
+
+def _inside(text: str, start: int) -> str | None:
+    """What is between the braces after a command; None where they do not close."""
+    opening = _OPENING.match(text, start)
+    if opening is None:
         return None
-    for mark in _BOX.finditer(text):
-        token = mark[0]
-        if token.endswith("{") and not token.startswith("\\{"):
-            open.append((mark.end(), token != "{"))
-        elif token == "}" and open:
-            start, is_box = open.pop()
-            if is_box:
-                found = text[start : mark.start()].strip()
-    if found is None or not found:
-        return None
-    inner = _last_box(found) if found.startswith(("\\boxed", "\\fbox")) and len(found) < TAIL else None
-    return found if inner is None else inner
+    depth = 1
+    for mark in _BRACE.finditer(text, opening.end()):
+        depth += {"{": 1, "}": -1}.get(mark[0], 0)
+        if not depth:
+            return text[opening.end() : mark.start()].strip()
+    return None
