@@ -191,7 +191,7 @@ def _raw_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Each row's place and what stands there, by the format that the file begins like."""
     try:
         with path.open("rb") as file:
-            head = file.read(64)
+            head = file.read(4096)
     except OSError as error:
         raise QuestionFileError(f"{path}: {error.strerror or error}; expected {FORMATS}") from error
     if head.startswith(b"PAR1"):
