@@ -21,7 +21,7 @@ from hpc_rl.engines.weights import Role
 from hpc_rl.orchestrate.graph import Kind, Stage, StageId
 from hpc_rl.recipes import reference
 from hpc_rl.recipes.parts import evaluation_stage, sampling_stage, training_stage, with_service
-from hpc_rl.reporting.columns import Column, Table
+from hpc_rl.reporting.lewis_tables import REPORT as REPORT
 from hpc_rl.sampling.source import SampleTask
 from hpc_rl.training.task import Data, TrainTask
 
@@ -103,24 +103,3 @@ def _preparation(config: LewisConfig) -> Iterable[Stage]:
 def _evaluation(config: LewisConfig, round: int, after: StageId) -> Iterable[Stage]:
     stage = evaluation_stage(config, StageId(round, "evaluate"), "jobs.lewis.evaluate", (after,))
     yield from with_service(config, stage, "listener")
-
-
-REPORT = (
-    Table(
-        "identification accuracy",
-        (
-            Column("new views", "evaluate", "accuracy_new_views"),
-            Column("held-out", "evaluate", "accuracy_validation", trend=True),
-            Column("true", "evaluate", "true_validation",
-                   "share of descriptions of held-out concepts that are true (rendered scenes only)"),
-            Column("format", "evaluate", "format_rate"),
-            Column("reward", "train", "mean_reward", "mean over the round's samples, before its training", trend=True),
-            Column("equal groups", "train", "equal_groups", "groups whose rewards are all equal: no gradient"),
-            Column("left out", "train", "left_out", "samples that could not be scored"),
-        ),
-        about="chance {chance:.2f}, in {n_new_views} games on new views of training concepts and {n_validation} on "
-        "held-out concepts",
-        about_stage="evaluate",
-    ),
-)  # fmt: skip
-"""What `python -m hpc_rl.report` shows of the rounds."""
