@@ -13,6 +13,7 @@ from hpc_rl.config.environment import NAMES
 from hpc_rl.config.identity import to_json
 from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.config.loader import RECIPES, config_class, from_json, load, load_with_places
+from hpc_rl.config.prosetting import ProSettingConfig
 from hpc_rl.config.schema import Config
 from tools import config_reference
 
@@ -65,6 +66,19 @@ def test_lewis_has_the_values_of_its_systems_page() -> None:
     assert (config.sample.samples_per_prompt, config.data.k) == (4, 3)  # L15, L20
     steps = config.sample.prompts_per_round * config.sample.samples_per_prompt // config.train_batch_size
     assert steps > train.warmup_steps, "a round would end before the learning rate is reached"
+
+
+def test_prosetting_has_the_values_of_its_systems_page() -> None:
+    config = load("configs/prosetting.yaml", env={}, cwd=REPOSITORY)
+    assert isinstance(config, ProSettingConfig)
+    client, enhance = config.services.teacher.client, config.enhance
+    assert config.sample.samples_per_prompt == 8 and config.stages["collect"].tasks > 1  # S1
+    assert (client.parallel_calls, enhance.teacher) == (32, "teacher") and client.url  # S2, S3
+    assert config.questions.validation_fraction == 0.1 and config.pairs.reference_solutions  # S5
+    assert (config.train_start_round, config.data_window) == (3, "all")  # S7
+    assert config.pool.replay_fraction == 0.2  # S9
+    assert (config.backend, config.grade.judge, enhance.check_references) == ("dpo", "unsure", True)  # S10, S2, S4
+    assert config.run.rounds > config.train_start_round
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
