@@ -118,7 +118,8 @@ def start(config: Config, executor: str, arguments: argparse.Namespace) -> int:
     policy = Policy.of(config.run, control=by_jobs)
     if by_jobs and not arguments.watch:
         return submit(run, policy, arguments)
-    if queued := others_jobs(run, executor) or (advance_jobs(run) if arguments.interactive else ""):
+    asks_slurm = executor == "slurm" and arguments.interactive
+    if queued := advance_jobs(run) if asks_slurm else others_jobs(run, executor):
         print(f"already running: Slurm jobs {queued}. Nothing was changed.\n{plan.commands(run.ws.root)}")
         return 0
     lease = acquire(run.ws.lease_folder, DRIVER_LEASE, config.run.lease_ttl_s)
