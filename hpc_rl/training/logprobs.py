@@ -27,6 +27,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from hpc_rl.engines.base import banned_ids
 from hpc_rl.engines.loading import tokenizer_of
 from hpc_rl.engines.weights import Weights
+from hpc_rl.orchestrate.giving_up import GIVEN_UP
 from hpc_rl.run.private import untrusted
 from hpc_rl.training import models
 from hpc_rl.training.base import IN_MODEL_DTYPE, ROWS, SHARE, UNITS, Tensors
@@ -280,6 +281,12 @@ def _by_stage(run: TrainRun, weights: Weights, folder: Path) -> None:
     part.begin(0)
     every = run.job.inputs(data.stage.round, data.stage.name)
     for shard, made in enumerate(islice(every, run.world.rank, None, run.world.size)):
+        if GIVEN_UP in made.made_from:
+            raise UnusableData(
+                f"{made.stage} of round {made.round} was given up ({made.made_from[GIVEN_UP]}), so nobody has scored "
+                f"the data under the reference. To have it done remove the folders {made.stage} and "
+                f"{run.job.stage.name} of the round and launch, or set {run.task.section}.reference to pass"
+            )
         if made.made_from["weights"] != weights.hash:
             raise UnusableData(
                 f"{made.path(data.file)} was scored with weights {str(made.made_from['weights'])[:16]}, but the "

@@ -18,6 +18,7 @@ from hpc_rl.engines.weights import Role, weights_hash, weights_of
 from hpc_rl.run import manifest
 from hpc_rl.run.manifest import Manifest
 from hpc_rl.teachers import enhancing
+from hpc_rl.training.errors import UnusableData
 from hpc_rl.training.validation import measured
 from jobs import reference
 from tests.training.on_policy import Trained, noting
@@ -170,6 +171,15 @@ def test_after_a_training_that_was_given_up_the_weights_before_it_stand(tmp_path
         given_up = {"given_up": "GPU on fire", "trained_round": stands}
         manifest.write(ws, Manifest(round, "train", 0, outputs=(), made_from=given_up))
     assert weights_of(ws, ROLE, 3) == weights_of(ws, ROLE, 1) != weights_of(ws, ROLE, 0)
+
+
+def test_a_reference_that_was_given_up_is_named_by_the_training(tmp_path: Path) -> None:
+    ws = open_(tmp_path, "dpo.reference=stage")
+    commit_data(ws, pairs(SUMS[:16]))
+    ws.stage_dir(1, "reference").mkdir(parents=True)
+    manifest.write(ws, Manifest(1, "reference", 0, outputs=(), made_from={"given_up": "GPU on fire"}))
+    with pytest.raises(UnusableData, match=r"reference of round 1 was given up \(GPU on fire\).*dpo.reference to pass"):
+        trained(ws)
 
 
 def test_every_rounds_weights_are_a_plain_folder_and_are_kept_s8(tmp_path: Path) -> None:

@@ -145,8 +145,8 @@ def read(run: TrainRun, rewarded: Callable[[Rollouts], Rollouts] = lambda rollou
     if rollouts.weights_hash != run.start.hash:
         raise UnusableData(
             f"round {run.round} was sampled with weights {rollouts.weights_hash[:16]}, but training begins with "
-            f"{run.start.hash[:16]} ({run.start.adapter or run.start.base}). Sample again: remove the round's sample "
-            "and grade folders and launch."
+            f"{run.start.hash[:16]} ({run.start.adapter or run.start.base}). Sample again: remove the round's folders "
+            "of what was sampled and graded, and launch."
         )
     rollouts = rewarded(rollouts)
     return rollouts.without_equal_groups() if options_of(run).drop_equal_groups else rollouts
