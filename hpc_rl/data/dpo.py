@@ -97,6 +97,9 @@ class Known:
         assert self._keys is None, "complete before it is used"
         self._added.append(np.array(keys, np.uint64))
 
+    def __bool__(self) -> bool:
+        return bool(self._added) or (self._keys is not None and len(self._keys) > 0)
+
     def __contains__(self, key: int) -> bool:
         import numpy as np
 
@@ -166,7 +169,7 @@ class Pairing:
             (one, other)
             for key, one in rights.items()
             for other_key, other in wrongs.items()
-            if other_key not in rights and key_of(prompt, key, other_key) not in self._known
+            if other_key not in rights and not (self._known and key_of(prompt, key, other_key) in self._known)
         ]
         self.counts["duplicates"] += len(right) * len(attempts.wrong) - len(candidates)
         if len(candidates) > self._most:
