@@ -27,6 +27,8 @@ log = logging.getLogger("hpc_rl")
 
 AT_ONCE = 16
 """Row groups in memory: enough attempts to keep the teacher busy."""
+MOST_BYTES = 128 * 2**20
+"""Their size, as long as it is more than one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,10 +158,18 @@ class _Tally:
 
 
 def _pieces(file: Any) -> Iterator[Any]:
-    """Tables of a shard's attempts, some row groups each."""
-    groups = range(file.num_row_groups)
-    for first in groups[::AT_ONCE]:
-        yield file.read_row_groups(list(groups[first : first + AT_ONCE]))
+    """Tables of a shard's attempts, some row groups each: of long attempts fewer."""
+    groups: list[int] = []
+    size = 0
+    for group in range(file.num_row_groups):
+        more = file.metadata.row_group(group).total_byte_size
+        if groups and (len(groups) == AT_ONCE or size + more > MOST_BYTES):
+            yield file.read_row_groups(groups)
+            groups, size = [], 0
+        groups.append(group)
+        size += more
+    if groups:
+        yield file.read_row_groups(groups)
 
 
 def _graded(table: Any, tally: _Tally, grader: Grader) -> tuple[Any, list[Grade]]:

@@ -188,7 +188,7 @@ def test_pieces_of_a_shard_give_what_the_whole_gives(
     publish_attempts(
         ws, 1, {id: [f"{text} fine" if id == "q000003" else text for text in said] for id, said in SAID.items()}
     )
-    monkeypatch.setattr(grade, "AT_ONCE", 1)
+    monkeypatch.setattr(grade, "MOST_BYTES", 1)
     assert grade.main(arguments(ws)) == 0
     assert pq.ParquetFile(manifest.read(ws, 1, "grade", 1).path("graded.parquet")).num_row_groups > 1
     assert {id: [one.reward for one in some] for id, some in graded(ws).items()} == {
