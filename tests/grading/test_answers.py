@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_rl.grading import answers
+from hpc_rl.grading import formulas
 from hpc_rl.grading.answers import Checker, Verdict
 from hpc_rl.grading.extraction import answer_of
 
@@ -107,7 +107,7 @@ def test_a_reference_says_whether_answers_to_it_can_be_checked() -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "LIMIT_S", 0.1)
+    monkeypatch.setattr(formulas, "LIMIT_S", 0.1)
 
 
 HOSTILE = [
@@ -162,7 +162,7 @@ def test_the_time_limit_gives_back_somebody_elses_alarm() -> None:
 
 def test_in_another_thread_there_is_no_time_limit_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
     """`--executor debug` runs job bodies in threads, and signals come to the main one only."""
-    answers._say_that_there_is_no_limit.cache_clear()
+    formulas._say_that_there_is_no_limit.cache_clear()
     said: list[object] = []
 
     def check() -> None:
