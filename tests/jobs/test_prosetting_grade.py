@@ -87,8 +87,8 @@ SAID = {
 }
 
 
-def test_the_rule_grades_and_results_have_zones_s2_s4(new_run: Callable[..., Workspace]) -> None:
-    """S2, S4: a judge is never asked, so what the rule cannot say is wrong; an attempt that is cut off is, too."""
+def test_the_rule_grades_and_results_have_zones_s2_s4_s18(new_run: Callable[..., Workspace]) -> None:
+    """S2, S4, S18: a judge is never asked, so what the rule cannot say is wrong; what is cut off is, too."""
     ws = new_run(*ALONE)
     publish_pool(ws, 0, POOL)
     publish_attempts(ws, 1, SAID, cut_off=[("q000005", 1)], refused=[("q000002", 3)])
@@ -109,6 +109,8 @@ def test_the_rule_grades_and_results_have_zones_s2_s4(new_run: Callable[..., Wor
         16, 15, 7, 8, 0, 1
     ]  # fmt: skip
     assert [total(ws, f"zone_{zone}") for zone in ("mastered", "learning", "too_hard", "ungraded")] == [1, 2, 1, 1]
+    rewards = [manifest.read(ws, 1, "grade", shard).metrics["mean_reward"] for shard in range(3)]
+    assert rewards == [0.75, pytest.approx(4 / 7, abs=1e-6), 0.0], "of the shards with one, two and two questions"
 
 
 def test_what_is_passed_through_is_as_it_was_sampled_and_can_be_trained_on(new_run: Callable[..., Workspace]) -> None:
@@ -249,6 +251,7 @@ def test_pairs_lie_in_datasets_by_split_and_can_be_trained_on_s5_s16(new_run: Ca
         "pairs_train": 5, "pairs_validation": 1, "pairs_new": 6, "questions_with_pairs": 3, "duplicates": 4,
         "too_many": 1, "no_reference_solution": 1, "wrong_reference_solution": 2, "control_tokens": 0,
     }  # fmt: skip
+    assert list((ws.tb_dir / "run").glob("*.dpo_data-01")), "S18: numbers of pairs are a curve of the run"
     info = json.loads((folder / "dataset_info.json").read_text())
     assert info["counts"]["pairs_train"] == 5 and info["rounds"] == {"train": [1], "validation": [1]}
 
