@@ -23,6 +23,7 @@ from hpc_rl.cluster.rendezvous import rank_environment
 from hpc_rl.config.schema import Config
 from hpc_rl.config.services import ServiceConfig
 from hpc_rl.orchestrate import gate
+from hpc_rl.orchestrate.graph import ADVANCE
 from hpc_rl.orchestrate.job import Job, load, open_job
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def serve_by_hand(argv: Sequence[str]) -> int:
     parser.add_argument("--service", required=True, choices=list(SERVICES), help="what to serve")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
-    return serve(load(arguments.workspace, arguments.round, "evaluate"), arguments.service)
+    return serve(load(arguments.workspace, arguments.round, ADVANCE), arguments.service)
 
 
 def never() -> bool:
