@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from hpc_rl import config as configs
 from hpc_rl.config.prosetting import ProSettingConfig
 from hpc_rl.data.questions import Question, write_questions
+from hpc_rl.grading.samples import read_samples
 from hpc_rl.orchestrate.job import load
 from hpc_rl.orchestrate.start import open_run
 from hpc_rl.run import manifest
@@ -76,6 +77,16 @@ def collect(ws: Workspace, sums: Sequence[tiny_sums.Sum], round: int = 1) -> Non
         write_questions(path, questions)
         shard.commit([path], made_from={})
     assert sample.main(["--workspace", str(ws.root), "--round", str(round), "--stage", "collect"]) == 0
+
+
+def grade_by_rule(ws: Workspace, sums: Sequence[tiny_sums.Sum], round: int = 1) -> None:
+    """Commit the attempts at sums, as they are right or wrong."""
+    worth: dict[int, dict[int, float]] = {}
+    for made in manifest.Manifests(ws, round, "collect", load(ws.root, round, "collect").stage.shards):
+        for one in read_samples(made.path("samples.parquet")):
+            right = float(one.text == tiny_sums.answer(sums[one.group]))
+            worth.setdefault(one.group, {})[one.attempt] = right
+    grade(ws, {group: [of[attempt] for attempt in sorted(of)] for group, of in worth.items()}, round)
 
 
 def grade(ws: Workspace, worth: Mapping[int, Sequence[float | None]], round: int = 1) -> None:

@@ -22,7 +22,7 @@ from hpc_rl.training.errors import UnusableData
 from hpc_rl.training.validation import measured
 from jobs import reference
 from tests.training.on_policy import Trained, noting
-from tests.training.solver_run import collect, commit_data, grade, open_, pairs, trained
+from tests.training.solver_run import collect, commit_data, grade, grade_by_rule, open_, pairs, trained
 from tools import tiny_chat_model, tiny_sums
 
 SUMS = tiny_sums.sums()[0]
@@ -104,6 +104,21 @@ def test_the_on_policy_backend_learns_from_the_graded_attempts_s10(tmp_path: Pat
     assert made.metrics["used_samples"] == 7 and made.metrics["mean_reward"] == pytest.approx(3 / 11)
     assert seen.grad_norms[0] > 1e-2 and made.made_from["weights_out"] != made.made_from["weights"]
     assert other[0].losses == pytest.approx(seen.losses, abs=1e-6)
+
+
+def test_attempts_of_a_round_lift_the_solver_s10(tmp_path: Path) -> None:
+    """Sums that it was not asked about, after six epochs over the attempts at 60 others."""
+    small = ("learning_rate=1e-4", "epochs=6", "per_device_batch_size=64", "gradient_accumulation_steps=1")
+    betas = ("adam_betas=[0.9, 0.999]", "weight_decay=0")
+    ws = open_(
+        tmp_path, "backend=rloo", "sample.samples_per_prompt=8", *(f"rloo.{one}" for one in (*small, *betas))
+    )  # fmt: skip
+    collect(ws, SUMS[:60])
+    grade_by_rule(ws, SUMS[:60])
+    trained(ws)
+    others, models = tiny_sums.sums()[1], ("models/tiny-solver", ws.checkpoint_dir("solver", 1))
+    before, after = (tiny_sums.accuracy(AutoModelForCausalLM.from_pretrained(one), others) for one in models)
+    assert before < 0.2 and after > 0.35, (before, after)
 
 
 def test_the_question_generator_learns_variants_by_their_weight_s17(tmp_path: Path) -> None:
