@@ -6,7 +6,8 @@
 
 Rounds before `train_start_round` only collect data. With `backend: rloo` the solver is trained on the graded attempts
 themselves. With a `generator`, `train_generator` teaches a model to write questions. With `dpo.reference: stage` (or
-RLOO's, with a `beta`) a stage of its own scores the data under the solver of the round's start.
+RLOO's, with a `beta`) a stage of its own scores the data under the reference: the solver of the round's start (S6), or,
+for RLOO, that of the run's.
 
 grade and enhance ask a teacher: an endpoint that `services` names, or a service of their own.
 """
