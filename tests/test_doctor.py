@@ -130,6 +130,28 @@ def test_quick_does_not_read_large_files(ask: Ask, tmp_path: Path, monkeypatch: 
     assert not of(quick, "paths", "problem") and of(thorough, "paths", "problem")
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_what_is_missing_beside_a_large_file_is_found(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: bool
+) -> None:
+    monkeypatch.setattr(paths, "QUICKLY_READ_BYTES", 10)
+    gone = f"questions.held_out_file={tmp_path}/gone.json"
+    found = ask(gone, "services.teacher={engine: vllm, rules: null}", quick=quick)
+    said = of(found, "paths", "problem")
+    assert any("questions.held_out_file" in what and "gone.json" in what for what in said)
+    assert any("services.teacher: nobody to ask" in what for what in said)
+
+
+def test_a_run_whose_round_0_is_done_needs_no_question_file_any_more(ask: Ask, config: Path, tmp_path: Path) -> None:
+    run = open_run(configs.load(config, [], {}, cwd=tmp_path), config)
+    (tmp_path / "questions.json").write_text('[{"question": "a?"}]')
+    assert of(ask(), "paths", "problem")
+    manifest.write(run.ws, Manifest(0, "pool", 0, ()))
+    assert not of(ask(), "paths", "problem")
+    (tmp_path / "questions.json").unlink()
+    assert not of(ask(), "paths", "problem")
+
+
 def test_the_page_says_what_to_do(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main([str(config), "--quick", "--set", "solver.path=nowhere"]) == 1
     shown = capsys.readouterr().out
@@ -170,16 +192,18 @@ def test_a_file_system_that_refuses_is_a_finding_and_no_traceback(ask: Ask, tmp_
 def test_room_is_estimated_from_models_samples_and_the_rounds_to_come(config: Path) -> None:
     weights = weights_bytes(ROOT / "models" / "tiny-solver")
     assert weights > 100_000
-    samples = 3 * 20 * 8 * 100 * 24  # rounds × questions × attempts × tokens × bytes
+    samples = (20 + 24 + 28) * 8 * 100 * 24  # questions, which grow by what is replayed, × attempts × tokens × bytes
     need = estimate(subject_of(config))
     assert (need.kept, need.passing) == (2 * weights + samples, CHECKPOINT * weights), "rounds 2 and 3 train"
+    capped = estimate(subject_of(config, "pool.max_questions=10"))
+    assert capped.kept == 2 * weights + (20 + 10 + 10) * 8 * 100 * 24, "round 1 has all questions of the file"
     adapter = estimate(subject_of(config, "solver.lora={r: 8}"))
     assert adapter.passing < need.passing / 5 and adapter.kept < need.kept
     run = open_run(configs.load(config, [], {}, cwd=config.parent), config)
     for stage in run.graph.of_round(3):
         for shard in range(stage.shards if stage.has_work else 0):
             manifest.write(run.ws, Manifest(3, stage.name, shard, ()))
-    assert estimate(subject_of(config)).kept == weights + samples * 2 // 3, "what is done takes no more room"
+    assert estimate(subject_of(config)).kept == weights + samples * 44 // 72, "what is done takes no more room"
 
 
 def test_too_little_room_for_a_round_is_a_problem_and_for_the_run_a_warning(ask: Ask, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def check(
     places
         `Loaded.places`, so that a problem says which line set the field.
     inside_files
-        False: leave out what only the recipe knows of, which may be a look at every row of a large file.
+        False: of the recipe's own files only whether they are there, not every row of a large one.
     """
     executor = config.cluster.executor
     if executor == "auto":
@@ -45,7 +45,7 @@ def check(
         *_check_services(config),
         *_check_models(config),
         *_check_trainings(config),
-        *(config.file_problems() if inside_files else ()),
+        *config.file_problems(rows=inside_files),
     ]
     return [replace(problem, where=problem.where or places.get(problem.field, "")) for problem in problems]
 

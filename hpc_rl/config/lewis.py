@@ -168,11 +168,11 @@ class LewisConfig(SamplingRecipeConfig):
         """The listener where somebody else serves it."""
         return () if self.services.listener.client.url is None else ("listener",)
 
-    def prompts_per_round(self, look: bool) -> int | None:
+    def prompts_in(self, round: int, look: bool) -> int | None:
         """As `sample` says."""
         return self.sample.prompts_per_round
 
-    def file_problems(self) -> Iterator[Problem]:
+    def file_problems(self, rows: bool = True) -> Iterator[Problem]:
         """The images, and the model that measures how alike they are."""
         from hpc_rl.config.check_images import check_images
         from hpc_rl.config.checks import check_model

@@ -87,6 +87,14 @@ class GradeConfig(Section):
     judge: Literal["unsure", "not_right", "never"] = "unsure"
     """Which attempts the teacher judges: those that the rule cannot decide, all that it does not call right, or none;
     then those that it cannot decide count as wrong."""
+    check_references: bool = True
+    """Ask the teacher about the reference answers of questions that no attempt solved (S4). Those that it finds wrong
+    are in no pair and leave the pool."""
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the stage asks `services.teacher` anything."""
+        return self.judge != "never" or self.check_references
 
 
 class PairsConfig(Section):
@@ -109,9 +117,6 @@ class EnhanceConfig(Section):
     """Its longest answer, in tokens."""
     failures_shown: NonNegativeInt = 3
     """Wrong attempts that it sees of a question that is still being learned."""
-    check_references: bool = True
-    """Ask it about the reference answers of questions that no attempt solved (S4); those it finds wrong leave the
-    pool."""
 
 
 class PoolConfig(Section):
@@ -120,7 +125,8 @@ class PoolConfig(Section):
     replay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Share of the other questions that come again, at random."""
     max_questions: PositiveInt | None = None
-    """Most questions of a round: replayed ones go first, then failed ones, then enhanced ones. null = no limit."""
+    """Most questions of a round after the first, which has all of the file: replayed ones are left out first, then
+    failed ones, then enhanced ones. null = no limit."""
 
 
 class GeneratorConfig(TrainedModelConfig):
@@ -208,36 +214,59 @@ class ProSettingConfig(SamplingRecipeConfig):
         """The section of the backend."""
         return self.dpo if self.backend == "dpo" else self.rloo
 
-    def prompts_per_round(self, look: bool) -> int | None:
-        """The questions of the file: a pool is seldom larger."""
+    @property
+    def service_stages(self) -> frozenset[str]:
+        """grade has a teacher where one judges; enhance has the one that writes."""
+        judged = ("grade.teacher",) if self.grade.judge != "never" else ()
+        return frozenset({*judged, f"enhance.{self.enhance.teacher}"})
+
+    def prompts_in(self, round: int, look: bool) -> int | None:
+        """Round 1 has the file's questions. Later ones have at most a variant of each, and what is replayed besides."""
         from hpc_rl.data.question_files import QuestionFileError, iter_rows
 
-        if self.pool.max_questions is not None or not look:
-            return self.pool.max_questions
+        most = self.pool.max_questions
+        if not look:
+            return most
         try:
-            return sum(1 for _ in iter_rows(self.questions.file))
+            first = sum(1 for _ in iter_rows(self.questions.file))
         except QuestionFileError:  # `file_problems` says why
-            return None
+            return most
+        grown = int(first * (1 + self.pool.replay_fraction) ** (round - 1))
+        return grown if most is None or round == 1 else min(grown, most)
 
     def stage_extras(self, name: str) -> tuple[str, ...]:
         """Math answers are compared by a library; teachers are asked by one."""
         compares = self.grade.answers == "math" and name in ("grade", "dpo_data", "enhance", "evaluate")
-        asks = name == "enhance" or (name == "grade" and self.grade.judge != "never")
+        asks = any(stage.startswith(f"{name}.") for stage in self.service_stages)
         return (*(("solve",) if compares else ()), *(("teacher",) if asks else ()))
 
-    def file_problems(self) -> Iterator[Problem]:
-        """Question files that cannot be read, row by row (S15); teachers that are asked and are nowhere."""
-        from hpc_rl.data.question_files import check_files
+    def file_problems(self, rows: bool = True) -> Iterator[Problem]:
+        """Question files that cannot be read, row by row (S15); teachers that are asked and are nowhere.
 
-        yield from check_files(self.questions)
-        asked = {"teacher": self.grade.judge != "never", self.enhance.teacher: True}
-        for name in (name for name, is_asked in asked.items() if is_asked):
+        Once round 0 has taken the questions over, nobody reads the files any more: the run goes on without them.
+        """
+        from hpc_rl.data.question_files import check_files, check_there
+        from hpc_rl.run import manifest
+        from hpc_rl.run.workspace import Workspace
+
+        if not manifest.done_shards(Workspace(self.run.workspace), 0, "pool"):
+            yield from check_files(self.questions) if rows else check_there(self.questions)
+        for name in sorted({stage.partition(".")[2] for stage in self.service_stages}):
             options = self.services.teacher if name == "teacher" else self.services.enhancer
             if options.client.url is None and options.served_model is None:
                 what = "nobody to ask: neither client.url nor model is set"
                 by = "TEACHER_BASE_URL, or " if name == "teacher" else ""
                 way_out = f"{by}services.{name}.client.url: an OpenAI-compatible endpoint; or services.{name}.model"
                 yield Problem(f"services.{name}", what, "an endpoint, or a model to serve", way_out)
+
+    def notes(self) -> Iterator[str]:
+        """A solver that is never trained."""
+        yield from super().notes()
+        if self.train_start_round > self.run.rounds:
+            yield (
+                f"train_start_round is {self.train_start_round} and run.rounds {self.run.rounds}: "
+                "the solver is never trained, data is all that is collected"
+            )
 
     def faults(self) -> Iterator[Fault]:
         """Rollouts that RLOO's trainer would draw by itself; steps that cut a group in two."""

@@ -27,8 +27,8 @@ class SamplingRecipeConfig(Config):
         engine: Engine = self.evaluate.engine or self.sample.engine
         return engine
 
-    def prompts_per_round(self, look: bool) -> int | None:
-        """How many prompts a round samples, about; None where the config does not tell, or with `look` its files."""
+    def prompts_in(self, round: int, look: bool) -> int | None:
+        """How many prompts a round samples, at most; None where the config does not tell, or with `look` its files."""
         return None
 
     def faults(self) -> Iterator[Fault]:

@@ -257,8 +257,16 @@ class Config(Section):
         """Fields with a model that this run does not load, because somebody else serves it."""
         return ()
 
-    def file_problems(self) -> Iterator[Problem]:
-        """What stands in the way in files that only the recipe knows of; looked at before anything is submitted."""
+    @property
+    def service_stages(self) -> Collection[str]:
+        """Names of the stages that serve another one (`grade.listener`), of services that the run asks."""
+        return [name for name in self.stages if "." in name]
+
+    def file_problems(self, rows: bool = True) -> Iterator[Problem]:
+        """What stands in the way that only the recipe knows of, in files above all; looked at before any submission.
+
+        Without `rows` nothing is read that may be large: only whether it is there.
+        """
         yield from ()
 
     def stage_extras(self, name: str) -> tuple[str, ...]:
@@ -317,7 +325,7 @@ class Config(Section):
                     f"at least {needed_min} min",
                     f"raise time_min, or lower {field}.signal_delay_s",
                 )
-        yield from self.services.placement_faults(self.stages)
+        yield from self.services.placement_faults(self.stages, self.service_stages)
         if self.stage_names is not None:
             yield from self._shape_faults()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -236,10 +236,13 @@ class ServicesConfig(Section):
         assert isinstance(options, ServiceConfig), name
         return options
 
-    def placement_faults(self, stages: Mapping[str, StageConfig]) -> Iterator[Fault]:
-        """What a heterogeneous job of a consumer and its service cannot have; `grade.listener` serves `grade`."""
+    def placement_faults(self, stages: Mapping[str, StageConfig], serving: Collection[str]) -> Iterator[Fault]:
+        """What a heterogeneous job of a consumer and its service cannot have; `grade.listener` serves `grade`.
+
+        Only the stages that are `serving` are looked at: the others are no part of the run.
+        """
         for stage, own in stages.items():
-            consumer, _, name = stage.rpartition(".")
+            consumer, _, name = stage.rpartition(".") if stage in serving else ("", "", "")
             options = getattr(self, name, None) if consumer in stages else None
             if not isinstance(options, ServiceConfig) or options.placement == "job" or options.client.url:
                 continue

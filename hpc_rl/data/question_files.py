@@ -140,6 +140,16 @@ def check_files(questions: QuestionsConfig) -> Iterator[Problem]:
     yield from look_through(questions)[1]
 
 
+def check_there(questions: QuestionsConfig) -> Iterator[Problem]:
+    """Files that are missing, cannot be opened or are no text: whatever is seen without reading their rows."""
+    for field, path in (("questions.file", questions.file), ("questions.held_out_file", questions.held_out_file)):
+        try:
+            if path is not None:
+                next(iter_rows(path), None)
+        except QuestionFileError as error:
+            yield Problem(field, str(error), way_out="correct the path or the file")
+
+
 def look_through(questions: QuestionsConfig) -> tuple[list[QuestionFile], list[Problem]]:
     """What the files have in them, the held-out one last if there is one; and every reason not to begin with that."""
     files: list[QuestionFile] = []

@@ -69,9 +69,10 @@ def estimate(subject: Subject) -> Need:
             weights = weights_bytes(model.path)
             kept += rounds * (_adapter_bytes(model, weights) if model.lora else weights)
             passing = max(passing, CHECKPOINT * (_adapter_bytes(model, weights) if model.lora else weights))
-    if isinstance(config, SamplingRecipeConfig) and (prompts := config.prompts_per_round(look=not subject.quick)):
+    if isinstance(config, SamplingRecipeConfig):
         sample = config.sample
-        kept += len(open_rounds) * prompts * sample.samples_per_prompt * sample.max_tokens * BYTES_PER_TOKEN
+        prompts = sum(config.prompts_in(round, look=not subject.quick) or 0 for round in sorted(open_rounds))
+        kept += prompts * sample.samples_per_prompt * sample.max_tokens * BYTES_PER_TOKEN
     return Need(kept // max(1, len(open_rounds)), kept, passing)
 
 

@@ -31,9 +31,9 @@ def paths(subject: Subject) -> Iterator[Finding]:
         if isinstance(section, ModelConfig) and f"{name}.path" not in wrong and name not in config.models_elsewhere():
             yield Finding(AREA, "ok", f"{name}.path: {section.path}, weights of {size(weights_bytes(section.path))}")
     for path in files:
-        read = "there; its rows are read without --quick" if too_large else "read"
+        later = "; its rows are read without --quick" if too_large else ""
         if not any(str(path) in problem.what for problem in problems):
-            yield Finding(AREA, "ok", f"{path}: {size(path.stat().st_size)}, {read}")
+            yield Finding(AREA, "ok", f"{path}: {size(path.stat().st_size)}{later}")
 
 
 def weights_bytes(folder: str | Path) -> int:

@@ -182,6 +182,30 @@ def test_a_program_without_slash_is_left_to_the_path(small: Load) -> None:
     assert python is not None and python.startswith("/") and python.endswith("/envs/a/bin/python")
 
 
+def test_a_heterogeneous_job_is_looked_at_where_the_run_has_it(tmp_path: Path) -> None:
+    base = "recipe: prosetting\nrun: {name: a}\nsolver: {path: m}\nquestions: {file: q.json}\n"
+    (tmp_path / "run.yaml").write_text(base + "stages: {grade: {tasks: 2}, enhance: {tasks: 2}}\n")
+    together = ("services.teacher.placement=hetjob", "services.teacher.model=m", "services.enhancer.client.url=http://e")
+
+    def faults(*more: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load("run.yaml", [*together, *more], env={}, cwd=tmp_path)
+        return str(caught.value)
+
+    both = faults()
+    assert "grade and grade.teacher are one job" in both and "enhance and enhance.teacher are one job" in both
+    assert "enhance.enhancer" not in both
+    assert "enhance.teacher" not in faults("enhance.teacher=enhancer")
+
+
+def test_a_solver_that_is_never_trained_is_noted(tmp_path: Path) -> None:
+    base = "recipe: prosetting\nrun: {name: a, rounds: 2}\nsolver: {path: m}\nquestions: {file: q.json}\n"
+    (tmp_path / "run.yaml").write_text(base)
+    (note,) = load_with_places("run.yaml", env={}, cwd=tmp_path).notes
+    assert "train_start_round is 3 and run.rounds 2" in note
+    assert load_with_places("run.yaml", ["run.rounds=3"], env={}, cwd=tmp_path).notes == ()
+
+
 def test_the_workspace_is_named_after_the_run(small: Load, tmp_path: Path) -> None:
     assert small().run.workspace == tmp_path / "runs" / "small"
 
