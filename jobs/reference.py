@@ -1,7 +1,8 @@
-"""Job body of the reference stage: log-probabilities of a shard's units under the model that training is measured to.
+"""Job body of the reference stage: log-probabilities of a round's units under the model that training is measured to.
 
-Each shard of the data that the round trains on becomes `reference.parquet`: `unit_id` and `logprobs`, of a sample one
-for each sampled token, of a pair the sums over its chosen and its rejected completion.
+A shard scores the data's shard of the same number, or, where the data has another number of shards, a share of all
+units in their order. It becomes `reference.parquet`: `unit_id` and `logprobs`, of a sample one for each sampled token,
+of a pair the sums over its chosen and its rejected completion.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpc_rl import recipes
 from hpc_rl.orchestrate.job import Job, Shard, open_job
+from hpc_rl.run.manifest import StoredManifest
 from hpc_rl.training.task import TrainTask
 
 if TYPE_CHECKING:
+    from hpc_rl.training.algorithms import Scored
+    from hpc_rl.training.data.units import Units
     from hpc_rl.training.logprobs import Loaded
     from hpc_rl.training.run import TrainRun
 
@@ -36,10 +41,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     check_gpus(job.config, job.stage.name)
     with Leaving() as leaving, ExitStack() as block:
-        model: Loaded | None = None  # loaded with the first shard that has anything to score, for all of this task's
+        kept = _Kept(block)
         for shard in job.shards():
-            model = _score(_run(job, task, shard, leaving), shard, model, block)
+            _score(_run(job, task, shard, leaving), shard, kept)
     return 0
+
+
+@dataclass
+class _Kept:
+    """What a task keeps for all of its shards.
+
+    Attributes
+    ----------
+    block
+        What is to end with the task.
+    model
+        Loaded in `block` with the first shard that has anything to score.
+    every
+        All units of the round, read with the first shard that scores a share of them.
+    """
+
+    block: ExitStack
+    model: Loaded | None = None
+    every: Units[Any] | None = None
 
 
 def _task(job: Job) -> TrainTask:
@@ -72,40 +96,48 @@ def _run(job: Job, task: TrainTask, shard: Shard, leaving: Any) -> TrainRun:
     return TrainRun(job, task, World(), leaving, start, places, shard.progress, shard.still_ours)
 
 
-def _score(run: TrainRun, shard: Shard, model: Loaded | None, block: ExitStack) -> Loaded | None:
-    """Score a shard, and commit it; one without anything to train on has an output without rows.
-
-    Returns
-    -------
-    Loaded or None
-        The model to score the next shard with: the given one, or one that was loaded in `block`.
-    """
+def _score(run: TrainRun, shard: Shard, kept: _Kept) -> None:
+    """Score a shard, and commit it; one without anything to train on has an output without rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from hpc_rl.training import algorithms, logprobs
     from hpc_rl.training.errors import NothingToLearn
 
-    algorithm, data, began = algorithms.load_scored(run.task.algorithm), run.task.data, time.monotonic()
-    assert data is not None, "what is scored is what is trained on"
+    algorithm, began = algorithms.load_scored(run.task.algorithm), time.monotonic()
     weights = algorithm.reference_weights(run)
     rows: dict[str, Any] = {}
-    made = run.job.input(data.stage.round, data.stage.name, shard.index)
-    files = [data.file, *([run.task.validation] if run.task.validation else [])]
     try:
-        scoring = algorithm.scoring(run, [made.path(file) for file in files])
+        units = _units(run, shard, kept, algorithm)
     except NothingToLearn as nothing:
         log.info("shard %d: %s", shard.index, nothing)
     else:
-        shard.progress(0, len(scoring.units))
-        model = model or block.enter_context(logprobs.load(run, weights, scoring))
-        for _, ids, values in logprobs.score(model, scoring):
-            rows.update(zip(ids, values, strict=True))
+        shard.progress(0, len(units))
+        if len(units):
+            scoring = algorithm.scoring(run, units)
+            kept.model = kept.model or kept.block.enter_context(logprobs.load(run, weights, scoring))
+            for _, ids, values in logprobs.score(kept.model, scoring):
+                rows.update(zip(ids, values, strict=True))
     path = shard.output("reference.parquet")
     pq.write_table(pa.table([list(rows), list(rows.values())], schema=_schema(pa)), path)
     seconds = {"seconds": round(time.monotonic() - began, 2)}
     shard.commit([path], made_from={"weights": weights.hash}, metrics={"units": len(rows), **seconds})
-    return model
+
+
+def _units(run: TrainRun, shard: Shard, kept: _Kept, algorithm: Scored) -> Units[Any]:
+    """What a shard is to score."""
+    data, job = run.task.data, run.job
+    assert data is not None, "what is scored is what is trained on"
+    names = [data.file, *([run.task.validation] if run.task.validation else [])]
+
+    def files(every: Iterable[StoredManifest]) -> Iterator[Path]:
+        return (made.path(name) for made in every for name in names)
+
+    if job.graph[data.stage].shards == job.stage.shards:
+        return algorithm.units_of(run, files([job.input(data.stage.round, data.stage.name, shard.index)]))
+    if kept.every is None:
+        kept.every = algorithm.units_of(run, files(job.inputs(data.stage.round, data.stage.name)))
+    return kept.every.part(shard.index, job.stage.shards)
 
 
 def _schema(pa: Any) -> Any:

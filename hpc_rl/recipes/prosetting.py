@@ -97,10 +97,8 @@ def _training(config: ProSettingConfig, round: int) -> Iterable[Stage]:
     data = StageId(round, "grade" if config.backend == "rloo" else "dpo_data")
     needs = (data, *weights)
     if _has_reference_stage(config):
-        shards = config.sample.shards if config.backend == "rloo" else 1
-        yield reference.stage(
-            data, *weights, shards=shards, settings=config.training, section=config.backend, optional=True
-        )
+        shards, settings = config.sample.shards, config.training
+        yield reference.stage(data, *weights, shards=shards, settings=settings, section=config.backend, optional=True)
         needs = (*needs, StageId(round, reference.NAME))
     yield training_stage(train, needs, config.training, config.backend, optional=True)
     yield evaluation_stage(config, StageId(round, "evaluate"), f"{BODIES}.evaluate", (StageId(0, "pool"), train))

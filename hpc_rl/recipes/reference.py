@@ -25,7 +25,9 @@ def stage(
     Parameters
     ----------
     of
-        Whose output is trained on; `shards` is how many it has.
+        Whose output is trained on.
+    shards
+        Into how many the work is divided. As many as `of` has: each scores one of its; otherwise a share of all units.
     also
         What made the reference's weights, if a stage did that `of` does not need itself.
     settings, section

@@ -173,5 +173,6 @@ def test_a_shard_without_anything_to_train_on_has_an_output_without_rows(
 @pytest.mark.parametrize("name", ["grpo", "rloo", "dpo", "joint"])
 def test_an_algorithm_whose_config_names_a_reference_stage_can_be_scored_by_it(name: str) -> None:
     scored = algorithms.load_scored(name)
+    assert callable(scored.units_of)
     assert callable(scored.scoring)
     assert callable(scored.reference_weights)

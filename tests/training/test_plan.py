@@ -147,6 +147,18 @@ def test_of_more_steps_than_units_some_have_fillers_only() -> None:
                 assert item.weight == step.rows(number)[rank] and step.share(rank, number) == 4 * item.weight
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=12), st.integers(1, 15))
+def test_parts_of_units_are_all_of_them_in_order_and_split_no_group(sizes: list[int], parts: int) -> None:
+    units = units_of(sizes)
+    found = [units.part(number, parts) for number in range(parts)]
+    assert [unit for part in found for unit in part.rows(slice(None))] == units.rows(slice(None))
+    assert [size for part in found for size in np.diff(part.starts)] == sizes
+    groups = [len(part.starts) - 1 for part in found]
+    assert max(groups) - min(groups) <= 1
+    assert all(part.starts[0] == 0 and part.starts[-1] == len(part) for part in found)
+
+
 def test_a_plan_in_order_goes_through_all_units_once() -> None:
     made = plan.in_order(units_of([2, 3, 2]), Shape(2, 1, 2))
     assert [item.place for step in made for item in step.items] == list(range(7)) and len(made) == 2

@@ -6,8 +6,10 @@ import logging
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -15,9 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from hpc_rl.config.modeling import TrainedModelConfig
 from hpc_rl.engines.weights import Role, weights_hash, weights_of
+from hpc_rl.orchestrate.giving_up import give_up
+from hpc_rl.orchestrate.job import load
 from hpc_rl.run import manifest
 from hpc_rl.run.manifest import Manifest
 from hpc_rl.teachers import enhancing
+from hpc_rl.training import logprobs
 from hpc_rl.training.errors import UnusableData
 from hpc_rl.training.validation import measured
 from jobs import reference
@@ -51,6 +56,8 @@ def test_the_references_stage_and_the_trainer_give_pairs_the_same_losses_s6(tmp_
         commit_data(ws, pairs(SUMS[20:40], 2), pairs(SUMS[40:47]), round=2)
         if name == "stage":
             assert reference.main(["--workspace", str(ws.root), "--round", "2"]) == 0
+            scored = manifest.Manifests(ws, 2, "reference", 5)
+            assert [one.metrics["units"] for one in scored] == [5, 5, 6, 5, 6], "a share of the pairs each"
         with noting() as seen:
             made = trained(ws, 2)
         found.append((seen, made))
@@ -59,6 +66,47 @@ def test_the_references_stage_and_the_trainer_give_pairs_the_same_losses_s6(tmp_
     for other, made in found[1:]:
         assert other.losses == pytest.approx(first.losses, abs=1e-6)
         assert made.metrics["validation_loss"] == pytest.approx(found[0][1].metrics["validation_loss"], abs=1e-6)
+
+
+def test_shards_of_the_reference_share_a_file_of_pairs_and_are_killed_one_by_one_s6(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the data's order; one that was killed is done again, those before it are not. More shards than pairs will
+    do."""
+    asked: list[int] = []
+    whole, at = logprobs.pairs, 2
+
+    def dies(model: Any, batch: Any) -> Any:
+        asked.append(len(batch["input_ids"]) // 2)
+        if len(asked) > at:
+            raise KeyboardInterrupt
+        return whole(model, batch)
+
+    monkeypatch.setattr(logprobs, "pairs", dies)
+    found: list[dict[str, list[float]]] = []
+    for shards in (5, 9, 1):
+        ws = open_(tmp_path / str(shards), "dpo.reference=stage", f"sample.shards={shards}")
+        commit_data(ws, pairs(SUMS[:5]), pairs(SUMS[5:7]))
+        command = ["--workspace", str(ws.root), "--round", "1"]
+        if shards == 5:
+            with pytest.raises(KeyboardInterrupt):
+                reference.main(command)
+            assert manifest.done_shards(ws, 1, "reference") == {0, 1}
+            at = 100
+            asked.clear()
+        assert reference.main(command) == 0
+        if shards == 5:
+            assert asked == [2, 1, 2], "the first two are there"
+        tables = [
+            pq.read_table(made.path("reference.parquet")) for made in manifest.Manifests(ws, 1, "reference", shards)
+        ]
+        assert [len(table) for table in tables] == [(n + 1) * 7 // shards - n * 7 // shards for n in range(shards)]
+        rows = [row for table in tables for row in table.to_pylist()]
+        found.append({row["unit_id"]: row["logprobs"] for row in rows})
+    assert list(found[0]) == list(found[1]) == list(found[2]) == [row["pair_id"] for row in pairs(SUMS[:7])]
+    values = [np.array(list(one.values())) for one in found]
+    assert values[0].shape == (7, 2) and (values[0] < 0).all()
+    assert values[0] == pytest.approx(values[2], abs=1e-5) and values[1] == pytest.approx(values[2], abs=1e-5)
 
 
 def test_pairs_of_validation_are_measured_and_not_trained_on_s5(tmp_path: Path) -> None:
@@ -191,8 +239,8 @@ def test_after_a_training_that_was_given_up_the_weights_before_it_stand(tmp_path
 def test_a_reference_that_was_given_up_is_named_by_the_training(tmp_path: Path) -> None:
     ws = open_(tmp_path, "dpo.reference=stage")
     commit_data(ws, pairs(SUMS[:16]))
-    ws.stage_dir(1, "reference").mkdir(parents=True)
-    manifest.write(ws, Manifest(1, "reference", 0, outputs=(), made_from={"given_up": "GPU on fire"}))
+    job = load(ws.root, 1, "reference")
+    give_up(ws, job.config, job.stage, "GPU on fire")
     with pytest.raises(UnusableData, match=r"reference of round 1 was given up \(GPU on fire\).*dpo.reference to pass"):
         trained(ws)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from hpc_rl.engines.weights import Weights
+from hpc_rl.training.data.units import Units
 from hpc_rl.training.logprobs import Scoring
 from hpc_rl.training.run import Trained, TrainRun
 
@@ -49,14 +50,17 @@ class Scored(Protocol):
     def reference_weights(self, run: TrainRun) -> Weights:
         """The reference."""
 
-    def scoring(self, run: TrainRun, files: Iterable[Path]) -> Scoring:
-        """What it is to score of some shards of the data.
+    def units_of(self, run: TrainRun, files: Iterable[Path]) -> Units[Any]:
+        """What there is to score in some shards of the data.
 
         Raises
         ------
         NothingToLearn
             When there is nothing in them that could be trained on.
         """
+
+    def scoring(self, run: TrainRun, units: Units[Any]) -> Scoring:
+        """What the reference is to score: these units, or a part of them, each once."""
 
 
 def load_scored(name: str) -> Scored:

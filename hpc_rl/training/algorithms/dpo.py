@@ -92,10 +92,14 @@ def reference_weights(run: TrainRun) -> Weights:
     return run.start
 
 
-def scoring(run: TrainRun, files: Iterable[Path]) -> logprobs.Scoring:
-    """What the reference is to score: all pairs of some files, each once."""
-    processor = run.processor()
-    return _scoring(run, _read(run, processor, files), processor)
+def units_of(run: TrainRun, files: Iterable[Path]) -> Units[pairs.Pair]:
+    """All pairs of some files, those for validation too: the reference is to score each once."""
+    return _read(run, run.processor(), files)
+
+
+def scoring(run: TrainRun, units: Units[pairs.Pair]) -> logprobs.Scoring:
+    """What `jobs.reference` computes of pairs."""
+    return _scoring(run, units, run.processor())
 
 
 def _read(run: TrainRun, processor: Any, files: Iterable[Path], measured: Iterable[Path] = ()) -> Units[pairs.Pair]:

@@ -28,7 +28,7 @@ from hpc_rl.training import logprobs
 from hpc_rl.training.algorithms import stored
 from hpc_rl.training.algorithms.corrections import Corrected, Reference
 from hpc_rl.training.algorithms.grpo_base import Grpo, beside, grpo_config, options_of
-from hpc_rl.training.algorithms.stored import Stored, reference_weights, scoring
+from hpc_rl.training.algorithms.stored import Stored, reference_weights, scoring, units_of
 from hpc_rl.training.base import Tensors
 from hpc_rl.training.checkpointing.checkpoints import Checkpoints
 from hpc_rl.training.data.batches import Batches, Maker
@@ -37,7 +37,7 @@ from hpc_rl.training.data.plan import Plan
 from hpc_rl.training.data.rollouts import Rollout, Rollouts
 from hpc_rl.training.run import Trained, TrainRun
 
-__all__ = ["StoredGrpo", "reference_weights", "scoring", "train"]
+__all__ = ["StoredGrpo", "reference_weights", "scoring", "train", "units_of"]
 
 
 class StoredGrpo(Stored, Grpo):

@@ -31,7 +31,7 @@ from hpc_rl.training import models
 from hpc_rl.training.algorithms import grpo, stored
 from hpc_rl.training.algorithms.grpo import StoredGrpo
 from hpc_rl.training.algorithms.judging import Objective, Tally, in_float32, padding_of, scores
-from hpc_rl.training.algorithms.stored import reference_weights, scoring
+from hpc_rl.training.algorithms.stored import reference_weights, scoring, units_of
 from hpc_rl.training.base import ROWS, SHARE, UNITS, Tensors
 from hpc_rl.training.check_base import vocabulary
 from hpc_rl.training.data import plan, solutions
@@ -45,7 +45,7 @@ from hpc_rl.training.run import Trained, TrainRun
 from hpc_rl.training.second import Second
 from hpc_rl.training.trl_parts import disable_dropout_in_model
 
-__all__ = ["reference_weights", "scoring", "train"]
+__all__ = ["reference_weights", "scoring", "train", "units_of"]
 
 log = logging.getLogger(__name__)
 

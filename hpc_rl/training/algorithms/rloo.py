@@ -29,7 +29,7 @@ from hpc_rl.engines.loading import tokenizer_of
 from hpc_rl.training import logprobs
 from hpc_rl.training.algorithms import stored
 from hpc_rl.training.algorithms.grpo_base import OnPolicy, common, options_of
-from hpc_rl.training.algorithms.stored import Stored, reference_weights, scoring
+from hpc_rl.training.algorithms.stored import Stored, reference_weights, scoring, units_of
 from hpc_rl.training.data.batches import Batches
 from hpc_rl.training.data.collate import ByPlace
 from hpc_rl.training.data.plan import Step
@@ -37,7 +37,7 @@ from hpc_rl.training.data.rollouts import EPSILON, Rollout, Rollouts
 from hpc_rl.training.run import Trained, TrainRun
 from hpc_rl.training.trl_parts import RLOOConfig, RLOOTrainer
 
-__all__ = ["Rloo", "StoredRloo", "advantages", "reference_weights", "rloo_config", "scoring", "train"]
+__all__ = ["Rloo", "StoredRloo", "advantages", "reference_weights", "rloo_config", "scoring", "train", "units_of"]
 
 
 class Rloo(OnPolicy, RLOOTrainer):  # type: ignore[misc]

@@ -141,7 +141,7 @@ def read(run: TrainRun, rewarded: Callable[[Rollouts], Rollouts] = lambda rollou
     NothingToLearn
         When no group is left whose rewards differ.
     """
-    rollouts = read_files(run, run.files())
+    rollouts = units_of(run, run.files())
     if rollouts.weights_hash != run.start.hash:
         raise UnusableData(
             f"round {run.round} was sampled with weights {rollouts.weights_hash[:16]}, but training begins with "
@@ -152,7 +152,7 @@ def read(run: TrainRun, rewarded: Callable[[Rollouts], Rollouts] = lambda rollou
     return rollouts.without_equal_groups() if options_of(run).drop_equal_groups else rollouts
 
 
-def read_files(run: TrainRun, files: Iterable[Path]) -> Rollouts:
+def units_of(run: TrainRun, files: Iterable[Path]) -> Rollouts:
     """The samples of some shards. Only the first rank of each node goes through `files`."""
     task = run.task
     return store.read(files, list(task.rewards), task.sampling.samples_per_prompt, task.groups, run.world.rank)
@@ -188,9 +188,9 @@ def reference_weights(run: TrainRun) -> Weights:
     return broadcast_object(weights)
 
 
-def scoring(run: TrainRun, files: Iterable[Path]) -> logprobs.Scoring:
-    """What `jobs.reference` computes of some shards of samples."""
-    return scoring_of(run, read_files(run, files), tensors(run))
+def scoring(run: TrainRun, units: Rollouts) -> logprobs.Scoring:
+    """What `jobs.reference` computes of samples."""
+    return scoring_of(run, units, tensors(run))
 
 
 def scoring_of(run: TrainRun, rollouts: Rollouts, made_by: collate.Rollouts) -> logprobs.Scoring:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,12 @@ class Units(Generic[U]):
     def rows(self, places: NDArray[np.int64] | slice) -> list[U]:
         """Units by their numbers, in that order."""
         return self.reader(self.index[places])
+
+    def part(self, number: int, parts: int) -> Self:
+        """One of several parts of the same units, in their order: groups stay whole, and a part may have none."""
+        groups = len(self.starts) - 1
+        starts = self.starts[number * groups // parts : (number + 1) * groups // parts + 1]
+        return replace(self, index=self.index[starts[0] : starts[-1]], starts=starts - starts[0])
 
     @property
     def lengths(self) -> NDArray[np.int32]:
