@@ -28,6 +28,9 @@ from hpc_rl.grading.formulas import parse_formula, same_formula
 from hpc_rl.grading.numbers import LONGEST, Number, number_of, split_unit
 
 Answers = Literal["math", "text"]
+_CHOICE = re.compile(r"\(?[a-j]\)?")
+_CHOICE_WITH_TEXT = re.compile(r"\s*(?:\\text\s*\{)?\s*(?:\([A-Ja-j]\)|[A-J][.:)])\s*\S")
+"""A letter in brackets, or with a stop behind it, and what it stands for."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,8 @@ class Checker:
             return None  # TeX: \Gamma and \gamma, which math-verify does not tell apart
         if len(answer) > LONGEST or len(reference.text) > LONGEST:
             return None
+        if _CHOICE.fullmatch(reference.words) and _CHOICE_WITH_TEXT.match(answer):
+            return None  # "(B) 5": which choice, or which value, is for a teacher
         core, unit = split_unit(_plain(answer))
         equal = self._equal(reference, core)
         if unit == reference.unit or (equal and not (unit and reference.unit)):

@@ -10,6 +10,8 @@ LONGEST = 300
 """Characters of an answer that is read as mathematics; longer ones are compared as text alone."""
 PLACES = 6
 """To which decimals are compared."""
+PLURALS = 4
+"""Letters of a unit that may have a plural s: dollars, but not s, ms, Pas."""
 
 _NUMBER = re.compile(
     r"(?P<sign>[+-]?)\s*[$€£¥]?\s*(?P<sign2>[+-]?)"
@@ -21,7 +23,7 @@ _FRACTION = re.compile(
 )
 _UNIT = re.compile(
     r"(?P<core>.*[\d%)}])(?:\s*\\(?:text|mathrm|mbox)\s*\{(?P<tex>[^{}]*)\}|\s*(?P<long>[A-Za-z]{3,}[A-Za-z. ]*|"
-    r"cm|mm|km|dm|kg|mg|ml|ft|mi|lb|oz|hr|am|pm)|\s+(?P<short>[mgshl]))(?P<power>\^?\{?[23]\}?)?"
+    r"cm|mm|km|dm|nm|kg|mg|ml|ms|ns|us|ft|mi|yd|lb|oz|hr|am|pm|Hz|kW|kJ|kB|MB|GB)|\s+(?P<short>[mgshl]))(?P<power>\^?\{?[23]\}?)?"
 )
 
 
@@ -69,5 +71,7 @@ def split_unit(plain: str) -> tuple[str, str]:
     if match is None:
         return plain, ""
     name = match["tex"] or match["long"] or match["short"] or ""
-    power = re.sub(r"[\^{}]", "", match["power"] or "")
-    return match["core"].strip(), " ".join(name.replace(".", " ").casefold().split()).removesuffix("s") + power
+    unit = " ".join(name.replace(".", " ").casefold().split())
+    if len(unit) >= PLURALS:
+        unit = unit.removesuffix("s")
+    return match["core"].strip(), unit + re.sub(r"[\^{}]", "", match["power"] or "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -43,6 +42,7 @@ def test_the_same_in_another_form_is_right_s2(reference: str, answer: str) -> No
     ("reference", "answer"),
     [
         ("72", "73"), ("1/3", "0.33"), ("18", "-18"), ("50", "0.5%"), ("5", "5x"), ("5", r"\infty"), ("5 m", "6 m"),
+        ("A", "B"), ("A", "(B)"),
         ("x^2", "x^3"), ("[0,1)", "[0,1]"), ("(1,2)", "(2,1)"), ("5", "9" * 250), ("1e400", "5"),
     ],
 )  # fmt: skip
@@ -54,6 +54,8 @@ def test_another_value_is_wrong_s2(reference: str, answer: str) -> None:
     ("reference", "answer"),
     [
         ("Monday", "on Monday"), ("dog", "god"), ("3 hours", "180 minutes"), ("3 hours", "3 minutes"),
+        ("5 m", "5 s"), ("5 h", "5 s"), ("5 ms", "5 m"), ("A", "(A) 5"), ("A", "(B) 5"), ("A", "B. cats"),
+        ("(A)", "A) 7"),
         (r"\Gamma", r"\gamma"), ("18", "eighteen"),
         ("18", "19 dollars"), ("5", r"\frac" * 50), ("5", "9" * 1000), ("", "5"), ("5", "{" * 140 + "1" + "}" * 140),
     ],
@@ -120,12 +122,10 @@ HOSTILE = [
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=range(len(HOSTILE)))
 def test_nothing_that_a_solver_writes_hangs_or_crashes_the_rule(hostile: str, impatient: None) -> None:
-    """A generous deadline: without the time limit several of these take longer than a day."""
-    began = time.monotonic()
+    """Without the time limit several of these take longer than a day."""
     for reference in ("5", hostile):
         for completion in (rf"\boxed{{{hostile}}}", f"The answer is {hostile}", hostile):
             assert MATH.verdict(MATH.reference(reference), completion).right in (True, False, None)
-    assert time.monotonic() - began < 60
 
 
 @settings(max_examples=150, deadline=None)
@@ -145,19 +145,17 @@ def test_whole_numbers_are_right_exactly_when_they_are_equal(one: int, other: in
     assert rule(str(one), f"{one:,}.00") is True
 
 
-def test_the_time_limit_gives_back_somebody_elses_alarm() -> None:
-    """pytest-timeout has the same timer, for one."""
-    left, interval = signal.getitimer(signal.ITIMER_REAL)
-    handler = signal.getsignal(signal.SIGALRM)
+def test_the_time_limit_gives_back_somebody_elses_timer() -> None:
+    """A profiler's, say. It counts CPU time, so a busy machine changes no verdict."""
     rang: list[int] = []
-    signal.signal(signal.SIGALRM, lambda number, frame: rang.append(number))
-    signal.setitimer(signal.ITIMER_REAL, 300)
+    handler = signal.signal(signal.SIGPROF, lambda number, frame: rang.append(number))
+    signal.setitimer(signal.ITIMER_PROF, 300)
     try:
         assert rule("x^2+2x+1", "(x+1)^2") is True
-        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 300 and not rang
+        assert 0 < signal.getitimer(signal.ITIMER_PROF)[0] < 301 and not rang
     finally:
-        signal.signal(signal.SIGALRM, handler)
-        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)
 
 
 def test_in_another_thread_there_is_no_time_limit_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
