@@ -216,9 +216,9 @@ class ProSettingConfig(SamplingRecipeConfig):
 
     @property
     def service_stages(self) -> frozenset[str]:
-        """grade has a teacher where one judges; enhance has the one that writes."""
-        judged = ("grade.teacher",) if self.grade.judge != "never" else ()
-        return frozenset({*judged, f"enhance.{self.enhance.teacher}"})
+        """grade has a teacher where one judges or checks references; enhance has the one that writes."""
+        graded = ("grade.teacher",) if self.grade.asks_teacher else ()
+        return frozenset({*graded, f"enhance.{self.enhance.teacher}"})
 
     def prompts_in(self, round: int, look: bool) -> int | None:
         """Round 1 has the file's questions. Later ones have at most a variant of each, and what is replayed besides."""

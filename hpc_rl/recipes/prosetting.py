@@ -40,7 +40,7 @@ def stages(config: ProSettingConfig, round: int) -> Iterable[Stage]:
     collect, grade, data = (StageId(round, name) for name in ("collect", "grade", "dpo_data"))
     yield sampling_stage(config, collect, (questions, *_weights(config, round - 1)), shards)
     graded = Stage(grade, f"{BODIES}.grade", Kind.ARRAY, needs=(questions, collect), shards=shards)
-    yield from (graded,) if config.grade.judge == "never" else with_service(config, graded, "teacher")
+    yield from with_service(config, graded, "teacher") if config.grade.asks_teacher else (graded,)
     before = (StageId(round - 1, "dpo_data"),) if config.data_window == "all" and round > 1 else ()
     yield Stage(data, f"{BODIES}.dpo_data", Kind.SINGLE, needs=(questions, grade, *before))
     if _last_trained(config, round) == round:

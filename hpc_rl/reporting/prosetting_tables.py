@@ -42,11 +42,12 @@ REPORT = (
         ),
     ),
     Table(
-        "teachers: who judges attempts, and who writes variants",
+        "teachers: who judges attempts and references, and who writes variants",
         (
             Column("judge: calls", "grade", "teacher_calls"),
             Column("tokens", "grade", "teacher_completion_tokens", "that the judge wrote"),
-            Column("errors", "grade", "teacher_errors", "attempts that the judge was asked about in vain"),
+            Column("errors", "grade", "teacher_errors", "what the judge was asked about in vain"),
+            Column("references", "grade", "checked_references", "that the judge looked at: nobody solved the question"),
             Column("writer: calls", "enhance", "teacher_calls"),
             Column("its tokens", "enhance", "teacher_completion_tokens"),
             Column("bad replies", "enhance", "dropped_bad_reply", "of the writer, after being asked again: dropped"),

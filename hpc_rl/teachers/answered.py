@@ -51,14 +51,14 @@ def iter_answered(questions: Path, places: range, graded: Path, results: Path, w
     graded, results
         What grading has made of the shard (`jobs.prosetting.grade`).
     wrong
-        Most wrong attempts of a question.
+        Most wrong attempts of a question; with 0 no text is read.
 
     Raises
     ------
     ValueError
         When the results are those of other questions.
     """
-    attempts = _attempts(graded)
+    attempts = _attempts(graded, texts=wrong > 0)
     place, rows = next(attempts, (None, []))
     for question, number, result in zip(iter_questions(questions, places), places, iter_results(results), strict=True):
         if (result.place, result.question_id) != (number, question.question_id):
@@ -70,18 +70,21 @@ def iter_answered(questions: Path, places: range, graded: Path, results: Path, w
             place, rows = next(attempts, (None, []))
 
 
-def _attempts(path: Path) -> Iterator[tuple[int | None, list[dict[str, Any]]]]:
+def _attempts(path: Path, texts: bool) -> Iterator[tuple[int | None, list[dict[str, Any]]]]:
     """The attempts at each place of the pool that has any, in order."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        batches = file.iter_batches(ATTEMPTS, columns=["group", "text", "answer", "reward_correctness"])
+        names = ["group", "answer", "reward_correctness", *(("text",) if texts else ())]
+        batches = file.iter_batches(ATTEMPTS, columns=names)
         rows = (row for batch in batches for row in batch.to_pylist())
         for place, own in groupby(rows, itemgetter("group")):
             yield place, list(own)
 
 
 def _wrong(rows: list[dict[str, Any]], most: int) -> tuple[str, ...]:
+    if not most:
+        return ()
     texts = (row["text"] for row in rows if row["reward_correctness"] == 0)  # null: nobody knows
     return tuple(dict.fromkeys(texts))[:most]
 

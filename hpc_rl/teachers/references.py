@@ -23,7 +23,7 @@ SCHEMA: Mapping[str, Any] = {
     "type": "object",
     "properties": {
         "reason": {"type": "string"},
-        "answer": {"type": "string"},
+        "answer": {"type": "string", "minLength": 1},
         "reference_correct": {"type": "boolean"},
     },
     "required": ["reason", "answer", "reference_correct"],
@@ -66,7 +66,7 @@ def ask(question: str, reference: str, frequent: str | None, seed: int) -> Quest
     if frequent is not None:
         shown[FREQUENT] = sections.shortened(frequent)
     messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": sections.write(shown)})
-    return Question(messages, SCHEMA, seed=seed)
+    return Question(messages, SCHEMA, seed=seed, check=lambda value: "" if read(value).answer else "answer is blank")
 
 
 def read(value: Any) -> Finding:

@@ -1,7 +1,6 @@
-"""Job body of the enhance stage: a teacher writes new questions from those that were answered, and finds broken ones.
+"""Job body of the enhance stage: a teacher writes new questions from those that were answered.
 
-    mastered → a harder variant      too_hard → is the reference answer broken? (`enhance.check_references`)
-    learning → a variant aimed at what went wrong      ungraded → nothing, it comes again as it is
+    mastered → a harder variant      learning → a variant aimed at what went wrong
 
 What the teacher is asked depends on the question, its attempts and the round: a shard that is done again asks the same,
 and finds in the cache what was answered before.
@@ -13,7 +12,6 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,11 +40,10 @@ EXPLAINED = 3
 """Reasons of a shard that are written to the log."""
 COUNTS = (
     "asked", "enhanced", "dropped_bad_reply", "dropped_same", "dropped_unreadable", "dropped_unanswered",
-    "checked_references", "unchecked_references", "contradictions",
 )  # fmt: skip
 """Questions that a variant was asked of, and what came of it: `enhanced` and the dropped ones add up to `asked`.
-`dropped_unreadable`: the rule that compares answers makes nothing of the new one. `dropped_unanswered`: calls failed.
-`contradictions`: references called wrong in favour of the same answer; they stay."""
+`dropped_unreadable`: the rule that compares answers makes nothing of the new one.
+`dropped_unanswered`: calls failed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,15 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Broken:
-    """A question whose reference answer a teacher found wrong."""
-
-    question_id: str
-    why: str
-    suggested_answer: str
-
-
 def enhance(job: Job, config: ProSettingConfig, shard: Shard, teacher: TeacherClient) -> None:
     """Ask about the questions of a shard, and commit what came of it."""
     from hpc_rl.grading.answers import Checker
@@ -88,14 +76,12 @@ def enhance(job: Job, config: ProSettingConfig, shard: Shard, teacher: TeacherCl
     answered = iter_answered(questions, places, graded, results, wrong=config.enhance.failures_shown)
     work = Work(job, config, shard, teacher, Checker(config.grade.answers), total=len(places))
     before = teacher.totals
-    variants, findings = shard.output("enhanced.parquet"), shard.output("broken.parquet")
+    variants = shard.output("enhanced.parquet")
     write_questions(variants, work.variants(answered))
-    _write_broken(findings, work.broken)
     for why in work.reasons[:EXPLAINED]:
         log.warning("left out: %s", why)
-    counts = {name: work.counts[name] for name in COUNTS}
-    metrics = {**counts, "broken": len(work.broken), **teacher.totals.metrics(since=before)}
-    shard.commit([variants, findings], made_from={"graded": graded.name}, metrics=metrics)
+    metrics = {**{name: work.counts[name] for name in COUNTS}, **teacher.totals.metrics(since=before)}
+    shard.commit([variants], made_from={"graded": graded.name}, metrics=metrics)
 
 
 class Work:
@@ -105,8 +91,6 @@ class Work:
     ----------
     counts
         As `COUNTS` says.
-    broken
-        So far.
     reasons
         Why questions were left out.
     """
@@ -118,41 +102,33 @@ class Work:
         self._checker, self._total, self._done = checker, total, 0
         self._control_tokens = control_tokens(Path(config.solver.path))
         self.counts: Counter[str] = Counter()
-        self.broken: list[Broken] = []
         self.reasons: list[str] = []
 
     def variants(self, answered: Iterator[Answered]) -> Iterator[Question]:
-        """New questions, in the order of those that they come from; what is broken is noted on the way."""
+        """New questions, in the order of those that they come from."""
         while some := list(islice(answered, AT_ONCE)):
-            asked = [(one, question) for one in some if (question := self._ask(one)) is not None]
+            asked = [(one, self._ask(one)) for one in some if one.zone in KINDS]
             replies = self._teacher.ask_all(
                 [question for _, question in asked],
                 lambda done, of: self._shard.progress(self._done + done * len(some) // of, self._total),
             )
             for (one, _), reply in zip(asked, replies, strict=True):
-                if one.zone not in KINDS:
-                    self._note_reference(one, reply)
-                elif (variant := self._variant(one, reply)) is not None:
+                if (variant := self._variant(one, reply)) is not None:
                     yield variant
             self._done += len(some)
 
-    def _ask(self, one: Answered) -> asking.Question | None:
-        """What the teacher is asked about a question, or None."""
-        from hpc_rl.teachers import enhancing, references
+    def _ask(self, one: Answered) -> asking.Question:
+        """What the teacher is asked for a variant of a question."""
+        from hpc_rl.teachers import enhancing
 
         question, options, seed = one.question, self._config.enhance, self._config.run.seed
-        if one.zone in KINDS:
-            kind = KINDS[one.zone]
-            attempts = one.wrong if kind == "targeted" else ()
-            chat = enhancing.messages(kind, question.question, question.answer, question.solution, attempts)
-            return enhancing.ask(
-                chat, question.question, seed=derive(seed, "enhance", self._job.round, question.question_id),
-                temperature=options.temperature, max_tokens=options.max_tokens, control_tokens=self._control_tokens,
-            )  # fmt: skip
-        if one.zone == "too_hard" and options.check_references:
-            own = derive(seed, "reference", question.question_id)
-            return references.ask(question.question, question.answer, one.frequent, own)
-        return None
+        kind = KINDS[one.zone]
+        attempts = one.wrong if kind == "targeted" else ()
+        chat = enhancing.messages(kind, question.question, question.answer, question.solution, attempts)
+        return enhancing.ask(
+            chat, question.question, seed=derive(seed, "enhance", self._job.round, question.question_id),
+            temperature=options.temperature, max_tokens=options.max_tokens, control_tokens=self._control_tokens,
+        )  # fmt: skip
 
     def _variant(self, one: Answered, reply: asking.Reply | asking.TeacherError) -> Question | None:
         """The variant in a reply, or None and the reason counted."""
@@ -185,36 +161,9 @@ class Work:
             reason="enhanced",
         )
 
-    def _note_reference(self, one: Answered, reply: asking.Reply | asking.TeacherError) -> None:
-        """Whether a reference answer is broken; not without a clear answer."""
-        from hpc_rl.teachers import references
-        from hpc_rl.teachers.questions import TeacherError
-
-        question = one.question
-        if isinstance(reply, TeacherError):
-            self._drop("unchecked_references", question, reply.message)
-            return
-        self.counts["checked_references"] += 1
-        finding = references.read(reply.value)
-        if finding.correct:
-            return
-        if self._checker.verdict(self._checker.reference(question.answer), finding.answer).right:
-            self.counts["contradictions"] += 1
-            return
-        self.broken.append(Broken(question.question_id, finding.reason, finding.answer))
-
     def _drop(self, count: str, question: Question, why: str) -> None:
         self.counts[count] += 1
         self.reasons.append(f"{question.question_id}: {why}")
-
-
-def _write_broken(path: Path, broken: Sequence[Broken]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    names = ("question_id", "why", "suggested_answer")
-    columns = [pa.array([getattr(one, name) for one in broken], pa.string()) for name in names]
-    pq.write_table(pa.Table.from_arrays(columns, names=list(names)), path, compression="zstd")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Job body of the grade stage: which attempts are right, by rule, and by a teacher where the rule cannot say.
 
+The teacher is also asked about the reference answers of questions that no attempt solved (`grade.check_references`).
 The shard is read and written in pieces. Columns that are only passed through, tokens above all, stay Arrow's.
 """
 
@@ -29,49 +30,52 @@ AT_ONCE = 16
 """Row groups in memory: enough attempts to keep the teacher busy."""
 MOST_BYTES = 128 * 2**20
 """Their size, as long as it is more than one."""
+EXPLAINED = 3
+"""Reasons of a shard that are written to the log."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jobs.prosetting.grade --workspace W --round R`; 75 when no teacher answers (what is graded stays)."""
     job = open_job("grade", argv)
-    from hpc_rl.grading.answers import Checker
-    from hpc_rl.grading.solver import Grader
     from hpc_rl.services.calling import ServiceUnavailable
 
     config = job.config
     assert isinstance(config, ProSettingConfig)
     with ExitStack() as stack:
         teacher = None
-        if config.grade.judge != "never":
+        if config.grade.asks_teacher:
             from hpc_rl.teachers.client import TeacherClient
 
             teacher = stack.enter_context(TeacherClient.of_run(job.ws, config))
         for shard in job.shards():
-            grader = Grader(
-                Checker(config.grade.answers), config.grade.judge, None if teacher is None else teacher.ask_all
-            )
             try:
-                grade(job, shard, grader, teacher)
+                grade(job, config, shard, teacher)
             except ServiceUnavailable as error:
                 log.error("ServiceUnavailable: %s", error)
                 return EXIT_BLOCKED
     return 0
 
 
-def grade(job: Job, shard: Shard, grader: Grader, teacher: TeacherClient | None) -> None:
-    """Grade the attempts of a shard, and commit it."""
+def grade(job: Job, config: ProSettingConfig, shard: Shard, teacher: TeacherClient | None) -> None:
+    """Grade the attempts of a shard, check the references of what is too hard, and commit both."""
     import pyarrow.parquet as pq
 
     from hpc_rl.data.questions import count_questions, iter_questions, shard_range
+    from hpc_rl.grading.answers import Checker
+    from hpc_rl.grading.broken import write_broken
+    from hpc_rl.grading.reference_check import COUNTS, ReferenceCheck
     from hpc_rl.grading.results import ZONES, write_results
     from hpc_rl.grading.samples import ROWS, open_writer
-    from hpc_rl.grading.solver import SolverGraded
+    from hpc_rl.grading.solver import Grader, SolverGraded
+    from hpc_rl.teachers.answered import iter_answered
 
     pool = job.input(job.round - 1, "pool", 0).path("questions.parquet")
     sampled = job.input(job.round, "collect", shard.index).path("samples.parquet")
     places = shard_range(count_questions(pool), job.stage.shards, shard.index)
     tally = _Tally(places, iter_questions(pool, places))
     before, began = _spent(teacher), time.monotonic()
+    judge, checker = config.grade.judge, Checker(config.grade.answers)
+    grader = Grader(checker, judge, None if teacher is None or judge == "never" else teacher.ask_all)
     graded, results = shard.output("graded.parquet"), shard.output("results.parquet")
     with pq.ParquetFile(sampled) as file, open_writer(graded, SolverGraded) as writer:
         total = file.metadata.num_rows
@@ -83,6 +87,14 @@ def grade(job: Job, shard: Shard, grader: Grader, teacher: TeacherClient | None)
             tally.read += table.num_rows
             shard.progress(tally.read, total)
     write_results(results, tally.results())
+    references = ReferenceCheck(checker, teacher, config.run.seed)
+    if config.grade.check_references:
+        hard, answered = tally.zones["too_hard"], iter_answered(pool, places, graded, results, wrong=0)
+        references.check(answered, lambda done: shard.progress(total + done, total + hard))
+    for why in references.reasons[:EXPLAINED]:
+        log.warning("a reference answer is not checked: %s", why)
+    broken = shard.output("broken.parquet")
+    write_broken(broken, references.broken)
     counts, judged = tally.counts, tally.counts["right"] + tally.counts["wrong"]
     metrics = {
         "attempts": tally.read,
@@ -92,12 +104,14 @@ def grade(job: Job, shard: Shard, grader: Grader, teacher: TeacherClient | None)
         **{f"zone_{zone}": tally.zones[zone] for zone in ZONES},
         "graded_by_rule": counts["by_rule"],
         "graded_by_teacher": counts["by_teacher"],
+        **{name: references.counts[name] for name in COUNTS},
+        "broken": len(references.broken),
         **{f"teacher_{name}": number - before[name] for name, number in _spent(teacher).items()},
         "grading_s": round(time.monotonic() - began, 2),
     }
     if counts["left_out"]:
         log.warning("%d of %d attempts are left out: the teacher gave no verdict", counts["left_out"], tally.read)
-    shard.commit([graded, results], made_from={"samples": sampled.name}, metrics=metrics)
+    shard.commit([graded, results, broken], made_from={"samples": sampled.name}, metrics=metrics)
 
 
 class _Tally:

@@ -41,17 +41,18 @@ def make_pool(job: Job, config: ProSettingConfig, shard: Shard) -> None:
     from hpc_rl.data.diversity import diversity
     from hpc_rl.data.pool import next_pool
     from hpc_rl.data.questions import iter_texts
+    from hpc_rl.grading.broken import iter_broken
     from hpc_rl.run import atomic
 
     round, ws = job.round, job.ws
     inputs = Inputs.of(job)
     roots = read_roots(inputs.pool)
-    broken = list(read_broken(inputs.broken))
+    broken = list(iter_broken(inputs.broken))
     zones, unasked = read_zones(inputs.results, list(roots))
     decided = next_pool(
         list(roots),
         zones,
-        {one["question_id"] for one in broken},
+        {one.question_id for one in broken},
         unasked,
         read_variants(inputs.enhanced, roots),
         seen=read_keys(job.input(earlier, "pool", 0).path("questions.parquet") for earlier in range(round)),
@@ -96,7 +97,7 @@ def make_pool(job: Job, config: ProSettingConfig, shard: Shard) -> None:
         "zones": counted,
         **graded,
         "next_pool": metrics,
-        "broken": broken[:SHOWN],
+        "broken": [vars(one) for one in broken[:SHOWN]],
         "files": {name: ws.relative(path) for name, path in files_of(job).items()},
     }
     atomic.write_json(summary, about)
@@ -117,12 +118,12 @@ class Inputs:
     @classmethod
     def of(cls, job: Job) -> Inputs:
         """Those of the round, checked against their checksums."""
-        enhance = job.inputs(job.round, "enhance")
+        graded = job.inputs(job.round, "grade")
         return cls(
             pool=job.input(job.round - 1, "pool", 0).path("questions.parquet"),
-            results=[shard.path("results.parquet") for shard in job.inputs(job.round, "grade")],
-            enhanced=[shard.path("enhanced.parquet") for shard in enhance],
-            broken=[shard.path("broken.parquet") for shard in enhance],
+            results=[shard.path("results.parquet") for shard in graded],
+            enhanced=[shard.path("enhanced.parquet") for shard in job.inputs(job.round, "enhance")],
+            broken=[shard.path("broken.parquet") for shard in graded],
         )
 
 
@@ -151,13 +152,6 @@ def read_zones(results: Sequence[Path], ids: Sequence[str]) -> tuple[list[Any], 
             f"no result of {ids[zones.index(None)]}, the question at place {zones.index(None)} of the pool"
         )
     return zones, unasked
-
-
-def read_broken(files: Sequence[Path]) -> Iterator[dict[str, str]]:
-    """Questions whose reference answer was found wrong, with the reason and what the teacher says it should be."""
-    for path in files:
-        for batch in batches(path, "question_id", "why", "suggested_answer"):
-            yield from batch.to_pylist()
 
 
 def read_variants(files: Sequence[Path], roots: Mapping[str, tuple[str, str]]) -> Iterator[Variant]:

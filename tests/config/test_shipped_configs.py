@@ -77,7 +77,7 @@ def test_prosetting_has_the_values_of_its_systems_page() -> None:
     assert config.questions.validation_fraction == 0.1 and config.pairs.reference_solutions  # S5
     assert (config.train_start_round, config.data_window) == (3, "all")  # S7
     assert config.pool.replay_fraction == 0.2  # S9
-    assert (config.backend, config.grade.judge, enhance.check_references) == ("dpo", "unsure", True)  # S10, S2, S4
+    assert (config.backend, config.grade.judge, config.grade.check_references) == ("dpo", "unsure", True)  # S10, S2, S4
     assert config.run.rounds > config.train_start_round
 
 

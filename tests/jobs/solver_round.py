@@ -124,7 +124,7 @@ def by_rules(body: Mapping[str, Any]) -> str:
 def tables(ws: Workspace, stage: str) -> dict[str, pa.Table]:
     """All rows that a stage of round 1 has written, by the name of the file."""
     made = [manifest.read(ws, 1, stage, shard) for shard in range(SHARDS)]
-    names = {"grade": ("graded", "results"), "enhance": ("enhanced", "broken")}[stage]
+    names = {"grade": ("graded", "results", "broken"), "enhance": ("enhanced",)}[stage]
     return {name: pa.concat_tables([pq.read_table(one.path(f"{name}.parquet")) for one in made]) for name in names}
 
 

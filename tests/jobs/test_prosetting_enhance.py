@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 
 from hpc_rl.data.questions import Question
+from hpc_rl.grading.answers import Checker
+from hpc_rl.grading.reference_check import ReferenceCheck
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.teachers import enhancing, judging, references, sections, sums
+from hpc_rl.teachers.answered import Answered
+from hpc_rl.teachers.questions import Reply
 from jobs.prosetting import enhance, grade
 from tests.jobs.listening import arguments
 from tests.jobs.solver_round import attempts_at, by_rules, metrics, new_round, pool, service, tables, zone_of
@@ -23,10 +27,11 @@ RULES = {"engine": "rules", "rules": "hpc_rl.teachers.sums:teacher", "batch_wait
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A round that was graded by the rule alone, and enhanced by a teacher of its own."""
-    sections = {"services": {"enhancer": RULES}, "enhance": {"teacher": "enhancer"}}
+    """A round that was graded by the rule alone; one teacher of its own checks references, another one enhances."""
+    sections = {"services": {"teacher": RULES, "enhancer": RULES}, "enhance": {"teacher": "enhancer"}}
     ws = new_round(tmp_path_factory.mktemp("round"), grade={"answers": "text", "judge": "never"}, **sections)
-    assert grade.main(arguments(ws)) == 0
+    with service(ws, "grade.teacher"):
+        assert grade.main(arguments(ws)) == 0
     with service(ws, "enhance.enhancer"):
         assert enhance.main(arguments(ws)) == 0
     return ws
@@ -83,7 +88,7 @@ def test_a_variant_says_where_it_comes_from_and_stays_on_its_side_of_the_split(d
 
 def test_references_are_checked_where_no_attempt_was_right_and_the_broken_ones_are_named(done: Workspace) -> None:
     """S4: of the questions that are too hard, those with a wrong reference answer are found."""
-    broken = {row["question_id"]: row for row in tables(done, "enhance")["broken"].to_pylist()}
+    broken = {row["question_id"]: row for row in tables(done, "grade")["broken"].to_pylist()}
     assert list(broken) == [question.question_id for question in of_zones(done, "broken")]
     for question in of_zones(done, "broken"):
         terms = sums.parse(question.question)
@@ -96,11 +101,15 @@ def test_what_was_asked_and_what_came_of_it_adds_up(done: Workspace) -> None:
     zones = Counter(tables(done, "grade")["results"]["zone"].to_pylist())
     assert zones == {"mastered": 4, "learning": 8, "too_hard": 8, "ungraded": 4}
     counted = metrics(done, "enhance")
-    assert (counted["asked"], counted["enhanced"], counted["checked_references"], counted["broken"]) == (12, 12, 8, 4)
-    dropped = [name for name in counted if name.startswith(("dropped", "unchecked", "contradictions"))]
-    assert len(dropped) == 6 and not any(counted[name] for name in dropped)
-    assert (counted["teacher_calls"], counted["teacher_answers"], counted["teacher_errors"]) == (20, 20, 0)
-    assert counted["teacher_completion_tokens"] > 0
+    assert (counted["asked"], counted["enhanced"]) == (12, 12)
+    dropped = [name for name in counted if name.startswith("dropped")]
+    assert len(dropped) == 4 and not any(counted[name] for name in dropped)
+    checked = metrics(done, "grade")
+    assert (checked["checked_references"], checked["broken"], checked["graded_by_teacher"]) == (8, 4, 0)
+    assert checked["unchecked_references"] == checked["contradictions"] == 0
+    for made, calls in ((counted, 12), (checked, 8)):
+        assert (made["teacher_calls"], made["teacher_answers"], made["teacher_errors"]) == (calls, calls, 0)
+        assert made["teacher_completion_tokens"] > 0
 
 
 def test_the_teacher_sees_what_went_wrong_and_what_most_attempts_said(tmp_path: Path, taught: Taught) -> None:
@@ -148,6 +157,7 @@ def test_what_cannot_be_used_is_dropped_and_counted_by_its_reason(tmp_path: Path
         replies[question.question] = {**variant, "enhanced_question": question.question} if reply == "itself" else reply
     replies[hard[0].question] = {**finding, "answer": hard[0].answer}
     replies[hard[1].question] = Misbehave(500)
+    replies[hard[2].question] = {**finding, "answer": " "}
 
     def behave(call: int, body: dict[str, Any]) -> Any:
         told, asked = (message["content"] for message in body["messages"][:2])
@@ -159,8 +169,30 @@ def test_what_cannot_be_used_is_dropped_and_counted_by_its_reason(tmp_path: Path
     counted = metrics(ws, "enhance")
     assert {name: counted[name] for name, _ in bad} == Counter(name for name, _ in bad)
     assert (counted["asked"], counted["enhanced"]) == (12, 12 - len(bad))
-    assert (counted["contradictions"], counted["unchecked_references"]) == (1, 1)
-    assert (counted["checked_references"], counted["broken"]) == (7, 4)
+    checked = metrics(ws, "grade")
+    assert (checked["contradictions"], checked["unchecked_references"]) == (1, 2)
+    assert (checked["checked_references"], checked["broken"]) == (6, 4)
     parents = tables(ws, "enhance")["enhanced"]["parent_id"].to_pylist()
     assert not set(parents) & {question.question_id for question, _ in zip(mastered, bad, strict=False)}
     assert counted["teacher_bad_replies"] == 12  # the first four of `bad`, in three tries each
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["2/3", "x^2+1", r"\frac{2}{3}", "(1, 2)", r"\sqrt{2}", "3:45", "Paris", "no solution", "A", r"\boxed{7}", "{1, 2"],
+)
+def test_a_reference_that_is_called_wrong_in_favour_of_itself_stays(answer: str) -> None:
+    """S4: compared as answers; of a completion the last number would be taken."""
+    said = {"reason": "so", "answer": answer, "reference_correct": False}
+    hard = Answered(Question("q1", "?", answer, None, "q1", None, 0, "", "train", "initial"), "too_hard", (), None)
+
+    class Says:
+        def ask_all(self, questions: Any, progress: Any) -> list[Reply]:
+            return [Reply("", said, "stop", 0, 0, False) for _ in questions]
+
+    check = ReferenceCheck(Checker("math"), Says(), 3)  # type: ignore[arg-type]
+    check.check([hard], lambda done: None)
+    assert (check.counts["contradictions"], check.broken) == (1, [])
+    said["answer"] = "17"
+    check.check([hard], lambda done: None)
+    assert [one.suggested_answer for one in check.broken] == ["17"]

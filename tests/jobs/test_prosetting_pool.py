@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from hpc_rl import config as configs
 from hpc_rl.data.question_files import QuestionFileError
 from hpc_rl.data.questions import Question, count_questions, iter_questions, shard_range, text_key, write_questions
+from hpc_rl.grading.broken import Broken, write_broken
 from hpc_rl.grading.results import ZONES, result, write_results
 from hpc_rl.orchestrate.job import load
 from hpc_rl.orchestrate.shard import Shard
@@ -61,11 +61,6 @@ def held_out(ws: Workspace) -> list[Question]:
     return list(iter_questions(manifest.read(ws, 0, "pool", 0).path("held_out.parquet")))
 
 
-def write_rows(path: Path, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    columns = [pa.array([row[i] for row in rows], pa.string()) for i in range(len(names))]
-    pq.write_table(pa.Table.from_arrays(columns, names=list(names)), path)
-
-
 def answer(ws: Workspace, round: int) -> None:
     """Commit what grade and enhance might give; what becomes of a question depends on it and on the round alone."""
     path = manifest.read(ws, round - 1, "pool", 0).path("questions.parquet")
@@ -79,7 +74,8 @@ def answer(ws: Workspace, round: int) -> None:
             luck = {one.question_id: derive(7, round, one.question_id) % 12 for _, one in asked}
             rights = {id: 4 if lucky < 4 else 2 if lucky < 8 else 0 for id, lucky in luck.items()}
             if stage == "grade":
-                out = shard.output("results.parquet")
+                out, bad = shard.output("results.parquet"), shard.output("broken.parquet")
+                write_broken(bad, [Broken(id, "2 and 2 is 4", "4") for id, lucky in luck.items() if lucky == 10])
                 results = [
                     result(id, place, 0, 0, 4 if id > "q000030" else 0)
                     if luck[id] == 11
@@ -91,13 +87,11 @@ def answer(ws: Workspace, round: int) -> None:
                 judged = counts["right"] + counts["wrong"]
                 mean = counts["right"] / judged if judged else 0.0
                 metrics = {"samples": 4 * len(asked), **counts, "mean_reward": mean}
-                assert shard.commit([out], made_from={}, metrics=metrics)
+                assert shard.commit([out, bad], made_from={}, metrics=metrics)
                 continue
-            variants, broken = [], []
+            variants = []
             for _, one in asked:
                 lucky, id = luck[one.question_id], one.question_id
-                if lucky == 10:
-                    broken.append((id, "2 and 2 is 4", "4"))
                 if rights[id] == 0 or lucky == 0:
                     continue
                 text = {1: forbidden[0].upper(), 2: earlier[0], 3: "The same?"}.get(
@@ -107,10 +101,9 @@ def answer(ws: Workspace, round: int) -> None:
                 variants.append(
                     Question(new_id, text, "1", None, one.root_id, id, round, "harder", one.split, "enhanced")
                 )
-            new, bad = shard.output("enhanced.parquet"), shard.output("broken.parquet")
+            new = shard.output("enhanced.parquet")
             write_questions(new, variants)
-            write_rows(bad, ("question_id", "why", "suggested_answer"), broken)
-            assert shard.commit([new, bad], made_from={})
+            assert shard.commit([new], made_from={})
 
 
 def collect(ws: Workspace, round: int) -> None:
@@ -327,12 +320,12 @@ def test_a_round_that_leaves_no_question_says_so(new_run: NewRun, caplog: pytest
             for shard in load(ws.root, 1, stage).shards():
                 places = shard_range(count_questions(path), 3, shard.index)
                 ids = [one.question_id for one in iter_questions(path, places)]
-                outs = [shard.output(name) for name in ("results.parquet", "enhanced.parquet", "broken.parquet")]
+                outs = [shard.output(name) for name in ("results.parquet", "broken.parquet", "enhanced.parquet")]
                 write_results(outs[0], [result(id, place, 4, 0, 0) for place, id in zip(places, ids, strict=True)])
-                write_questions(outs[1], [])
-                write_rows(outs[2], ("question_id", "why", "suggested_answer"), [])
+                write_broken(outs[1], [])
+                write_questions(outs[2], [])
                 metrics = {"samples": len(ids), "right": len(ids), "wrong": 0, "left_out": 0, "mean_reward": 1.0}
-                assert shard.commit(outs[:1] if stage == "grade" else outs[1:], made_from={}, metrics=metrics)
+                assert shard.commit(outs[:2] if stage == "grade" else outs[2:], made_from={}, metrics=metrics)
 
     ws = new_run("pool.replay_fraction=0")
     all_mastered(ws)

@@ -74,7 +74,7 @@ def test_each_round_has_k_attempts_at_each_question_of_its_pool_s1(run: Run) -> 
 def test_wrong_references_are_found_and_leave_the_pool_s4(run: Run) -> None:
     """S4: no attempt solves these questions, so they are checked; they are in no later pool, and those that are right
     and too hard are."""
-    broken = {row["question_id"]: row["suggested_answer"] for row in rows(run, 1, "enhance", "broken.parquet")}
+    broken = {row["question_id"]: row["suggested_answer"] for row in rows(run, 1, "grade", "broken.parquet")}
     first, second = ({one["question_id"]: one for one in rows(run, r, "pool", "questions.parquet")} for r in (0, 1))
     wrong = {
         id: sums.answer(*terms)

@@ -22,9 +22,11 @@ from tests.waiting import PATIENCE_S, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BODIES = {"grade": grade, "enhance": enhance}
-CALLS = {"grade": 36, "enhance": 20}
-"""Different attempts that are not right, as `judge: not_right` says; variants and checked references."""
+CALLS = {"grade": 36 + 8, "enhance": 12}
+"""Different attempts that are not right, as `judge: not_right` says, and checked references; variants."""
 PARALLEL = 4
+SOME = 3
+"""Fewer than any shard of enhance asks for."""
 Files = dict[str, pa.Table]
 
 
@@ -155,16 +157,16 @@ def test_a_job_that_is_killed_in_the_middle_is_done_again_and_pays_only_for_the_
     """`kill -9`; S2: a resumed round pays nothing twice."""
     ws = endpoint.round()
     for stage, body in BODIES.items():
-        kill_after_five_answers(endpoint.server, ws, stage)
+        kill_after_some_answers(endpoint.server, ws, stage)
         assert not manifest.done_shards(ws, 1, stage)
         assert body.main(arguments(ws)) == 0
     assert files_of(ws) == undisturbed
     assert endpoint.all_paid_once(sum(CALLS.values()))
 
 
-def kill_after_five_answers(server: Teacher, ws: Workspace, stage: str) -> None:
+def kill_after_some_answers(server: Teacher, ws: Workspace, stage: str) -> None:
     """Start a stage's job, and kill it when so many answers are kept and its other calls are under way."""
-    killed, lock, let_through, before = threading.Event(), threading.Lock(), iter(range(5)), kept(ws)
+    killed, lock, let_through, before = threading.Event(), threading.Lock(), iter(range(SOME)), kept(ws)
 
     def behave(call: int, body: dict[str, Any]) -> Misbehave | None:
         with lock:
@@ -176,7 +178,7 @@ def kill_after_five_answers(server: Teacher, ws: Workspace, stage: str) -> None:
     server.behave = behave
     command = [sys.executable, "-m", f"jobs.prosetting.{stage}", *arguments(ws)]
     with subprocess.Popen(command, cwd=REPOSITORY) as process:
-        wait_for(lambda: kept(ws) == before + 5, "five answers", of=process)
+        wait_for(lambda: kept(ws) == before + SOME, "some answers", of=process)
         process.kill()
     killed.set()
 
