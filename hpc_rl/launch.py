@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [*arguments.set, *([f"cluster.executor={arguments.executor}"] if arguments.executor else [])]
     try:
         loaded = configs.load_with_places(arguments.config, overrides, workspace=arguments.workspace)
-        for note in loaded.notes:
+        for note in (*loaded.translated, *loaded.notes):
             say(note)
         name = executor_name(loaded.config)
         problems = check(loaded.config, loaded.places)

@@ -38,13 +38,34 @@ class LegacyKey:
     why: str = ""
 
 
-def translate(tree: Tree, keys: Mapping[str, LegacyKey], notes: list[str], problems: list[Problem]) -> None:
-    """Put the fields in the place of a file's legacy keys, with a note for each.
+@dataclass(frozen=True)
+class Translated:
+    """A key that a file has: where it stands there, and what it sets."""
+
+    key: str
+    place: str
+    values: Mapping[str, Any]
+    why: str
+
+    def said(self, merged: Tree) -> str:
+        """A line for people. `merged` is the tree that came of all files and variables: another may have won."""
+        fields = []
+        for field, value in self.values.items():
+            winner = merged.place(_path(field))
+            fields.append(f"{field} = {value}" + (f" (overridden by {winner})" if winner != self.place else ""))
+        sets = f"is {', '.join(fields)}" if fields else ""
+        return f"{self.place}: {self.key} " + "; ".join(part for part in (sets, self.why) if part)
+
+
+def translate(tree: Tree, keys: Mapping[str, LegacyKey], translated: list[Translated], problems: list[Problem]) -> None:
+    """Put the fields in the place of a file's legacy keys.
 
     Parameters
     ----------
     tree
         One file; changed in place.
+    translated
+        Gets the keys that were there.
     problems
         Gets values that cannot be read, and keys that are there in both spellings with different values.
     """
@@ -57,21 +78,29 @@ def translate(tree: Tree, keys: Mapping[str, LegacyKey], notes: list[str], probl
         except Unreadable as expected:
             problems.append(Problem(key, f"{value!r}", str(expected), where=place))
             continue
-        for field, new in zip(legacy.fields, values, strict=True):
-            path: KeyPath = tuple(field.split("."))
-            old = _value(tree.data, path)
-            if old is not None and str(old) != str(new):
-                what = f"{old!r}, but {key} says {new!r} ({place})"
+        sets = dict(zip(legacy.fields, values, strict=True))
+        for field, new in sets.items():
+            path = _path(field)
+            if other := _conflict(tree.data, path, new):
+                what = f"{other}, but {key} says {new!r} ({place})"
                 problems.append(Problem(field, what, "one of the two", f"remove {key}", tree.place(path)))
             tree.set(path, new, place)
-        sets = ", ".join(f"{field} = {new}" for field, new in zip(legacy.fields, values, strict=True))
-        notes.append(f"{place}: {key} " + "; ".join(part for part in (sets and f"is {sets}", legacy.why) if part))
+        translated.append(Translated(key, place, sets, legacy.why))
 
 
-def _value(data: Any, path: KeyPath) -> Any:
+def _path(field: str) -> KeyPath:
+    return tuple(field.split("."))
+
+
+def _conflict(data: Any, path: KeyPath, new: Any) -> str:
+    """What the file says of a field in our spelling, where it is something else: null as well, for all of a section."""
     for part in path:
-        data = data.get(part) if isinstance(data, Mapping) else None
-    return data
+        if not isinstance(data, Mapping):
+            break
+        if part not in data:
+            return ""
+        data = data[part]
+    return "" if str(data) == str(new) else "null" if data is None else repr(data)
 
 
 def _same(field: str) -> LegacyKey:

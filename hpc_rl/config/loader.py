@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from hpc_rl.config.environment import NAMES, Environment, UnsetVariable, expand, read_environment
 from hpc_rl.config.errors import ConfigError, Problem
-from hpc_rl.config.legacy import translate
+from hpc_rl.config.legacy import Translated, translate
 from hpc_rl.config.report import problems_of
 from hpc_rl.config.schema import Config, nearest
 from hpc_rl.config.source import KeyPath, Tree, parse_value, read_yaml
@@ -47,11 +47,14 @@ class Loaded:
     notes
         What a user should hear although it is no error, such as an environment variable that changes nothing;
         `Config.notes` among it.
+    translated
+        What became of each key of the seed's own config file, a line for each (`hpc_rl.config.legacy`).
     """
 
     config: Config
     places: Mapping[str, str]
     notes: tuple[str, ...]
+    translated: tuple[str, ...] = ()
 
     def overridden(self) -> dict[str, str]:
         """The fields that something else than a YAML file set, with who did."""
@@ -102,18 +105,18 @@ def load_with_places(
     cwd = (cwd or Path.cwd()).absolute()
     tree = read_yaml(cwd / path)
     problems: list[Problem] = []
-    notes: list[str] = []
+    translated: list[Translated] = []
     settings = [setting for text in overrides if (setting := _setting(text, problems))]
     for dotted, value in settings:
         if dotted == "recipe":
             tree.set(("recipe",), value, "--set")
     cls = config_class(tree.data.get("recipe", "lewis"), tree.place(("recipe",)))
     if cls.legacy_keys:  # once more, now that the recipe is known
-        tree = read_yaml(cwd / path, each=lambda own: translate(own, cls.legacy_keys, notes, problems))
+        tree = read_yaml(cwd / path, each=lambda own: translate(own, cls.legacy_keys, translated, problems))
     environment = read_environment(env, cwd)
     # Twice: --set decides which optional sections there are, and wins over the variables that set fields in them.
     _apply_settings(preview := deepcopy(tree), cls, settings)
-    notes += _apply_environment(tree, preview, cls, environment)
+    notes = _apply_environment(tree, preview, cls, environment)
     _apply_settings(tree, cls, settings)
     if workspace is not None:
         tree.set(("run", "workspace"), str(workspace), "--workspace")
@@ -126,7 +129,8 @@ def load_with_places(
     if problems:
         raise ConfigError(problems)
     places = {".".join(map(str, key)): place for key, place in tree.places.items()}
-    return Loaded(config, places, (*notes, *config.notes()))
+    said = dict.fromkeys(key.said(tree) for key in translated)  # a file that is extended twice is read twice
+    return Loaded(config, places, (*notes, *config.notes()), tuple(said))
 
 
 def config_class(recipe: Any, where: str = "") -> type[Config]:

@@ -66,7 +66,7 @@ def test_the_file_of_the_seed_sets_our_fields(tmp_path: Path) -> None:
 
 
 def test_each_of_its_keys_is_noted_with_its_line_and_field(tmp_path: Path) -> None:
-    notes = load(tmp_path, SEED).notes
+    notes = load(tmp_path, SEED).translated
     assert notes[:2] == (
         "training_config.json:2: max_rounds is run.rounds = 5",
         "training_config.json:3: save_rounds sets nothing here: every trained round is kept",
@@ -121,6 +121,28 @@ def test_both_spellings_in_one_file_with_one_value_are_no_problem(tmp_path: Path
     assert value(load(tmp_path, {"max_rounds": 4, "run": {"rounds": 4}}), "run.rounds") == 4
 
 
+@pytest.mark.parametrize(
+    ("mine", "settings", "env", "winner"),
+    [
+        (f"{MINE.replace('name: a', 'name: a, rounds: 7')}", [], {}, "run.yaml:3"),
+        (f"{MINE}max_rounds: 7\n", [], {}, "run.yaml:6"),
+        (MINE, ["run.rounds=7"], {}, "--set"),
+        (f"{MINE}trl_num_processes: 2\n", [], {"TRL_NUM_PROCESSES": "2"}, "environment variable TRL_NUM_PROCESSES"),
+    ],
+)
+def test_a_key_of_the_seed_that_did_not_win_says_who_did(
+    tmp_path: Path, mine: str, settings: list[str], env: dict[str, str], winner: str
+) -> None:
+    load(tmp_path, SEED, mine)
+    loaded = load_with_places("run.yaml", settings, env=env, cwd=tmp_path)
+    overridden = [line for line in loaded.translated if "overridden by" in line]
+    assert overridden[0].endswith(f"(overridden by {winner})")
+    # each line is true of the config, or names another line
+    for line in loaded.translated:
+        for field, said in re.findall(r"(\S+) = (\S+)(?=[,;]|$)", line):
+            assert str(value(loaded, field)) == said, line
+
+
 def problems(folder: Path, keys: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as caught:
         load(folder, keys)
@@ -130,6 +152,12 @@ def problems(folder: Path, keys: dict[str, Any]) -> str:
 def test_both_spellings_in_one_file_with_two_values_are_a_problem_with_both_places(tmp_path: Path) -> None:
     said = problems(tmp_path, {"max_rounds": 4, "run": {"rounds": 5}})
     assert "training_config.json:4: run.rounds: 5, but max_rounds says 4 (training_config.json:2)" in said
+
+
+@pytest.mark.parametrize("teacher", [None, {"client": None}, {"client": {"url": None}}])
+def test_null_in_our_spelling_is_a_value_as_well(tmp_path: Path, teacher: object) -> None:
+    said = problems(tmp_path, {"teacher_base_url": "http://t", "services": {"teacher": teacher}})
+    assert "services.teacher.client.url: null, but teacher_base_url says 'http://t' (training_config.json:2)" in said
 
 
 @pytest.mark.parametrize(
