@@ -49,7 +49,8 @@ RIGHT = (0.0, 0.0, 0.15, 0.3, 0.5, 0.7, 0.9, 1.0)
 def make(root: Path, questions: int, attempts: int, shards: int, tokens: int, kinds: Sequence[str]) -> None:
     """A run of which the first pool is there, and the attempts of round 1."""
     settings = [
-        "grade.answers=math", "grade.judge=never", f"sample.samples_per_prompt={attempts}", f"sample.shards={shards}",
+        "grade.answers=math", "grade.judge=never", "grade.check_references=false",
+        f"sample.samples_per_prompt={attempts}", f"sample.shards={shards}",
         "logging.tensorboard=false", "run.linger_s=1",
     ]  # fmt: skip
     loaded = configs.load(source_root() / CONFIG, settings, {}, root, cwd=source_root())
@@ -127,18 +128,9 @@ def enhance(root: Path) -> None:
                         parent_id=question.question_id, made_in=1, kind="harder", reason="enhanced",
                     )  # fmt: skip
 
-        enhanced, broken = shard.output("enhanced.parquet"), shard.output("broken.parquet")
+        enhanced = shard.output("enhanced.parquet")
         write_questions(enhanced, variants())
-        _write_broken(broken)
-        shard.commit([enhanced, broken], made_from={}, metrics={})
-
-
-def _write_broken(path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = pa.schema([(name, pa.string()) for name in ("question_id", "why", "suggested_answer")])
-    pq.write_table(columns.empty_table(), path)
+        shard.commit([enhanced], made_from={}, metrics={})
 
 
 def bare(root: Path, shards: int) -> dict[str, float]:

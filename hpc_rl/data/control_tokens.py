@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,24 @@ def control_tokens(model: Path) -> tuple[str, ...]:
         raise ValueError(f"{model} has none of {', '.join(FILES)}: copy the model's tokenizer there")
     found = {token for path in files for token in _special(json.loads(path.read_text(encoding="utf-8")))}
     return tuple(sorted(found - {""}))
+
+
+class ControlTokens:
+    """Finds control tokens in texts.
+
+    Parameters
+    ----------
+    model
+        A model's folder.
+    """
+
+    def __init__(self, model: Path) -> None:
+        found = control_tokens(model)
+        self._any = re.compile("|".join(map(re.escape, found))) if found else None  # one search, however many there are
+
+    def are_in(self, text: str) -> bool:
+        """True where a text holds one."""
+        return self._any is not None and self._any.search(text) is not None
 
 
 def _special(content: dict[str, Any]) -> Iterator[str]:

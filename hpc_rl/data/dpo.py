@@ -1,8 +1,9 @@
 """Pairs for DPO from graded attempts (S5, S7): right × wrong of each question, each pair once in a run.
 
-A pair is a prompt, an answer that was graded right and one that was graded wrong. Answers that differ in white space at
-their ends alone are the same. Attempts that were cut off are wrong (`grading.answers`), so they may be the rejected
-one: that is how a solver learns to come to an end. What was left out, since nobody could judge it, is in no pair.
+A pair is a prompt, an answer that was graded right and one that was graded wrong. What is trained on are the tokens
+that the solver sampled; texts stand beside them for people, and say which answers are the same: those that differ in
+white space at their ends alone are. Attempts that were cut off are wrong (`grading.answers`), so they may be the
+rejected one; they have no end, and none is added. What was left out, since nobody could judge it, is in no pair.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from hpc_rl.data.questions import Question
 from hpc_rl.run.seeds import derive
@@ -21,19 +22,23 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from hpc_rl.grading.answers import Checker
-
-COUNTS = (
-    "pairs_new", "questions_with_pairs", "duplicates", "too_many", "control_tokens", "no_reference_solution",
-    "wrong_reference_solution",
-)  # fmt: skip
+COUNTS = ("pairs_new", "questions_with_pairs", "duplicates", "too_many")
 
 Message = Mapping[str, str]
+Solve = Callable[[Question, Sequence[Message]], "Solution | None"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A reference solution, and its tokens as the chat template shows them behind the prompt."""
+
+    text: str
+    token_ids: Sequence[int]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One row of train.parquet or validation.parquet.
+    """One row of train.parquet or validation.parquet, less its tokens.
 
     Attributes
     ----------
@@ -44,29 +49,30 @@ class Pair:
     prompt
         The chat that the solver answers.
     chosen, rejected
-        Answers.
-    chosen_from
-        `attempt`, or `reference`: the question's own solution.
+        Answers: attempts, by their places among the right and the wrong ones; `chosen` may be a `Solution`.
     """
 
     pair_id: str
     question_id: str
     root_id: str
     round: int
-    prompt: tuple[Message, ...]
-    chosen: str
-    rejected: str
-    chosen_from: Literal["attempt", "reference"]
+    prompt: Sequence[Message]
+    chosen: int | Solution
+    rejected: int
 
 
 def schema() -> Any:
-    """Of a parquet file of pairs, as `hpc_rl.training.data.pairs` reads it."""
+    """Of a parquet file of pairs, as `hpc_rl.training.data.pairs` reads it.
+
+    Tokens are what is trained on. `chosen_from` is `attempt`, or `reference` for the question's own solution.
+    """
     import pyarrow as pa
 
-    chat = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    chat, tokens = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])), pa.list_(pa.int32())
     return pa.schema([
         ("pair_id", pa.string()), ("question_id", pa.string()), ("root_id", pa.string()), ("round", pa.int32()),
         ("prompt", chat), ("chosen", pa.string()), ("rejected", pa.string()), ("chosen_from", pa.string()),
+        ("prompt_token_ids", tokens), ("chosen_token_ids", tokens), ("rejected_token_ids", tokens),
     ])  # fmt: skip
 
 
@@ -127,25 +133,18 @@ class Pairing:
         Pairs of one question in a round (`pairs.max_per_question`).
     known
         Pairs of earlier rounds.
-    control_tokens
-        Texts that a chat template would take for the end of a message: nothing that holds one is trained on.
-    checker
-        Checks reference solutions before they are chosen answers: one that gives another answer than the question's is
-        none. None where solutions are not to be used.
+    solve
+        The reference solution of a question, where it may be chosen.
 
     Attributes
     ----------
     counts
         pairs_new, questions_with_pairs; and what came to nothing: duplicates (of right × wrong), too_many (cut by the
-        cap), control_tokens (texts that hold one), no_reference_solution and wrong_reference_solution (questions).
+        cap).
     """
 
-    def __init__(
-        self, round: int, run_seed: int, most: int, known: Known, control_tokens: Sequence[str],
-        checker: Checker | None,
-    ) -> None:  # fmt: skip
-        self._round, self._seed, self._most = round, run_seed, most
-        self._known, self._control, self._checker = known, tuple(control_tokens), checker
+    def __init__(self, round: int, run_seed: int, most: int, known: Known, solve: Solve) -> None:
+        self._round, self._seed, self._most, self._known, self._solve = round, run_seed, most, known, solve
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
 
     def pairs(self, question: Question, prompt: Sequence[Message], attempts: Attempts) -> list[Pair]:
@@ -160,18 +159,18 @@ class Pairing:
         attempts
             At it, in this round.
         """
-        if not attempts.wrong or any(self._has_control(message["content"]) for message in prompt):
-            return []
-        source: Literal["attempt", "reference"] = "attempt" if attempts.right else "reference"
-        right = attempts.right or self._solutions(question)
-        rights, wrongs = self._different(right), self._different(attempts.wrong)
+        wrongs: Mapping[str, int] = _different(attempts.wrong)
+        rights: Mapping[str, int | Solution] = _different(attempts.right)
+        if not attempts.right and wrongs:
+            solution = self._solve(question, prompt)
+            rights = {} if solution is None else {solution.text.strip(): solution}
         candidates = [
             (one, other)
             for key, one in rights.items()
             for other_key, other in wrongs.items()
             if other_key not in rights and not (self._known and key_of(prompt, key, other_key) in self._known)
         ]
-        self.counts["duplicates"] += len(right) * len(attempts.wrong) - len(candidates)
+        self.counts["duplicates"] += (len(attempts.right) or len(rights)) * len(attempts.wrong) - len(candidates)
         if len(candidates) > self._most:
             draw = random.Random(derive(self._seed, self._round, "pairs", question.question_id))
             self.counts["too_many"] += len(candidates) - self._most
@@ -180,35 +179,15 @@ class Pairing:
         self.counts["questions_with_pairs"] += bool(candidates)
         id, root = question.question_id, question.root_id
         return [
-            Pair(f"r{self._round:02d}-{id}-{number}", id, root, self._round, tuple(prompt), one, other, source)
+            Pair(f"r{self._round:02d}-{id}-{number}", id, root, self._round, prompt, one, other)
             for number, (one, other) in enumerate(candidates)
         ]
 
-    def _solutions(self, question: Question) -> list[str]:
-        """The reference solution, if there is one that may be chosen."""
-        if self._checker is None:
-            return []
-        if not question.solution:
-            self.counts["no_reference_solution"] += 1
-            return []
-        verdict = self._checker.verdict(self._checker.reference(question.answer), question.solution)
-        if verdict.right is False:
-            self.counts["wrong_reference_solution"] += 1
-            return []
-        return [question.solution]
 
-    def _different(self, texts: Sequence[str]) -> dict[str, str]:
-        """Each text once, by what it says; none that is empty or holds a control token."""
-        found: dict[str, str] = {}
-        for text in texts:
-            key = text.strip()
-            if not key or key in found:
-                continue
-            if self._has_control(text):
-                self.counts["control_tokens"] += 1
-                continue
-            found[key] = text
-        return found
-
-    def _has_control(self, text: str) -> bool:
-        return any(token in text for token in self._control)
+def _different(texts: Sequence[str]) -> dict[str, int]:
+    """The place of each text that says something, once."""
+    found: dict[str, int] = {}
+    for place, text in enumerate(texts):
+        found.setdefault(text.strip(), place)
+    found.pop("", None)
+    return found

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 ROWS = 2048
-"""Rows in one row group."""
+"""Most rows in one row group."""
+GROUP_BYTES = 32 * 2**20
+"""Of rows that Arrow has, where they are long."""
 
 
 class RowWriter:
@@ -44,7 +46,9 @@ class RowWriter:
     def add_table(self, table: Any) -> None:
         """Add rows that Arrow has."""
         self._flush()
-        self._writer.write_table(table.select(self._schema.names).cast(self._schema), row_group_size=ROWS)
+        fitting = GROUP_BYTES * table.num_rows // max(1, table.nbytes)
+        rows = max(1, min(ROWS, fitting))
+        self._writer.write_table(table.select(self._schema.names).cast(self._schema), row_group_size=rows)
         self.rows += table.num_rows
 
     def _flush(self) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +15,14 @@ from hpc_rl.orchestrate.job import Job, Shard, open_job
 from hpc_rl.orchestrate.placing import commit_placed
 
 if TYPE_CHECKING:
-    from hpc_rl.data.dpo import Attempts, Known
+    from hpc_rl.data.dpo import Known, Pairing
     from hpc_rl.data.generator import Parents
     from hpc_rl.data.row_writer import RowWriter
 
 log = logging.getLogger("hpc_rl")
 
 SPLITS = ("train", "validation")
-READ_AT_ONCE = 2048
+READ_AT_ONCE = 512
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,38 +37,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make(job: Job, config: ProSettingConfig, shard: Shard) -> None:
     """Write the round's data sets, and commit them."""
     from hpc_rl.data import dpo, generator
-    from hpc_rl.data.control_tokens import control_tokens
     from hpc_rl.data.row_writer import RowWriter
-    from hpc_rl.grading.answers import Checker
     from hpc_rl.run import atomic
+    from jobs.prosetting.solutions import Solutions
 
-    pool = job.input(job.round - 1, "pool", 0).path("questions.parquet")
-    graded = [done.path("graded.parquet") for done in job.inputs(job.round, "grade")]
     names = (*(f"{split}.parquet" for split in SPLITS), "generator.parquet", "dataset_info.json")
     written = {name: shard.output(name) for name in names}
-    checker = Checker(config.grade.answers) if config.pairs.reference_solutions else None
-    known, parents = dpo.Known(), parents_of(job, pool)
-    models = [config.solver, *([config.generator] if config.generator is not None else [])]
-    solver, *writer = (control_tokens(Path(model.path)) for model in models)
-    pairing = dpo.Pairing(job.round, config.run.seed, config.pairs.max_per_question, known, solver, checker)
+    known, broken = dpo.Known(), broken_in(job)
+    solutions = Solutions(config.pairs.reference_solutions, config.grade.answers, config.solver)
+    pairing = dpo.Pairing(job.round, config.run.seed, config.pairs.max_per_question, known, solutions)
     with (
         RowWriter(written["train.parquet"], dpo.schema()) as train,
         RowWriter(written["validation.parquet"], dpo.schema()) as validation,
         RowWriter(written["generator.parquet"], generator.schema()) as texts,
     ):
         to = {"train": train, "validation": validation}
-        rounds = {split: taken_over(job, config, split, to[split], known) for split in SPLITS}
+        rounds = {split: taken_over(job, config, split, to[split], known, broken) for split in SPLITS}
         before = {split: to[split].rows for split in SPLITS}
-        unusable = pair_up(job, config, pool, graded, pairing, to, parents, texts, [t for ts in writer for t in ts])
-    counts = pairing.counts
-    if counts["pairs_new"]:
-        for split in SPLITS:
-            rounds[split] |= {job.round} if to[split].rows > before[split] else set()
+        more = pair_up(job, config, pairing, broken, to, texts)
+    for split in SPLITS:
+        rounds[split] |= {job.round} if to[split].rows > before[split] else set()
     metrics = {
         **{f"pairs_{split}": to[split].rows for split in SPLITS},
-        **counts,
+        **pairing.counts,
+        **solutions.counts,
+        **more,
         "generator_texts": texts.rows,
-        "generator_unusable": unusable,
     }
     info = {
         "round": job.round,
@@ -91,61 +84,56 @@ def make(job: Job, config: ProSettingConfig, shard: Shard) -> None:
     commit_placed(shard, {path: folder / name for name, path in written.items()}, made_from=made_from, metrics=metrics)
 
 
+def broken_in(job: Job) -> frozenset[str]:
+    """The questions whose reference answer was found wrong in this round: nothing is learned from them."""
+    from hpc_rl.grading.broken import iter_broken
+
+    paths = [done.path("broken.parquet") for done in job.inputs(job.round, "grade")]
+    return frozenset(one.question_id for one in iter_broken(paths))
+
+
 def pair_up(
-    job: Job, config: ProSettingConfig, pool: Path, graded: Sequence[Path], pairing: Any, to: dict[str, RowWriter],
-    parents: Parents, texts: RowWriter, control_tokens: Sequence[str],
-) -> int:  # fmt: skip
-    """Write the pairs of the round's questions, and texts for the generator; how many of those hold control tokens."""
+    job: Job, config: ProSettingConfig, pairing: Pairing, broken: frozenset[str], to: Mapping[str, RowWriter],
+    texts: RowWriter,
+) -> dict[str, int]:  # fmt: skip
+    """Write the pairs of the round's questions, and texts for the generator; how many of either are no use."""
+    from hpc_rl.data.attempts import pieces
+    from hpc_rl.data.control_tokens import ControlTokens
     from hpc_rl.data.generator import text_of
-    from hpc_rl.data.questions import chat, count_questions, iter_questions
+    from hpc_rl.data.questions import chat, iter_questions
 
-    total, unusable = count_questions(pool), 0
-    answered = attempts_of(graded)
-    place, attempts = next(answered, (total, None))
-    for number, question in enumerate(iter_questions(pool)):
-        if place != number:
-            continue  # it has no attempts
-        assert attempts is not None
-        if question.split in to:
-            for pair in pairing.pairs(question, chat(config.questions, question.question), attempts):
-                to[question.split].add(pair)
-        if question.parent_id is not None and attempts.success_rate is not None:
-            text = text_of(job.round, question, parents[question.parent_id], attempts.success_rate)
-            said = [text.completion, *(message["content"] for message in text.prompt)]
-            if any(token in one for token in control_tokens for one in said):
-                unusable += 1
-            else:
-                texts.add(text)
-        place, attempts = next(answered, (total, None))
-    assert attempts is None, "attempts stand in the order of their questions"
-    return unusable
-
-
-def attempts_of(graded: Iterable[Path]) -> Iterator[tuple[int, Attempts]]:
-    """The attempts at each question that has some, by its place in the pool; those that are left out do not count."""
-    from hpc_rl.data.dpo import Attempts
-
-    for place, rows in groupby(_rows(graded), key=lambda row: row[0]):
-        answers: tuple[list[str], list[str]] = ([], [])
-        for _, text, reward in rows:
-            if reward is not None:
-                answers[reward > 0].append(text)
-        yield place, Attempts(wrong=answers[0], right=answers[1])
+    pool = job.input(job.round - 1, "pool", 0).path("questions.parquet")
+    parents, questions = parents_of(job, pool), enumerate(iter_questions(pool))
+    control = ControlTokens(Path((config.generator or config.solver).path))
+    counts = {"broken": 0, "generator_unusable": 0}
+    for piece in pieces(done.path("graded.parquet") for done in job.inputs(job.round, "grade")):
+        made: dict[str, list[Any]] = {split: [] for split in SPLITS}
+        for answered in piece.answered():
+            question = next(one for place, one in questions if place == answered.place)
+            if question.question_id in broken:
+                counts["broken"] += 1
+                continue
+            pairs = pairing.pairs(question, chat(config.questions, question.question), answered.attempts)
+            made[question.split].extend((answered, pair) for pair in pairs)
+            rate = answered.attempts.success_rate
+            if question.parent_id is not None and rate is not None:
+                text = text_of(job.round, question, parents[question.parent_id], rate)
+                if any(control.are_in(said) for said in (text.completion, *(m["content"] for m in text.prompt))):
+                    counts["generator_unusable"] += 1
+                else:
+                    texts.add(text)
+        for split, pairs_of_piece in made.items():
+            if pairs_of_piece:
+                to[split].add_table(piece.pairs(pairs_of_piece))
+    return counts
 
 
-def _rows(graded: Iterable[Path]) -> Iterator[tuple[int, str, float | None]]:
-    import pyarrow.parquet as pq
-
-    columns = ["group", "text", "reward_correctness"]
-    for path in graded:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(READ_AT_ONCE, columns=columns):
-                yield from zip(*(batch[name].to_pylist() for name in columns), strict=True)
-
-
-def taken_over(job: Job, config: ProSettingConfig, split: str, to: RowWriter, known: Known) -> set[int]:
-    """Copy the pairs of earlier rounds, where the window has them; of which rounds they are."""
+def taken_over(
+    job: Job, config: ProSettingConfig, split: str, to: RowWriter, known: Known, broken: frozenset[str]
+) -> set[int]:
+    """Copy the pairs of earlier rounds, where the window has them, but for those of broken questions; their rounds."""
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     from hpc_rl.data.dpo import key_of
@@ -153,12 +141,14 @@ def taken_over(job: Job, config: ProSettingConfig, split: str, to: RowWriter, kn
     rounds: set[int] = set()
     if config.data_window == "last" or job.round == 1:
         return rounds
+    gone = pa.array(sorted(broken), pa.string())
     with pq.ParquetFile(job.input(job.round - 1, "dpo_data", 0).path(f"{split}.parquet")) as file:
         for batch in file.iter_batches(READ_AT_ONCE):
-            to.add_table(pa.Table.from_batches([batch]))
-            said = zip(*(batch[name].to_pylist() for name in ("prompt", "chosen", "rejected")), strict=True)
+            kept = batch.filter(pc.invert(pc.is_in(batch["question_id"], gone)))
+            to.add_table(pa.Table.from_batches([kept]))
+            said = zip(*(kept[name].to_pylist() for name in ("prompt", "chosen", "rejected")), strict=True)
             known.add([key_of(*one) for one in said])
-            rounds.update(batch["round"].to_pylist())
+            rounds.update(kept["round"].to_pylist())
     return rounds
 
 

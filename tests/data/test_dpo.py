@@ -10,23 +10,25 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpc_rl.data.control_tokens import control_tokens
-from hpc_rl.data.dpo import Attempts, Known, Pair, Pairing, key_of, schema
-from hpc_rl.data.generator import usefulness
+from hpc_rl.data.attempts import Answered, pieces
+from hpc_rl.data.control_tokens import ControlTokens, control_tokens
+from hpc_rl.data.dpo import Attempts, Known, Pair, Pairing, Solution, key_of
+from hpc_rl.data.generator import Text, schema, usefulness
 from hpc_rl.data.questions import Question
 from hpc_rl.data.row_writer import ROWS, RowWriter
 from hpc_rl.engines import loading
-from hpc_rl.grading.answers import Checker
+from hpc_rl.grading import samples
+from hpc_rl.grading.solver import SolverGraded
 from hpc_rl.run.code import source_root
 
 BASE = Question("q1", "Which?", "5", None, "q1", None, 0, "", "train", "initial")
 EOS = "<|im_end|>"
 
-text = st.sampled_from(["a", "b", "c", "d", " a", "a\n", "", "  ", f"x{EOS}", r"\boxed{5}"])
-solutions = st.sampled_from([None, "", r"\boxed{5}", r"\boxed{6}", "a", f"5{EOS}"])
+text = st.sampled_from(["a", "b", "c", "d", " a", "a\n", "", "  "])
+solutions = st.sampled_from([None, "s", "a"])
 attempted = st.tuples(st.lists(text, max_size=6), st.lists(text, max_size=6))
 rounds_of_attempts = st.lists(st.lists(attempted, min_size=3, max_size=3), min_size=1, max_size=3)
 
@@ -35,28 +37,36 @@ def prompt_of(question: Question) -> tuple[dict[str, str], ...]:
     return ({"role": "user", "content": question.question},)
 
 
+Said = tuple[str, str, str, str]
+"""Of a pair: its question, what is asked, what is chosen, what is rejected."""
+
+
 def run(
     rounds: list[list[tuple[list[str], list[str]]]], solution: str | None, most: int, seed: int = 0
-) -> tuple[list[list[Pair]], list[Pairing]]:
+) -> tuple[list[list[Pair]], list[list[Said]], list[Pairing]]:
     """The pairs of each round, all earlier ones known, of three questions of which one is a variant of another."""
     questions = [
-        replace(BASE, solution=solution),
-        replace(BASE, question_id="q2", root_id="q2", question="What?", split="validation", solution=solution),
+        BASE,
+        replace(BASE, question_id="q2", root_id="q2", question="What?", split="validation"),
         replace(BASE, question_id="q2.r01", root_id="q2", parent_id="q2", question="Who?", split="validation"),
     ]
     made: list[list[Pair]] = []
+    said: list[list[Said]] = []
     pairings = []
     for number, attempts in enumerate(rounds, 1):
         known = Known()
-        known.add([key_of(pair.prompt, pair.chosen, pair.rejected) for before in made for pair in before])
-        pairing = Pairing(number, seed, most, known, (EOS,), Checker("math"))
+        known.add([key_of(({"content": asked},), *both) for before in said for _, asked, *both in before])
+        solve = None if solution is None else Solution(solution, (1, 2))
+        pairing = Pairing(number, seed, most, known, lambda question, prompt, solve=solve: solve)
         pairings.append(pairing)
-        made.append([
-            pair
-            for question, (right, wrong) in zip(questions, attempts, strict=True)
-            for pair in pairing.pairs(question, prompt_of(question), Attempts(right, wrong))
-        ])  # fmt: skip
-    return made, pairings
+        made.append([])
+        said.append([])
+        for question, (right, wrong) in zip(questions, attempts, strict=True):
+            for pair in pairing.pairs(question, prompt_of(question), Attempts(right, wrong)):
+                chosen = pair.chosen.text if isinstance(pair.chosen, Solution) else right[pair.chosen]
+                made[-1].append(pair)
+                said[-1].append((pair.question_id, question.question, chosen, wrong[pair.rejected]))
+    return made, said, pairings
 
 
 @settings(max_examples=80, deadline=None)
@@ -64,27 +74,22 @@ def run(
 def test_pairs_of_all_rounds_s5(
     rounds: list[list[tuple[list[str], list[str]]]], solution: str | None, most: int
 ) -> None:
-    """S5: chosen are right, rejected are wrong, none twice, none above the cap, none that cannot be trained on."""
-    made, pairings = run(rounds, solution, most)
-    everything = [pair for pairs in made for pair in pairs]
-    said = [(pair.prompt[0]["content"], pair.chosen.strip(), pair.rejected.strip()) for pair in everything]
-    assert len(set(said)) == len(said) and all(chosen != rejected for _, chosen, rejected in said)
-    assert len({pair.pair_id for pair in everything}) == len(everything)
-    assert not any(EOS in one or not one for _, *both in said for one in both)
+    """S5: chosen are right, rejected are wrong, none twice, none above the cap, none that says nothing."""
+    made, said, pairings = run(rounds, solution, most)
+    everything = [(id, chosen.strip(), rejected.strip()) for some in said for id, _, chosen, rejected in some]
+    assert len(set(everything)) == len(everything)
+    assert all(chosen and rejected and chosen != rejected for _, chosen, rejected in everything)
+    ids = [pair.pair_id for some in made for pair in some]
+    assert len(set(ids)) == len(ids)
     places = {"q1": 0, "q2": 1, "q2.r01": 2}
     for attempts, pairs, pairing in zip(rounds, made, pairings, strict=True):
         for id, place in places.items():
-            right, wrong = attempts[place]
             mine = [pair for pair in pairs if pair.question_id == id]
             assert len(mine) <= most
-            assert all(pair.rejected in wrong for pair in mine)
-            if right:
-                assert all(pair.chosen in right and pair.chosen_from == "attempt" for pair in mine)
-            else:
-                assert all(pair.chosen == solution and pair.chosen_from == "reference" for pair in mine)
+            assert all(isinstance(pair.chosen, Solution) != bool(attempts[place][0]) for pair in mine)
         assert pairing.counts["pairs_new"] == len(pairs)
         assert pairing.counts["questions_with_pairs"] == len({pair.question_id for pair in pairs})
-    assert {pair.root_id for pair in everything if pair.question_id != "q1"} <= {"q2"}
+    assert {pair.root_id for some in made for pair in some if pair.question_id != "q1"} <= {"q2"}
 
 
 @settings(max_examples=50, deadline=None)
@@ -92,40 +97,67 @@ def test_pairs_of_all_rounds_s5(
 def test_without_a_cap_all_of_right_times_wrong_is_there(
     rounds: list[list[tuple[list[str], list[str]]]], seed: int
 ) -> None:
-    made, pairings = run(rounds, None, most=1000, seed=seed)
-    usable: set[tuple[int, str, str]] = set()
+    _, said, pairings = run(rounds, None, most=1000, seed=seed)
+    usable: set[tuple[str, str, str]] = set()
     for attempts in rounds:
-        for place, both in enumerate(attempts):
-            right, wrong = ({one.strip() for one in some if one.strip() and EOS not in one} for some in both)
-            usable |= {(place, *pair) for pair in product(right, wrong - right)}
-    places = {"q1": 0, "q2": 1, "q2.r01": 2}
-    assert {(places[p.question_id], p.chosen.strip(), p.rejected.strip()) for some in made for p in some} == usable
+        for id, both in zip(("q1", "q2", "q2.r01"), attempts, strict=True):
+            right, wrong = ({one.strip() for one in some} - {""} for some in both)
+            usable |= {(id, *pair) for pair in product(right, wrong - right)}
+    assert {(id, chosen.strip(), rejected.strip()) for some in said for id, _, chosen, rejected in some} == usable
     assert sum(pairing.counts["pairs_new"] for pairing in pairings) == len(usable)
 
 
 def test_which_pairs_are_cut_depends_on_seed_and_round_alone() -> None:
     attempts = [([f"right {n}" for n in range(4)], [f"wrong {n}" for n in range(4)]), ([], []), ([], [])]
-    first, again, other = (run([attempts], None, 5, seed)[0][0] for seed in (0, 0, 1))
-    assert first == again and len(first) == 5
-    assert {(pair.chosen, pair.rejected) for pair in first} != {(pair.chosen, pair.rejected) for pair in other}
-    assert run([attempts], None, 5)[1][0].counts["too_many"] == 11
+    first, again, other = (run([attempts], None, 5, seed)[1][0] for seed in (0, 0, 1))
+    assert first == again and len(first) == 5 and first != other
+    assert run([attempts], None, 5)[2][0].counts["too_many"] == 11
 
 
-@pytest.mark.parametrize(
-    ("solution", "count"),
-    [(None, "no_reference_solution"), (r"\boxed{6}", "wrong_reference_solution"), (f"{EOS}5", "control_tokens")],
-)
-def test_a_reference_solution_that_cannot_be_used_is_counted_s5(solution: str | None, count: str) -> None:
-    made, (pairing,) = run([[([], ["a"]), ([r"\boxed{5}"], []), ([], [])]], solution, 8)
-    assert made == [[]] and pairing.counts[count] == 1
-
-
-def test_without_reference_solutions_a_question_that_failed_has_no_pairs() -> None:
-    pairing = Pairing(1, 0, 8, Known(), (), None)
-    question = replace(BASE, solution=r"\boxed{5}")
-    assert pairing.pairs(question, prompt_of(question), Attempts([], ["a"])) == []
-    assert pairing.pairs(question, prompt_of(question), Attempts(["b"], ["a"]))[0].chosen == "b"
-    assert pairing.counts["no_reference_solution"] == 0
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.lists(st.sampled_from([1.0, 0.0, None]), max_size=5), min_size=1, max_size=8),
+    st.integers(1, 8), st.integers(1, 4),
+)  # fmt: skip
+def test_pieces_part_no_question_and_pairs_have_their_attempts_tokens(
+    tmp_path: Path, rewards: list[list[float | None]], files: int, rows: int
+) -> None:
+    """Whatever the files and row groups: each question comes once, and a pair's tokens are its attempts'."""
+    paths = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "ROWS", rows)
+        for number in range(files):
+            paths.append(tmp_path / str(number))
+            some = [
+                SolverGraded(
+                    f"s{group}-{n}", f"q{group}", "solver", group, n, True, (9, group), (group, n), (-1.0, -1.0),
+                    f"{group} {n}", "stop", 0, "w", reward, reward is None, reward, None, "rule",
+                )
+                for group in range(number * len(rewards) // files, (number + 1) * len(rewards) // files)
+                for n, reward in enumerate(rewards[group])
+            ]  # fmt: skip
+            samples.write_samples(paths[-1], some, SolverGraded)
+        patch.setattr("hpc_rl.data.attempts.MOST_BYTES", 1)
+        found: list[int] = []
+        for piece in pieces(paths):
+            pairs: list[tuple[Answered, Pair]] = []
+            for answered in piece.answered():
+                found.append(answered.place)
+                expected = [n for n, reward in enumerate(rewards[answered.place]) if reward == 1]
+                assert answered.attempts.right == [f"{answered.place} {n}" for n in expected]
+                chosen: list[int | Solution] = [*range(len(answered.right)), Solution("so", (7, 7))]
+                pairs += [
+                    (answered, Pair(f"{answered.place}-{n}", "q", "q", 1, prompt_of(BASE), one, 0))
+                    for n, one in enumerate(chosen) if answered.wrong
+                ]  # fmt: skip
+            for row in piece.pairs(pairs).to_pylist():
+                group = int(row["pair_id"].split("-")[0])
+                assert row["prompt_token_ids"] == [9, group]
+                assert row["rejected_token_ids"] == [int(number) for number in row["rejected"].split()]
+                solved = row["chosen_from"] == "reference"
+                assert row["chosen_token_ids"] == ([7, 7] if solved else [int(n) for n in row["chosen"].split()])
+                assert not solved or row["chosen"] == "so"
+    assert found == [group for group, some in enumerate(rewards) if some]
 
 
 def test_known_pairs_are_found_among_many() -> None:
@@ -147,8 +179,8 @@ def test_usefulness_of_a_question_s17() -> None:
 
 
 def test_rows_and_tables_are_written_in_the_order_in_which_they_came(tmp_path: Path) -> None:
-    def pair(number: int) -> Pair:
-        return Pair(str(number), "q", "q", 1, ({"role": "user", "content": "so"},), "a", "b", "attempt")
+    def pair(number: int) -> Text:
+        return Text(str(number), ({"role": "user", "content": "so"},), "a", 0.5)
 
     with RowWriter(tmp_path / "one", schema()) as writer:
         for number in range(3):
@@ -158,7 +190,7 @@ def test_rows_and_tables_are_written_in_the_order_in_which_they_came(tmp_path: P
         writer.add_table(pq.read_table(tmp_path / "one"))
         for number in range(3, ROWS + 5):
             writer.add(pair(number))
-    assert pq.read_table(tmp_path / "many")["pair_id"].to_pylist() == [str(n) for n in range(-1, ROWS + 5)]
+    assert pq.read_table(tmp_path / "many")["text_id"].to_pylist() == [str(n) for n in range(-1, ROWS + 5)]
     assert writer.rows == ROWS + 6
     with RowWriter(tmp_path / "none", schema()):
         pass
@@ -175,5 +207,7 @@ def test_control_tokens_are_found_without_loading_the_tokenizer(tmp_path: Path) 
     }  # fmt: skip
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert control_tokens(tmp_path) == ("<|a|>", "<|b|>", "<|c|>", EOS)
+    tokens = ControlTokens(tmp_path)
+    assert [tokens.are_in(text) for text in (f"so{EOS}", "<|b|>", "d", "|")] == [True, True, False, False]
     with pytest.raises(ValueError, match=r"has none of tokenizer\.json, tokenizer_config\.json"):
         control_tokens(tmp_path / "nothing")

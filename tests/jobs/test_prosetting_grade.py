@@ -26,7 +26,7 @@ from tests.jobs.solving import REPOSITORY, arguments, open_prosetting, publish_a
 from tests.teachers.server import Misbehave, Teacher
 
 SOLVER = REPOSITORY / "models/tiny-solver"
-MATH = ("grade.answers=math", "sample.shards=3", "sample.samples_per_prompt=4")
+MATH = ("grade.answers=math", "grade.check_references=false", "sample.shards=3", "sample.samples_per_prompt=4")
 ALONE = (*MATH, "grade.judge=never")
 
 
@@ -204,7 +204,7 @@ SUMS = [
     question(3, "10+10=", "020"),
     question(4, "11+11=", "220", solution="220"),
     question(5, "12+11=", "320", solution="999"),
-    question(6, "13+11=", "420", solution="4<eos>20"),
+    question(6, "13+11=", "420", solution=r"\boxed{420}<eos>"),
 ]
 SUMS_SAID = {
     "q000001": ["300", "300", "100", "200"],
@@ -214,7 +214,10 @@ SUMS_SAID = {
     "q000005": ["111", "222", "333", "444"],
     "q000006": ["111", "222", "333", "444"],
 }
-TEXT = ("sample.shards=3", "grade.judge=never", "sample.samples_per_prompt=4", "pairs.max_per_question=3")
+TEXT = (
+    "sample.shards=3", "grade.judge=never", "grade.check_references=false", "sample.samples_per_prompt=4",
+    "pairs.max_per_question=3",
+)  # fmt: skip
 
 
 def rows(ws: Workspace, round: int, name: str) -> list[dict[str, Any]]:
@@ -246,10 +249,11 @@ def test_pairs_lie_in_datasets_by_split_and_can_be_trained_on_s5_s16(new_run: Ca
     made = manifest.read(ws, 1, "dpo_data", 0)
     assert {name: made.metrics[name] for name in (
         "pairs_train", "pairs_validation", "pairs_new", "questions_with_pairs", "duplicates", "too_many",
-        "no_reference_solution", "wrong_reference_solution", "control_tokens",
+        "no_reference_solution", "wrong_reference_solution", "unusable_reference_solution",
     )} == {
         "pairs_train": 5, "pairs_validation": 1, "pairs_new": 6, "questions_with_pairs": 3, "duplicates": 4,
-        "too_many": 1, "no_reference_solution": 1, "wrong_reference_solution": 2, "control_tokens": 0,
+        "too_many": 1, "no_reference_solution": 1, "wrong_reference_solution": 1,
+        "unusable_reference_solution": 1,
     }  # fmt: skip
     assert list((ws.tb_dir / "run").glob("*.dpo_data-01")), "S18: numbers of pairs are a curve of the run"
     info = json.loads((folder / "dataset_info.json").read_text())
@@ -258,6 +262,44 @@ def test_pairs_lie_in_datasets_by_split_and_can_be_trained_on_s5_s16(new_run: Ca
     tokenizer = load_processor(SOLVER)
     read = training_pairs.read([made.path("train.parquet"), made.path("validation.parquet")], tokenizer)
     assert len(read) == 6
+
+
+def test_the_tokens_of_a_pair_are_those_that_were_sampled(new_run: Callable[..., Workspace]) -> None:
+    """What was cut off gets no end; a reference solution is what the chat template shows behind the prompt."""
+    from hpc_rl.engines.loading import load_processor
+
+    ws = new_run(*TEXT)
+    publish_pool(ws, 0, SUMS)
+    publish_attempts(ws, 1, SUMS_SAID, cut_off=[("q000001", 2)])
+    assert grade.main(arguments(ws)) == dpo_data.main(arguments(ws)) == 0
+    tokens = [
+        [one[f"{name}_token_ids"] for name in ("prompt", "chosen", "rejected")] for one in rows(ws, 1, "train.parquet")
+    ]
+    assert tokens[:2] == [[[1, 2, 0], [3, 0], [3, 2]], [[1, 2, 0], [3, 0], [3, 3]]]
+    tokenizer = load_processor(SOLVER)
+    asked = [{"role": "user", "content": "11+11="}]
+    opened = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": "220"}], tokenize=False)
+    assert [one[0] for one in tokens[2:]] == [[1, 2, 3]] * 3
+    assert [one[1] for one in tokens[2:]] == [tokenizer(whole[len(opened) :])["input_ids"]] * 3
+
+
+def test_nothing_is_learned_from_a_question_whose_reference_is_wrong_s4(tmp_path: Path, teacher: Teacher) -> None:
+    """S4: found when all attempts of round 2 fail; its pairs of round 1 go as well, those of other questions stay."""
+
+    def checks(call: int, body: dict[str, Any]) -> str:
+        wrong = "11+11=" in body["messages"][1]["content"]
+        return json.dumps({"reason": "so", "answer": "444" if wrong else "320", "reference_correct": not wrong})
+
+    teacher.behave = checks
+    ws = open_prosetting(tmp_path / "run", *TEXT, "grade.check_references=true", *client_of(teacher))
+    for round, said in (1, ["220", "444"]), (2, ["444", "222"]):
+        publish_pool(ws, round - 1, SUMS)
+        publish_attempts(ws, round, {**SUMS_SAID, "q000004": said})
+        assert grade.main(arguments(ws, round)) == dpo_data.main(arguments(ws, round)) == 0
+    first, second = ({one["question_id"] for one in rows(ws, round, "train.parquet")} for round in (1, 2))
+    assert first == {"q000001", "q000004"} and second == {"q000001"}
+    assert manifest.read(ws, 2, "dpo_data", 0).metrics["broken"] == 1
 
 
 def test_earlier_rounds_pairs_are_taken_over_or_not_s7(tmp_path: Path) -> None:
