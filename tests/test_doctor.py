@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hpc_rl import config as configs
 from hpc_rl import doctor, recipes
 from hpc_rl.health import packages, paths, slurm
 from hpc_rl.health.disk import CHECKPOINT, estimate
+from hpc_rl.health.endpoints import endpoint
 from hpc_rl.health.findings import Subject
 from hpc_rl.health.machine import machine
 from hpc_rl.health.packages import extra_requirements, satisfies
@@ -249,6 +251,7 @@ class Server:
 
     def __init__(self) -> None:
         self.answers: dict[str, tuple[int, bytes]] = {}
+        self.asked: list[dict[str, Any]] = []
         self.key: str | None = None
         self.slow = threading.Event()
         self.slow.set()
@@ -256,6 +259,13 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                self.answer()
+
+            def do_POST(self) -> None:
+                server.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+                self.answer()
+
+            def answer(self) -> None:
                 server.slow.wait()
                 refused = server.key is not None and self.headers.get("authorization") != f"Bearer {server.key}"
                 status, body = (401, b"{}") if refused else server.answers.get(self.path, (404, b""))
@@ -316,6 +326,59 @@ def test_a_key_in_a_file_that_others_may_read_is_not_used(ask: Ask, server: Serv
     file.chmod(0o600)
     server.key = KEY
     assert "services.enhancer.client" in only(ask(*here), "endpoints", "ok")
+
+
+@pytest.mark.parametrize("inside", ["\n# of the group", "\r\nx", " x", "\u00e4"])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_a_key_that_no_header_may_carry_is_named_by_its_place_and_not_shown(
+    ask: Ask, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str, in_file: bool
+) -> None:
+    here = [f"services.teacher.client.url={server.url}/v1", "services.teacher.client.model=judge"]
+    if in_file:
+        file = tmp_path / "key"
+        file.write_text(KEY + inside)
+        file.chmod(0o600)
+        here.append(f"services.teacher.client.api_key_file={file}")
+    else:
+        monkeypatch.setenv("TEACHER_API_KEY", KEY + inside)
+    found = ask(*here)
+    said = only(found, "endpoints", "problem")
+    assert ("services.teacher.client.api_key_file" if in_file else "TEACHER_API_KEY") in said
+    assert "a line break, a space" in said
+    assert KEY not in json.dumps(found)
+
+
+def test_one_question_is_asked_as_jobs_ask_it_and_not_with_quick(
+    ask: Ask, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_API_KEY", KEY)
+    client = "services.teacher.client"
+    here = (f"{client}.url={server.url}/v1", f"{client}.model=judge", f"{client}.extra_body={{top_p: 0.9}}")
+    refusal = f"no response_format json_schema, {KEY}"
+    server.answers["/v1/chat/completions"] = (400, refusal.encode())
+    assert not of(ask(*here), "endpoints", "problem") and not server.asked
+    found = ask(*here, quick=False)
+    said = only(found, "endpoints", "problem")
+    assert "answers 400 to a question with structured: json_schema: no response_format json_schema, ***" in said
+    assert KEY not in json.dumps(found)
+    (body,) = server.asked
+    assert (body["model"], body["top_p"], body["response_format"]["type"]) == ("judge", 0.9, "json_schema")
+    server.answers["/v1/chat/completions"] = (200, b"{}")
+    found = ask(*here, f"{client}.structured=none", quick=False)
+    assert "it takes a question with structured: none" in of(found, "endpoints", "ok")[-1]
+    assert "response_format" not in server.asked[-1]
+    server.answers["/v1/chat/completions"] = (503, b"")
+    assert "answers 503" in only(ask(*here, quick=False), "endpoints", "warning")
+
+
+def test_what_a_login_node_does_not_reach_compute_nodes_may(server: Server, config: Path) -> None:
+    server.close()
+    settings = (f"services.teacher.client.url={server.url}/v1", f"services.reward_model.client.url={server.url}")
+    for executor, level in (("slurm", "warning"), ("local", "problem")):
+        subject = replace(subject_of(config, *settings, quick=True), executor=executor)
+        for name in ("teacher", "reward_model"):
+            (finding,) = endpoint(subject, name, {})
+            assert (finding.level, "no answer from" in finding.what) == (level, True)
 
 
 def test_an_endpoint_that_is_away_or_hangs_or_is_another_thing(ask: Ask, server: Server) -> None:
@@ -467,3 +530,21 @@ def test_slurm_that_is_not_there_or_does_not_answer_is_said(
     assert only(found, "Slurm", "ok") == "it answers: 3 partitions"
     assert "stages.train.gpus_per_node" in only(found, "Slurm", "problem")
     assert slurm.AREA not in {one["area"] for one in ask()}, "the local executor needs none"
+
+
+def test_nodes_of_a_partition_that_differ_are_asked_for_one_kind_at_a_time(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sinfo puts idle nodes of 64 and of 512 GB into one line with the least of them, unless it is told not to."""
+    (bin := tmp_path / "bin").mkdir()
+    line = "gpu*|up|{}|{}|{}|gpu:4|a100|infinite"
+    merged, *apart = line.format(4, "32+", "64000+"), line.format(2, 32, 64000), line.format(2, 64, 512000)
+    shown = "\n".join(apart)
+    tell = f'case " $* " in *" --exact "*) echo "{shown}";; *) echo "{merged}";; esac'
+    for name, body in {"sbatch": "exit 1", "sinfo": tell}.items():
+        (bin / name).write_text(f"#!/bin/sh\n{body}\n")
+        (bin / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin}:/nowhere")
+    large = ("cluster.executor=slurm", "cluster.allow_local_workspace=true", "stages.train.mem_gb=480")
+    assert not of(ask(*large), "Slurm", "problem")
+    assert "has 600.0 GiB" in only(ask(*large, "stages.train.mem_gb=600"), "Slurm", "problem")

@@ -21,6 +21,8 @@ AREA = "Slurm"
 FORMAT = "%P|%a|%D|%c|%m|%G|%f|%l"
 """Partition (* = default), up or down, nodes, their CPUs, MB, GPUs, features, time limit: a line for nodes that are
 alike (sinfo(1))."""
+SINFO = ("sinfo", "--noheader", "--exact", "--noconvert", f"--format={FORMAT}")
+"""Without `--exact` nodes of one state that differ are one line with the least of each, `64000+`."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def slurm(subject: Subject) -> Iterator[Finding]:
         yield Finding(AREA, "problem", "cluster.executor is slurm, but there is no sbatch on the PATH", remedy)
         return
     try:
-        groups = read_sinfo(_ask(["sinfo", "--noheader", f"--format={FORMAT}"], subject.patience_s))
+        groups = read_sinfo(_ask(SINFO, subject.patience_s))
     except ExecutorError as error:
         yield Finding(AREA, "problem", str(error), "see whether the controller is up (scontrol ping), and ask again")
         return

@@ -71,7 +71,7 @@ def problem_of(error: Exception, base_url: str, timeout_s: float, key: str, sect
     if isinstance(error, openai.APITimeoutError | TimeoutError) and type(cause).__name__ != "ConnectTimeout":
         return Problem("failed", f"{base_url} took longer than {timeout_s:g} s")
     if isinstance(error, openai.APIConnectionError):
-        return Problem("gone", f"{base_url} does not answer ({type(cause).__name__}: {cause})")
+        return Problem("gone", f"{base_url} does not answer ({type(cause).__name__}: {_without(key, str(cause))})")
     assert isinstance(error, ValueError), error
     return Problem("failed", f"{base_url} answered {_without(key, str(error))}")
 

@@ -12,10 +12,10 @@ import openai
 
 from hpc_rl.config.clients import CallConfig, ClientConfig, TeacherClientConfig
 from hpc_rl.services.calling import CallFailed, ServiceClient, ServiceRefused
-from hpc_rl.services.trust import Untrusted, read_own
 from hpc_rl.services.wire import read_json
 from hpc_rl.teachers.cache import Answer
 from hpc_rl.teachers.calls import Problem, problem_of, read_chat, read_models
+from hpc_rl.teachers.keys import BadKey, read_key
 
 T = TypeVar("T")
 CONNECT_S = 10.0
@@ -68,7 +68,7 @@ class Named:
     Raises
     ------
     ServiceRefused
-        When the file with the key is missing, is somebody else's, or may be read by others.
+        When the key cannot be read, or no header may carry it (`read_key`).
     """
 
     def __init__(
@@ -126,18 +126,10 @@ class Named:
 
 def _key(options: TeacherClientConfig, environ: Mapping[str, str], section: str) -> str:
     """The endpoint's key; "" where there is none."""
-    if options.api_key_file is None:
-        return environ.get(options.api_key_env, "").strip()
-    where = f"{section}.api_key_file: {options.api_key_file}"
     try:
-        key = read_own(options.api_key_file, private=True).decode(errors="replace").strip()
-    except FileNotFoundError:
-        raise ServiceRefused(f"{where} does not exist; write the key into it and `chmod 600` it") from None
-    except Untrusted as error:
-        raise ServiceRefused(f"{section}.api_key_file: {error}, or `chmod 600` it") from error
-    if not key:
-        raise ServiceRefused(f"{where} is empty; write the key into it")
-    return key
+        return read_key(options, environ, section).text
+    except BadKey as error:
+        raise ServiceRefused(str(error)) from error
 
 
 class OfTheRun:

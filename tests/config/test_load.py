@@ -185,7 +185,11 @@ def test_a_program_without_slash_is_left_to_the_path(small: Load) -> None:
 def test_a_heterogeneous_job_is_looked_at_where_the_run_has_it(tmp_path: Path) -> None:
     base = "recipe: prosetting\nrun: {name: a}\nsolver: {path: m}\nquestions: {file: q.json}\n"
     (tmp_path / "run.yaml").write_text(base + "stages: {grade: {tasks: 2}, enhance: {tasks: 2}}\n")
-    together = ("services.teacher.placement=hetjob", "services.teacher.model=m", "services.enhancer.client.url=http://e")
+    together = (
+        "services.teacher.placement=hetjob",
+        "services.teacher.model=m",
+        "services.enhancer.client.url=http://e",
+    )
 
     def faults(*more: str) -> str:
         with pytest.raises(ConfigError) as caught:

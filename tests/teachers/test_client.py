@@ -196,6 +196,10 @@ def test_the_key_comes_from_the_environment_or_a_private_file_and_shows_up_nowhe
     assert teacher.keys == {f"Bearer {KEY}", "Bearer sk-of-the-file"}
     with pytest.raises(ServiceRefused, match=r"api_key_file: .* does not exist"):
         client(api_key_file=tmp_path / "none")
+    file.write_text(f"{KEY}\n# of the group\n")
+    with pytest.raises(ServiceRefused, match=r"api_key_file: .* has a line break") as refused:
+        client(api_key_file=file)
+    assert KEY not in str(refused.value)
     teacher.behave = lambda call, body: Misbehave(401, body=b'{"error": {"message": "wrong key: %s"}}' % KEY.encode())
     with pytest.raises(ServiceRefused, match=r"wrong key: \*\*\*\."):
         asking.ask_all([question(3)])
