@@ -73,6 +73,15 @@ def test_pairs_of_chats_share_their_prompt(tmp_path: Path, tokenizer: Any) -> No
         assert tokenizer.decode([*pair.prompt_ids, *ids]) == whole
 
 
+def test_what_was_sampled_is_trained_on_and_texts_beside_it_are_not_read_s5(tmp_path: Path, tokenizer: Any) -> None:
+    """An answer that was cut off in its thoughts gets no end, and a template that could not show it is not asked."""
+    chat = [{"role": "user", "content": "yes no"}]
+    texts = {"prompt": [chat] * 2, "chosen": ["<think>", "Yes"], "rejected": ["<|im_end|>", "Yes"]}
+    found = pairs.read(write(tmp_path, {**PAIRS, **texts}), tokenizer).rows(slice(None))
+    for name in ("prompt", "chosen", "rejected"):
+        assert [getattr(pair, f"{name}_ids").tolist() for pair in found] == PAIRS[f"{name}_token_ids"]
+
+
 @pytest.mark.parametrize(
     ("changed", "options", "complaint"),
     [
