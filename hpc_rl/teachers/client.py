@@ -29,6 +29,7 @@ from hpc_rl.teachers.endpoints import Endpoint, Named, OfTheRun
 from hpc_rl.teachers.pace import Pace
 from hpc_rl.teachers.patience import Patience
 from hpc_rl.teachers.questions import Question, Reply, TeacherError, Totals
+from hpc_rl.teachers.refusals import Refusals
 
 Progress = Callable[[int, int], None]
 CHARACTERS_PER_TOKEN = 3
@@ -70,6 +71,7 @@ class TeacherClient:
         self._cache = Cache(cache)
         self._pace = Pace(options.parallel_calls, options.requests_per_min, options.tokens_per_min)
         self._patience = Patience(options, self._pace, random.Random())
+        self._refusals = Refusals(section, options.structured)
         self._under_way: dict[str, asyncio.Task[Answer | Problem]] = {}
         self._loop = LoopThread("teacher-client")
 
@@ -132,7 +134,7 @@ class TeacherClient:
         ServiceUnavailable
             When the endpoint answered nobody for `deadline_s`; what it answered before is kept.
         ServiceRefused
-            When no call can succeed; the message says what to change.
+            When no call can succeed, or all of the first were refused; the message says what to change.
         ValueError
             For a schema that is none.
         """
@@ -215,9 +217,11 @@ class TeacherClient:
         key = key_of(body, self._weights or "")
         if (known := self._cache.get(key)) is not None:
             self._totals.cache_hits += 1
+            self._refusals.answered()
             return known, True
         task = self._under_way.get(key)
         if task is None:
+            self._refusals.sent(key)
             task = self._under_way[key] = asyncio.create_task(self._pay(key, body))
             task.add_done_callback(lambda done: self._forget(key, done))
         else:
@@ -234,6 +238,7 @@ class TeacherClient:
         limit = int(body[self._options.max_tokens_field])
         expected = limit + sum(len(message["content"]) for message in body["messages"]) / CHARACTERS_PER_TOKEN
         answer = await self._patience.repeat(lambda: self._endpoint.chat(body), expected)
+        self._refusals.ended(key, answer)
         if isinstance(answer, Problem):
             return answer
         self._cache.put(key, answer)

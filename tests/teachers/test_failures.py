@@ -134,6 +134,33 @@ def test_a_question_that_the_endpoint_refuses_is_left_out_at_once(teacher: Teach
     assert teacher.calls == 40
 
 
+@pytest.mark.parametrize("parallel", [1, 32])
+def test_an_endpoint_that_refuses_all_of_the_first_questions_is_refused_with_the_way_out(
+    teacher: Teacher, client: Ask, parallel: int
+) -> None:
+    """Else a run would leave out all that it asks, and go on."""
+    teacher.behave = lambda call, asked: Misbehave(400, body=b'{"error": {"message": "no response_format here"}}')
+    asking = client(parallel_calls=parallel)
+    twice = [*MANY[:15], *MANY[:15]]
+    assert all(isinstance(answer, TeacherError) for answer in asking.ask_all(twice)), "the same ones count once"
+    with pytest.raises(ServiceRefused, match=r"no response_format here.*structured \(json_schema") as refused:
+        asking.ask_all(MANY)
+    assert "services.teacher.client" in str(refused.value)
+    assert teacher.calls <= 30 + 15 + parallel
+
+
+@pytest.mark.parametrize("answered", [0, 9, 15])
+def test_an_endpoint_that_answered_one_of_the_first_may_refuse_the_others(
+    teacher: Teacher, client: Ask, answered: int
+) -> None:
+    """Also when that takes longer than refusals; and when it was asked that before."""
+    slow = Misbehave(delay_s=0.5)
+    teacher.behave = lambda call, asked: slow if number_in(asked) == answered else Misbehave(400, body=b'{"x": 1}')
+    for one in (client(parallel_calls=16), client(parallel_calls=1)):
+        answers = one.ask_all(MANY)
+        assert [number for number, answer in enumerate(answers) if isinstance(answer, Reply)] == [answered]
+
+
 @pytest.mark.parametrize(
     ("wrong", "way_out"),
     [
