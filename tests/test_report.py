@@ -303,6 +303,17 @@ def test_what_failed_how_often_and_with_which_last_words(run: Run, capsys: pytes
     assert "the last one: KeyError: 'late' (log: logs/2.out)" in page(run)
 
 
+def test_jobs_that_left_when_all_was_done_are_no_trouble(run: Run) -> None:
+    first = submitted(run, 2, "train", 0.0)
+    ended(run, 2, "train", first, 10.0, 20.0, outcome="left", error="told to leave")
+    assert [one.ends for one in gather(run).troubles] == [{"left": 1}], "the work is not done"
+    done(run, 2, "train")
+    assert gather(run).troubles == ()
+    last = submitted(run, 2, "train", 30.0, 2)
+    ended(run, 2, "train", last, 40.0, 50.0, outcome="left", error="told to leave")
+    assert [(one.attempts, one.ends) for one in gather(run).troubles] == [(2, {"left": 1})], "the first left early"
+
+
 def test_cost_is_summed_over_all_attempts_and_memory_is_that_of_the_largest_process(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

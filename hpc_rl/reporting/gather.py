@@ -64,7 +64,7 @@ def gather(run: Run) -> Report:
         recipe=run.config.recipe,
         status=status,
         reason=reason,
-        rounds_done=sum(_is_done(run, round) for round in range(1, run.graph.rounds + 1)),
+        rounds_done=sum(_round_is_done(run, round) for round in range(1, run.graph.rounds + 1)),
         rounds_planned=run.graph.rounds,
         times=clock.times(run, found.history, found.ends, status, time.time()),
         tables=tuple(rows for table in tables if (rows := _fill_in(found, table)).shown),
@@ -94,9 +94,12 @@ def _status(found: _Found) -> tuple[str, str, frozenset[str]]:
     return shown.status, shown.reason, frozenset(job.name for job in view.queue)
 
 
-def _is_done(run: Run, round: int) -> bool:
-    work = [stage for stage in run.graph.of_round(round) if stage.has_work]
-    return all(len(manifest.done_shards(run.ws, s.round, s.name)) >= s.shards for s in work)
+def _round_is_done(run: Run, round: int) -> bool:
+    return all(_is_done(run, stage) for stage in run.graph.of_round(round) if stage.has_work)
+
+
+def _is_done(run: Run, stage: Stage) -> bool:
+    return len(manifest.done_shards(run.ws, stage.round, stage.name)) >= stage.shards
 
 
 def _ends(found: _Found, id: StageId) -> Iterator[EndRecord]:
@@ -185,6 +188,8 @@ def _troubles(found: _Found, queued: frozenset[str]) -> Iterator[Trouble]:
         bad = [end for end in ends if end.outcome != Outcome.DONE.value]
         if stage.kind is Kind.SERVICE:  # told to leave when those are done whom it serves
             bad = [end for end in bad if end.outcome not in QUIET]
+        elif stage.has_work and attempts and _is_done(found.run, stage):  # its last jobs had nothing left to do
+            bad = [end for end in bad if end.name != attempts[-1].name or end.outcome not in QUIET]
         counts = Counter(end.outcome for end in bad)
         heard_of = {end.name for end in ends} | queued
         # in the launcher's own process (debug) there is no entry process that would leave a word
