@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     2 when it cannot start, 130 after Ctrl-C or SIGTERM while it ran.
     """
     arguments = parse(argv)
+    if arguments.dry_run:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` is no error; a launch that works outlives its reader
     keep_closed()
     overrides = [*arguments.set, *([f"cluster.executor={arguments.executor}"] if arguments.executor else [])]
     try:

@@ -519,6 +519,18 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(shell: Shell, executor: str
     assert not shell.ws.root.exists()
 
 
+def test_a_dry_run_whose_reader_has_left_is_no_error(shell: Shell) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as nobody:
+        shown = subprocess.run(
+            shell.command("--dry-run"), cwd=source_root(), stdout=nobody, stderr=subprocess.PIPE, text=True,
+            timeout=PATIENCE_S, check=False,
+        )  # fmt: skip
+    assert shown.returncode == -signal.SIGPIPE
+    assert shown.stderr == ""
+
+
 def test_init_makes_the_workspace_and_starts_nothing(shell: Shell) -> None:
     made = shell.launch("--init", executor="slurm")
     assert made.returncode == 0, made.stderr
