@@ -27,11 +27,12 @@ _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "
 _SPECIAL += ["<|video_pad|>"]
 _TAGS = ["<thinking>", "</thinking>", "<coarse>", "</coarse>", "<detailed>", "</detailed>"]
 _CHAT = (
-    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n'}}"
+    "{% set thoughts = '' if enable_thinking | default(true) else '<think></think>' %}"
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + (thoughts if m['role'] == 'assistant' else '')}}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
     "{% if c['type'] == 'image' or 'image' in c %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% elif 'text' in c %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}{{'<|im_end|>\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>assistant\n' + thoughts}}{% endif %}"
 )
 
 

@@ -7,12 +7,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hpc_rl.config.base import Fault, ModelPath, PositiveFloat, PositiveInt, Section
+from hpc_rl.config.base import Fault, FreeMapping, ModelPath, PositiveFloat, PositiveInt, Section
 
 LISTENER_QUESTION = (
     'Does this description "{coarse}. {detailed}" accurately describe the main subject in the image? Answer yes or no.'
 )
 """L3."""
+OWN_ARGUMENTS = frozenset({
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length",
+    "messages", "padding", "processor_kwargs", "return_assistant_tokens_mask", "return_dict", "return_tensors",
+    "tokenize", "tokenizer_kwargs", "tools", "truncation",
+})  # fmt: skip
+"""Arguments of transformers' apply_chat_template that are no variables of a template, or are the code's to set."""
 
 
 class LoraConfig(Section):
@@ -37,6 +43,17 @@ class ModelConfig(Section):
     """Number type of weights and activations."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention code. auto: flash_attention_2 where it is installed, else sdpa, and the log says which (L19)."""
+    chat_template_kwargs: FreeMapping = Field(default_factory=dict)
+    """Variables of its chat template, the same in every phase: `{enable_thinking: false}` of Qwen3."""
+
+    def faults(self) -> Iterator[Fault]:
+        """Variables of the template that no template can read, or that every phase sets by itself."""
+        yield from super().faults()
+        for name in self.chat_template_kwargs:
+            if name in OWN_ARGUMENTS or not name.isidentifier():
+                what = "every phase sets this by itself" if name in OWN_ARGUMENTS else "no name of a variable"
+                expected = "a variable that the model's chat template reads"
+                yield Fault(("chat_template_kwargs", name), what, expected, "remove it here")
 
     @property
     def pixels(self) -> tuple[int | None, int | None]:
@@ -66,6 +83,7 @@ class VisionModelConfig(ModelConfig):
 
     def faults(self) -> Iterator[Fault]:
         """Pixel limits that exclude each other."""
+        yield from super().faults()
         if self.min_pixels > self.max_pixels:
             yield Fault(("min_pixels",), f"{self.min_pixels} is above max_pixels", f"at most {self.max_pixels}")
 

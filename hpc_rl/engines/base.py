@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from PIL import Image
@@ -25,6 +26,9 @@ from hpc_rl.data.images import load_image
 
 BAN_BIAS = -100.0
 """Added to the logits of banned tokens. Both engines use this value, which is the largest that vLLM takes."""
+
+NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
+"""What most chat templates take besides messages."""
 
 
 class EngineFailed(RuntimeError):
@@ -280,7 +284,9 @@ def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
     return text
 
 
-def render(processor: Any, prompt: Prompt) -> str:
-    """A prompt through the model's chat template, ready for the completion."""
-    text: str = processor.apply_chat_template(list(prompt.messages), add_generation_prompt=True, tokenize=False)
+def render(processor: Any, prompt: Prompt, variables: Mapping[str, Any] = NO_VARIABLES) -> str:
+    """A prompt through the model's chat template, with its variables, ready for the completion."""
+    text: str = processor.apply_chat_template(
+        list(prompt.messages), add_generation_prompt=True, tokenize=False, **variables
+    )
     return text

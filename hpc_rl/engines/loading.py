@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,24 @@ def load_processor(path: str | Path, min_pixels: int | None = None, max_pixels: 
 def tokenizer_of(processor: Any) -> Any:
     """The tokenizer in a processor; a tokenizer is its own."""
     return getattr(processor, "tokenizer", processor)
+
+
+def check_variables(processor: Any, variables: Mapping[str, Any]) -> None:
+    """Refuse variables (`chat_template_kwargs`) that a chat template does not read: they would change nothing.
+
+    Raises
+    ------
+    ModelFolderError
+        For the first of them; templates are programs, and the name is looked for as a word in them.
+    """
+    tokenizer = tokenizer_of(processor)
+    template = str(processor.chat_template or tokenizer.chat_template)
+    for name in variables:
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            raise ModelFolderError(
+                f"the chat template of {tokenizer.name_or_path} reads no variable {name!r}: correct the name in "
+                "chat_template_kwargs, or remove it"
+            )
 
 
 def load_model(path: str | Path, dtype: str, attention: str, device: torch.device) -> PreTrainedModel:

@@ -148,6 +148,7 @@ class _Opening:
                 dtype=self.spec.model.dtype,
                 min_pixels=self.spec.model.pixels[0],
                 max_pixels=self.spec.model.pixels[1],
+                variables=self.spec.model.chat_template_kwargs,
                 max_model_len=self.sample.max_model_len,
                 gpu_memory_utilization=plan.gpu_memory_utilization,
                 batch_invariant=self.sample.batch_invariant,
@@ -186,6 +187,7 @@ class _Opening:
                 attention=self.spec.model.attn_implementation,
                 min_pixels=self.spec.model.pixels[0],
                 max_pixels=self.spec.model.pixels[1],
+                variables=self.spec.model.chat_template_kwargs,
                 max_model_len=self.sample.max_model_len,
                 max_num_seqs=plan.max_num_seqs,
             )

@@ -25,6 +25,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from hpc_rl.engines.base import (
     BAN_BIAS,
+    NO_VARIABLES,
     Completion,
     Prompt,
     Request,
@@ -108,6 +109,8 @@ class TransformersEngine:
         Merge the adapter into the weights instead of computing it beside them.
     dtype, attention, min_pixels, max_pixels
         The config's `speaker` section. Without pixel limits it sees no images.
+    variables
+        Of its chat template (`chat_template_kwargs`).
     max_model_len
         Longest prompt and completion together; None = the model's own limit.
     max_num_seqs
@@ -126,12 +129,14 @@ class TransformersEngine:
         attention: str = "auto",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        variables: Mapping[str, Any] = NO_VARIABLES,
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
     ) -> None:
         self._device = pick_device()
         self._processor = load_processor(path, min_pixels, max_pixels)
         self._sees = min_pixels is not None
+        self._variables = variables
         self._model: Any = load_model(path, dtype, attention, self._device)
         tokenizer = self._tokenizer = copy.deepcopy(tokenizer_of(self._processor))  # prompts are read in other threads
         self._ends = end_ids(path, tokenizer)
@@ -214,7 +219,7 @@ class TransformersEngine:
             raise ValueError("this engine was opened without pixel limits, so it sees no images")
         given = {"images": list(images)} if images else {}
         # The chat template has written the special tokens already.
-        text = [render(self._processor, prompt)]
+        text = [render(self._processor, prompt, self._variables)]
         made = self._processor(text=text, return_tensors="pt", add_special_tokens=False, **given)
         inputs: Inputs = dict(made)
         if prompt.keep_tokens is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from PIL import Image
 
 from hpc_rl.engines.base import (
     BAN_BIAS,
+    NO_VARIABLES,
     Completion,
     EngineFailed,
     Prompt,
@@ -68,6 +69,8 @@ class VllmEngine:
         The adapter's LoRA rank.
     dtype, min_pixels, max_pixels
         The config's `speaker` section. Without pixel limits it sees no images.
+    variables
+        Of its chat template (`chat_template_kwargs`).
     max_model_len
         Longest prompt and completion together; None = the model's own limit.
     gpu_memory_utilization
@@ -92,6 +95,7 @@ class VllmEngine:
         dtype: str = "float32",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        variables: Mapping[str, Any] = NO_VARIABLES,
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.8,
         batch_invariant: bool = True,
@@ -105,6 +109,7 @@ class VllmEngine:
         self._processor = load_processor(path, min_pixels, max_pixels)
         self._tokenizer = copy.deepcopy(tokenizer_of(self._processor))  # prompts are read in other threads
         self._sees = min_pixels is not None
+        self._variables = variables
         self._bias = {token: BAN_BIAS for token in banned_ids(path, self._tokenizer)}
         options = sampling_options(min_pixels, max_pixels, images_per_prompt)
         if self._sees:  # processed images are kept by `InFlight`, as long as they are needed and no longer
@@ -199,7 +204,7 @@ class VllmEngine:
     def _read(self, prompt: Prompt, images: Sequence[Image.Image]) -> _Ready:
         tokenizer = tokenizer_of(self._processor)
         # The chat template has written the special tokens already; from a text vLLM would write them once more.
-        token_ids = tokenizer(render(self._processor, prompt), add_special_tokens=False)["input_ids"]
+        token_ids = tokenizer(render(self._processor, prompt, self._variables), add_special_tokens=False)["input_ids"]
         if prompt.keep_tokens is not None:
             token_ids = token_ids[-prompt.keep_tokens :]
         self._check_length(len(token_ids))

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 
+from hpc_rl.engines.base import NO_VARIABLES
 from hpc_rl.engines.loading import load_model, load_processor, pick_device
 from hpc_rl.engines.yes_no_prompts import Unscorable, YesNoPrompts
 
@@ -65,6 +66,8 @@ class YesNoModel:
         Most tokens, padding included, in one forward pass; and most image tokens in one of the vision tower.
     cache_features
         None = where the family allows it.
+    variables
+        Of its chat template (`chat_template_kwargs`).
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class YesNoModel:
         max_model_len: int | None = None,
         max_pass_tokens: int = 1 << 16,
         cache_features: bool | None = None,
+        variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> None:
         self.device = pick_device()
         self._processor = load_processor(path, min_pixels, max_pixels)
@@ -89,7 +93,7 @@ class YesNoModel:
         self._merge = self._processor.image_processor.merge_size**2
         self._max_pass_tokens = max_pass_tokens
         own_limit: int = self._model.config.get_text_config().max_position_embeddings
-        self.prompts = YesNoPrompts(self._processor, min(own_limit, max_model_len or own_limit))
+        self.prompts = YesNoPrompts(self._processor, min(own_limit, max_model_len or own_limit), variables)
 
     @property
     def tokens_made(self) -> int:

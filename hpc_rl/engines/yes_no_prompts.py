@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hpc_rl.engines.base import NO_VARIABLES, Prompt, render
 from hpc_rl.engines.loading import ModelFolderError, control_tokens
 
 log = logging.getLogger(__name__)
@@ -48,15 +49,15 @@ class YesNoPrompts:
         Tokenizer, chat template, image processor.
     max_tokens
         Longest prompt, the image's tokens included.
+    variables
+        Of its chat template (`chat_template_kwargs`).
     """
 
-    def __init__(self, processor: Any, max_tokens: int) -> None:
+    def __init__(self, processor: Any, max_tokens: int, variables: Mapping[str, Any] = NO_VARIABLES) -> None:
         self._tokenizer, self._max_tokens = processor.tokenizer, max_tokens
         self._control = control_tokens(processor)
         content = [{"type": "image"}, {"type": "text", "text": _HERE}]
-        prompt: str = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        prompt = render(processor, Prompt(({"role": "user", "content": content},)), variables)
         self._head, _, self._tail = prompt.partition(_HERE)
         self.image_id: int = self._tokenizer.convert_tokens_to_ids(processor.image_token)
         self.yes_ids = surface_forms(self._tokenizer, "yes")

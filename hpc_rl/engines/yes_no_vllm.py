@@ -8,13 +8,14 @@ own, so vLLM's caches have it ready for the next question: processed, encoded, a
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 
+from hpc_rl.engines.base import NO_VARIABLES
 from hpc_rl.engines.loading import load_processor
 from hpc_rl.engines.vllm_start import start_vllm
 from hpc_rl.engines.yes_no_prompts import Unscorable, YesNoPrompts
@@ -55,6 +56,8 @@ class YesNoVllm:
         Longest prompt, in tokens; None = the model's own limit.
     gpu_memory_utilization
         Share of each GPU's memory to take.
+    variables
+        Of its chat template (`chat_template_kwargs`).
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class YesNoVllm:
         max_pixels: int,
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.8,
+        variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> None:
         self._processor = load_processor(path, min_pixels, max_pixels)
         self._merge = self._processor.image_processor.merge_size**2
@@ -81,7 +85,7 @@ class YesNoVllm:
         from vllm import SamplingParams  # only now: vLLM reads its environment when it is imported
 
         longest = self._llm.llm_engine.model_config.max_model_len - 1  # vLLM has no room for less than one new token
-        self.prompts = YesNoPrompts(self._processor, longest)
+        self.prompts = YesNoPrompts(self._processor, longest, variables)
         forms = [*self.prompts.yes_ids, *self.prompts.no_ids]
         self._sampling = SamplingParams(
             temperature=0.0, max_tokens=1, logprob_token_ids=forms, flat_logprobs=True, detokenize=False

@@ -54,6 +54,7 @@ def check_prompts(
         min_pixels=pixels[0],
         max_pixels=pixels[1],
         how=config.sample.long_prompts,
+        variables=model.chat_template_kwargs,
     )
 
 

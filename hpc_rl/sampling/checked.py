@@ -30,7 +30,8 @@ def check_source(
     folder
         Of the model that reads the prompts.
     model, options
-        Pixel limits; longest input, and what becomes of prompts that leave no room for a completion.
+        Pixel limits and variables of the chat template; longest input, and what becomes of prompts that leave no room
+        for a completion.
 
     Returns
     -------
@@ -50,6 +51,7 @@ def check_source(
         min_pixels=model.pixels[0],
         max_pixels=model.pixels[1],
         how=options.long_prompts,
+        variables=model.chat_template_kwargs,
     )
     return CheckedSource(source, checked)
 

@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hpc_rl.engines.base import Prompt, render
+from hpc_rl.engines.base import NO_VARIABLES, Prompt, render
 from hpc_rl.engines.chat import check_text
-from hpc_rl.engines.loading import ModelFolderError, control_tokens, load_processor, tokenizer_of
+from hpc_rl.engines.loading import ModelFolderError, check_variables, control_tokens, load_processor, tokenizer_of
 from hpc_rl.sampling.picture_tokens import PictureTokens
 
 NFC_GROWTH = 3
@@ -31,19 +31,28 @@ class PromptReader:
         Model folder.
     min_pixels, max_pixels
         The config's pixel limits; without any the model sees no images.
+    variables
+        Of its chat template (`chat_template_kwargs`).
 
     Raises
     ------
     ModelFolderError
-        When the folder has no chat template.
+        When the folder has no chat template, or one that reads no such variable.
     """
 
-    def __init__(self, path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
-        self._path = path
+    def __init__(
+        self,
+        path: str,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        variables: Mapping[str, Any] = NO_VARIABLES,
+    ) -> None:
+        self._path, self._variables = path, variables
         self._processor: Any = load_processor(path, min_pixels, max_pixels)
         self.tokenizer: Any = tokenizer_of(self._processor)
         if self._processor.chat_template is None:
             raise ModelFolderError(f"{path} has no chat template (chat_template.jinja), so it cannot read messages")
+        check_variables(self._processor, variables)
         self.control = control_tokens(self.tokenizer)
         self._pictures = PictureTokens(self._processor)
         self._growth = _bytes_per_byte(self.tokenizer)
@@ -72,7 +81,7 @@ class PromptReader:
 
     def exactly(self, prompts: Sequence[Prompt]) -> list[int | ValueError]:
         """Tokens of prompts that `at_most` took; for one whose pictures cannot be read, why."""
-        rendered = [render(self._processor, prompt) for prompt in prompts]
+        rendered = [render(self._processor, prompt, self._variables) for prompt in prompts]
         ids = self.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
         lengths: list[int | ValueError] = []
         for prompt, text, words in zip(prompts, rendered, ids, strict=True):
@@ -111,7 +120,7 @@ class PromptReader:
         lengths = []
         for words in ("x", "x" * (1 + _PROBE)):
             try:
-                rendered = render(self._processor, Prompt(tuple(_filled(messages, words))))
+                rendered = render(self._processor, Prompt(tuple(_filled(messages, words))), self._variables)
             except Exception as error:  # templates are programs, and raise what they like
                 raise ValueError(f"the chat template does not take these messages: {error}") from error
             for token in self.control:

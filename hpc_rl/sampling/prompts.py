@@ -8,12 +8,12 @@ does not take. So do stops that no completion can hold. A prompt that leaves no 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
 
-from hpc_rl.engines.base import Prompt, Sampling
+from hpc_rl.engines.base import NO_VARIABLES, Prompt, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ def check_prompts(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     how: LongPrompts = "error",
+    variables: Mapping[str, Any] = NO_VARIABLES,
 ) -> CheckedPrompts:
     """Check all prompts of a round.
 
@@ -107,6 +108,8 @@ def check_prompts(
         The config's pixel limits; without any the model sees no images.
     how
         What becomes of prompts that leave no room for a completion.
+    variables
+        Of the chat template (`chat_template_kwargs`).
 
     Raises
     ------
@@ -114,12 +117,12 @@ def check_prompts(
         For all rows at once that cannot be read, or are too long; for a stop that no completion can hold; when there is
         no room for any prompt, or no prompt is left.
     ModelFolderError
-        When the folder has no chat template, or fewer positions than max_model_len.
+        When the folder has no chat template, or one that reads no such variable, or fewer positions than max_model_len.
     """
     from hpc_rl.engines.chat import longest_input
     from hpc_rl.sampling.prompt_lengths import PromptReader
 
-    reader = PromptReader(folder, min_pixels, max_pixels)
+    reader = PromptReader(folder, min_pixels, max_pixels, variables)
     limit = longest_input(folder, max_model_len)
     room = limit - sampling.max_tokens
     if room < 1:

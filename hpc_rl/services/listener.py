@@ -161,6 +161,7 @@ def open_judge(model: ListenerConfig, options: ListenerServiceConfig) -> Judge:
             max_pixels=model.max_pixels,
             max_model_len=options.max_model_len,
             gpu_memory_utilization=options.gpu_memory_utilization,
+            variables=model.chat_template_kwargs,
         )
     from hpc_rl.engines.yes_no import YesNoModel
 
@@ -172,6 +173,7 @@ def open_judge(model: ListenerConfig, options: ListenerServiceConfig) -> Judge:
         max_pixels=model.max_pixels,
         max_model_len=options.max_model_len,
         max_pass_tokens=options.max_pass_tokens,
+        variables=model.chat_template_kwargs,
     )
 
 

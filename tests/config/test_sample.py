@@ -25,6 +25,15 @@ def test_an_engine_may_share_a_gpu_whatever_the_usual_least_share_is(small: Load
         small("sample.gpu_memory_utilization=0.4", "sample.min_gpu_memory_utilization=0.5")
 
 
+def test_variables_of_a_chat_template_are_names_that_no_phase_sets_by_itself(small: Load) -> None:
+    config = small("speaker.chat_template_kwargs={enable_thinking: false}")
+    assert from_json(to_json(config), "training_config.json") == config
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs.tokenize: every phase sets this by itself"):
+        small("speaker.chat_template_kwargs={tokenize: true}")
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs.1: no name of a variable"):
+        small("speaker.chat_template_kwargs={1: true}")
+
+
 @pytest.mark.parametrize(
     "folder", ["scratch/x", "~guest/x", "''", ".", "TMPDIR", "$", "${TMPDIR:-/tmp}", "/local/${USER"]
 )

@@ -20,6 +20,8 @@ from .pools import Open
 
 PIXELS = {"min_pixels": 784, "max_pixels": 12544}
 TEXT = "Describe the main subject."
+NO_THOUGHTS = {"enable_thinking": False}
+"""A variable that the tiny model's chat template reads, as Qwen3's does."""
 
 
 @pytest.fixture(scope="session")

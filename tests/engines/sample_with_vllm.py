@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engines.conftest import PIXELS, TEXT, by_path, pictures, requests, words_of
+from engines.conftest import NO_THOUGHTS, PIXELS, TEXT, by_path, pictures, requests, words_of
 from hpc_rl.engines.base import Completion, EngineFailed, Prompt, Request, Sampling, generate
 from hpc_rl.engines.vllm_engine import VllmEngine
 
@@ -37,7 +37,10 @@ def main(speaker: str, adapter: str, folder: str) -> None:
     found["refusals"] = refusals(engine, Path(folder))
     found["lost"] = losing_a_request(engine)
     found["prompts kept"] = len(engine._prompts)
-    adapted = VllmEngine(speaker, Path(adapter), adapter_name="speaker-1", adapter_rank=4, max_model_len=256, **PIXELS)
+    adapted = VllmEngine(
+        speaker, Path(adapter), adapter_name="speaker-1", adapter_rank=4, max_model_len=256, variables=NO_THOUGHTS,
+        **PIXELS,
+    )  # fmt: skip
     found["adapter"] = generate(adapted, requests(), PLAIN)
     tight = VllmEngine(speaker, max_model_len=256, max_num_seqs=12, cpu_kv_cache_gib=TIGHT_KV_GIB, **PIXELS)
     found["capacity"] = tight.capacity

@@ -17,8 +17,8 @@ from hpc_rl.engines.loading import load_processor
 from hpc_rl.engines.transformers_engine import TransformersEngine
 from hpc_rl.engines.vllm_engine import lora_id
 
-from .conftest import PIXELS, requests
-from .sample_with_vllm import last_tokens
+from .conftest import NO_THOUGHTS, PIXELS, requests
+from .sample_with_vllm import PLAIN, last_tokens
 
 pytest.importorskip("vllm", reason="vLLM is not installed here")
 
@@ -69,9 +69,13 @@ def test_more_prompts_than_one_step_reads_are_all_answered(sampled: Any) -> None
 
 
 def test_a_lora_request_is_what_peft_computes(sampled: Any, speaker_folder: Path, adapter_folder: Path) -> None:
-    adapted = TransformersEngine(str(speaker_folder), adapter_folder, **PIXELS)
-    assert_same_samples(sampled["adapter"], generate(adapted, requests(), Sampling(1.0, 12)))
-    assert [c.token_ids for c in sampled["adapter"]] != [c.token_ids for c in sampled["plain"]]
+    adapted, without = (
+        generate(TransformersEngine(str(speaker_folder), folder, variables=NO_THOUGHTS, **PIXELS), requests(), PLAIN)
+        for folder in (adapter_folder, None)
+    )
+    assert_same_samples(sampled["adapter"], adapted)
+    assert [c.token_ids for c in sampled["adapter"]] != [c.token_ids for c in without]
+    assert sampled["adapter"][0].prompt_token_ids != sampled["plain"][0].prompt_token_ids, "a template's variable"
 
 
 def test_adapters_of_different_rounds_have_different_numbers() -> None:

@@ -46,6 +46,12 @@ def plain(model: YesNoModel, picture: Image.Image, question: str) -> float:
     return yes / (yes + no)
 
 
+def test_prompts_have_the_variables_of_the_chat_template(folder: Path) -> None:
+    model = YesNoModel(str(folder), variables={"enable_thinking": False}, **PIXELS)
+    (row,) = model.prompts.rows([(1, QUESTIONS[0])])
+    assert isinstance(row, list) and model._processor.tokenizer.decode(row).endswith("assistant\n<think></think>")
+
+
 def test_small_and_long_and_large_images_share_a_batch_with_short_and_long_questions(
     model: YesNoModel, images: list[EncodedImage]
 ) -> None:

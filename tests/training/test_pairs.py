@@ -64,12 +64,14 @@ def test_pairs_of_further_files_are_only_measured(tmp_path: Path) -> None:
         pairs.read([trained], None, measured=[again])
 
 
-def test_pairs_of_chats_share_their_prompt(tmp_path: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}])
+def test_pairs_of_chats_share_their_prompt(tmp_path: Path, tokenizer: Any, variables: dict[str, Any]) -> None:
     chat = [{"role": "user", "content": "yes no"}]
     table = {"pair_id": ["a"], "prompt": [chat], "chosen": ["Yes"], "rejected": ["No"]}
-    (pair,) = pairs.read(write(tmp_path, table), tokenizer).rows(np.array([0]))
+    (pair,) = pairs.read(write(tmp_path, table), tokenizer, variables=variables).rows(np.array([0]))
     for answer, ids in (("Yes", pair.chosen_ids), ("No", pair.rejected_ids)):
-        whole = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], tokenize=False)
+        said = [*chat, {"role": "assistant", "content": answer}]
+        whole = tokenizer.apply_chat_template(said, tokenize=False, **variables)
         assert tokenizer.decode([*pair.prompt_ids, *ids]) == whole
 
 

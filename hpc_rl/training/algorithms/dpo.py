@@ -107,7 +107,7 @@ def _read(run: TrainRun, processor: Any, files: Iterable[Path], measured: Iterab
     return pairs.read(
         files, tokenizer_of(processor), max_length=options.max_length, too_long=options.too_long,
         vocabulary=vocabulary(run.start.base), with_rows=run.task.pictures is not None, rank=run.world.rank,
-        measured=measured,
+        measured=measured, variables=run.task.role.model.chat_template_kwargs,
     )  # fmt: skip
 
 

@@ -273,7 +273,10 @@ def train_live(run: TrainRun, trainer_class: Callable[..., Live], config: Callab
         options = options_of(run)
         steps = _steps(run, len(game.prompts))
         checkpoints = run.checkpoints(f"live {steps} {' '.join(game.ids)}")
-        args = config(run, checkpoints.own, max_steps=steps, num_iterations=options.passes)
+        args = config(
+            run, checkpoints.own, max_steps=steps, num_iterations=options.passes,
+            chat_template_kwargs=run.task.role.model.chat_template_kwargs,
+        )  # fmt: skip
         processor = run.processor()
         tokenizer = getattr(processor, "tokenizer", processor)
         model = run.model(tokenizer)

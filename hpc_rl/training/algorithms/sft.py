@@ -67,6 +67,7 @@ def fit(run: TrainRun, trainer_class: type[Sft], *, weighted: bool) -> Trained |
     units: Units[Any] = texts.read(
         run.files(), tokenizer, max_length=options.max_length, too_long=options.too_long,
         vocabulary=vocabulary(run.start.base), weighted=weighted, rank=run.world.rank,
+        variables=task.role.model.chat_template_kwargs,
     )  # fmt: skip
     maker: Any = collate.Texts(settings.padding(tokenizer), weighted)
     if options.packing:

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hpc_rl.engines.base import NO_VARIABLES
 from hpc_rl.engines.loading import control_tokens, tokenizer_of
 from hpc_rl.training.data import columns
 from hpc_rl.training.data.columns import CHAT, STRING, TOKENS, Rows
@@ -70,10 +71,12 @@ class Encoder:
     ----------
     tokenizer
         Of the model, or its processor.
+    variables
+        Of its chat template (`chat_template_kwargs`).
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer_of(tokenizer)
+    def __init__(self, tokenizer: Any, variables: Mapping[str, Any] = NO_VARIABLES) -> None:
+        self._tokenizer, self._variables = tokenizer_of(tokenizer), variables
 
     @cached_property
     def _control(self) -> tuple[str, ...]:
@@ -136,7 +139,7 @@ class Encoder:
         if self._tokenizer.chat_template is None:
             rows.refuse(row, column, "it is a chat, but the model has no chat template (chat_template.jinja)")
         try:
-            text: str = self._tokenizer.apply_chat_template(chat, tokenize=False, **more)
+            text: str = self._tokenizer.apply_chat_template(chat, tokenize=False, **more, **self._variables)
         except Exception as error:  # templates are programs, and raise what they like
             raise rows.complaint(row, column, f"the chat template does not take these messages: {error}") from error
         return text

@@ -12,7 +12,7 @@ A parquet file of pairs has the columns
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from hpc_rl.engines.base import NO_VARIABLES
 from hpc_rl.training.data import columns, encoding
 from hpc_rl.training.data.columns import STRING, TOKENS
 from hpc_rl.training.data.limits import Limits, TooLong
@@ -61,6 +62,7 @@ class Pair:
 def read(
     files: Iterable[Path], tokenizer: Any, *, max_length: int | None = None, too_long: TooLong = "error",
     vocabulary: int | None = None, with_rows: bool = False, rank: int = 0, measured: Iterable[Path] = (),
+    variables: Mapping[str, Any] = NO_VARIABLES,
 ) -> Units[Pair]:  # fmt: skip
     """The pairs of a round, in the order of the files. All ranks must call it; the first of each node reads.
 
@@ -70,6 +72,8 @@ def read(
         One per shard.
     tokenizer
         For texts that are no token ids yet.
+    variables
+        Of its chat template (`chat_template_kwargs`).
     max_length, too_long
         Most tokens of the prompt and the longer answer, and what becomes of a pair that has more.
     vocabulary
@@ -86,9 +90,9 @@ def read(
     OSError
         When the disk is full.
     """
-    limits = Limits(max_length, too_long, vocabulary)
+    encoder, limits = encoding.Encoder(tokenizer, variables), Limits(max_length, too_long, vocabulary)
     every = chain(((file, False) for file in files), ((file, True) for file in measured))
-    units = once(rank, lambda folder: _write(every, folder, tokenizer, limits, with_rows), _open)
+    units = once(rank, lambda folder: _write(every, folder, encoder, limits, with_rows), _open)
     log.info("pairs: %s", units.numbers())
     return units
 
@@ -103,9 +107,9 @@ def split(units: Units[Pair]) -> tuple[Units[Pair], Units[Pair]]:
 
 
 def _write(
-    files: Iterable[tuple[Path, bool]], folder: Path, tokenizer: Any, limits: Limits, with_rows: bool
+    files: Iterable[tuple[Path, bool]], folder: Path, encoder: encoding.Encoder, limits: Limits, with_rows: bool
 ) -> Written:
-    encoder, more = encoding.Encoder(tokenizer), {ROW: STRING} if with_rows else {}
+    more = {ROW: STRING} if with_rows else {}
     schema = SCHEMA.append(pa.field(ROW, STRING)) if with_rows else SCHEMA
     too_long = {False: 0, True: 0}
     with room(folder, "pairs"), Writer(folder, ID, schema, [(MEASURED, np.bool_)]) as writer:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from hpc_rl.engines.base import NO_VARIABLES
 from hpc_rl.training.data import encoding
 from hpc_rl.training.data.columns import NUMBER, STRING, TOKENS
 from hpc_rl.training.data.limits import Limits, TooLong
@@ -70,6 +71,7 @@ class Pack:
 def read(
     files: Iterable[Path], tokenizer: Any, *, max_length: int | None = None, too_long: TooLong = "error",
     vocabulary: int | None = None, weighted: bool = False, rank: int = 0,
+    variables: Mapping[str, Any] = NO_VARIABLES,
 ) -> Units[Text]:  # fmt: skip
     """The texts of a round, in the order of the files. All ranks must call it; the first of each node reads.
 
@@ -79,6 +81,8 @@ def read(
         One per shard.
     tokenizer
         For texts that are no token ids yet.
+    variables
+        Of its chat template (`chat_template_kwargs`).
     max_length, too_long
         Most tokens of prompt and completion together, and what becomes of a text that has more.
     vocabulary
@@ -93,14 +97,14 @@ def read(
     OSError
         When the disk is full.
     """
-    limits = Limits(max_length, too_long, vocabulary)
-    units = once(rank, lambda folder: _write(files, folder, tokenizer, limits, weighted), _open)
+    encoder, limits = encoding.Encoder(tokenizer, variables), Limits(max_length, too_long, vocabulary)
+    units = once(rank, lambda folder: _write(files, folder, encoder, limits, weighted), _open)
     log.info("texts: %s", units.numbers())
     return units
 
 
-def _write(files: Iterable[Path], folder: Path, tokenizer: Any, limits: Limits, weighted: bool) -> Written:
-    encoder, more = encoding.Encoder(tokenizer), {"weight": NUMBER} if weighted else {}
+def _write(files: Iterable[Path], folder: Path, encoder: encoding.Encoder, limits: Limits, weighted: bool) -> Written:
+    more = {"weight": NUMBER} if weighted else {}
     with room(folder, "texts"), Writer(folder, ID, SCHEMA, [("weight", np.float32)]) as writer:
         for file in files:
             for rows, found in encoding.tokens(file, ID, ["completion"], encoder, more):
