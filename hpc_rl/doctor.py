@@ -76,6 +76,7 @@ def consult(arguments: argparse.Namespace) -> list[Finding]:
         Finding("config", "ok", f"{arguments.config}: recipe {config.recipe}, {config.run.rounds} rounds, "
                                 f"executor {executor_name(config)}, hash {configs.config_hash(config)[:12]}")
     ]  # fmt: skip
+    found += [Finding("config", "ok", note) for note in loaded.translated]
     found += [Finding("config", "warning", note, "change it if that is not what you meant") for note in loaded.notes]
     subject = Subject(config, recipes.graph_of(config), executor_name(config), arguments.quick, loaded.places)
     return [*found, *examine(subject)]

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from hpc_rl.config.clients import TeacherClientConfig
 from hpc_rl.config.environment import NAMES, Environment, UnsetVariable, expand, read_environment
 from hpc_rl.config.errors import ConfigError, Problem
 from hpc_rl.config.legacy import Translated, translate
@@ -48,7 +49,8 @@ class Loaded:
         What a user should hear although it is no error, such as an environment variable that changes nothing;
         `Config.notes` among it.
     translated
-        What became of each key of the seed's own config file, a line for each (`hpc_rl.config.legacy`).
+        What became of each key of the seed's own config file, and of its variables that set nothing here; a line for
+        each (`hpc_rl.config.legacy`).
     """
 
     config: Config
@@ -130,7 +132,8 @@ def load_with_places(
         raise ConfigError(problems)
     places = {".".join(map(str, key)): place for key, place in tree.places.items()}
     said = dict.fromkeys(key.said(tree) for key in translated)  # a file that is extended twice is read twice
-    return Loaded(config, places, (*notes, *config.notes()), tuple(said))
+    notes += _keys_in_vain(config, environment)
+    return Loaded(config, places, (*notes, *config.notes()), (*said, *_without_fields(cls, environment)))
 
 
 def config_class(recipe: Any, where: str = "") -> type[Config]:
@@ -201,10 +204,29 @@ def _apply_environment(tree: Tree, preview: Tree, cls: type[Config], environment
             notes.append(f"{place} changes nothing: {'.'.join(map(str, key[:-1]))} is null in this config")
             continue
         tree.set(key, value, place)
-    for name, legacy in cls.legacy_keys.items():
-        if not legacy.fields and (found := environment.get(name.upper())):
-            notes.append(f"{found[1]} {legacy.why}")
     return notes
+
+
+def _without_fields(cls: type[Config], environment: Environment) -> list[str]:
+    """Variables of a seed that set nothing here, and why."""
+    nothing = {name.upper(): legacy.why for name, legacy in cls.legacy_keys.items() if not legacy.fields}
+    return [f"{found[1]} {why}" for name, why in nothing.items() if (found := environment.get(name))]
+
+
+def _keys_in_vain(config: Config, environment: Environment) -> list[str]:
+    """Keys of endpoints that are in `.env`, where no job looks: they are no part of a config."""
+    services = config.services
+    clients = {name: services.of(name).client for name in type(services).model_fields}
+    teachers = {name: client for name, client in clients.items() if isinstance(client, TeacherClientConfig)}
+    notes = {}
+    for name, client in teachers.items():
+        place = (environment.get(client.api_key_env) or ("", ""))[1]
+        if client.url is not None and client.api_key_file is None and place.startswith(".env"):
+            notes[place] = (
+                f"{place} changes nothing: jobs read it from their environment. Export it, or write it into a file "
+                f"of mode 0600 and name that in services.{name}.client.api_key_file"
+            )
+    return [*notes.values()]
 
 
 def _is_off(data: Mapping[str, Any], cls: type[Config], section: KeyPath) -> bool:

@@ -74,6 +74,16 @@ def test_each_of_its_keys_is_noted_with_its_line_and_field(tmp_path: Path) -> No
     assert [re.sub(r".*:\d+: (\w+) .*", r"\1", note) for note in notes] == list(SEED)
 
 
+def test_a_key_in_the_env_file_is_said_to_be_read_by_nobody(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("TEACHER_API_KEY=sk-of-the-tests\nTEACHER_BASE_URL=http://t/v1\n")
+    (note,) = load(tmp_path, {}).notes
+    assert note.startswith(".env (TEACHER_API_KEY) changes nothing") and "api_key_file" in note
+    assert "sk-of-the-tests" not in note
+    assert load(tmp_path, {}, env={"TEACHER_API_KEY": "sk-of-the-tests"}).notes == ()
+    elsewhere = "services: {teacher: {client: {api_key_file: key}}}\n"
+    assert load(tmp_path, {}, MINE + elsewhere).notes == ()
+
+
 @pytest.mark.parametrize("key", sorted(legacy.PROSETTING))
 def test_every_key_leads_to_fields_and_is_none_itself(key: str) -> None:
     assert key not in ProSettingConfig.model_fields
@@ -200,15 +210,18 @@ def test_the_page_of_the_recipe_maps_every_key_and_variable_to_its_fields() -> N
         assert [cells for cells in rows if len(cells) == 5 and name in cells[2] and f"`{field}`" in cells[3]], name
 
 
+ENV = (
+    "SOLVER_MODEL_PATH=/path/to/solver/model\nQUESTIONS_FILE=/path/to/questions.json\n"
+    "WORKSPACE_DIR=/path/to/workspace\nTRL_NUM_PROCESSES=8\nTEACHER_BASE_URL=http://your-teacher-api\n"
+    "AUTO_RETRY_ENABLED=true          # Enable automatic retry\n"
+    "AUTO_CONTINUE_ON_FAILURE=true   # Whether to continue next round on failure\n"
+    "CHECKPOINT_INTERVAL=1            # Checkpoint save interval\n"
+)
+
+
 def test_the_env_file_of_the_seed_is_taken_as_it_is(tmp_path: Path) -> None:
     """S13: its README's `.env`."""
-    (tmp_path / ".env").write_text(
-        "SOLVER_MODEL_PATH=/path/to/solver/model\nQUESTIONS_FILE=/path/to/questions.json\n"
-        "WORKSPACE_DIR=/path/to/workspace\nTRL_NUM_PROCESSES=8\nTEACHER_BASE_URL=http://your-teacher-api\n"
-        "AUTO_RETRY_ENABLED=true          # Enable automatic retry\n"
-        "AUTO_CONTINUE_ON_FAILURE=true   # Whether to continue next round on failure\n"
-        "CHECKPOINT_INTERVAL=1            # Checkpoint save interval\n"
-    )
+    (tmp_path / ".env").write_text(ENV)
     loaded = load(tmp_path, {}, MINE.replace("name: a", "name: a, auto_retry: false"))
     found = {place: field for field, place in loaded.places.items() if place.startswith(".env")}
     assert {place: value(loaded, field) for place, field in found.items()} == {
@@ -220,5 +233,21 @@ def test_the_env_file_of_the_seed_is_taken_as_it_is(tmp_path: Path) -> None:
         ".env (AUTO_RETRY_ENABLED)": True,
         ".env (AUTO_CONTINUE_ON_FAILURE)": True,
     }
-    (note,) = loaded.notes
+    (note,) = loaded.translated
     assert note.startswith(".env (CHECKPOINT_INTERVAL) sets nothing here: each stage of each round can be resumed")
+
+
+@pytest.mark.parametrize("keys", [{}, SEED | {"training_framework": "TRL_DPO"}, SEED, {"trl_num_processes": 8}])
+def test_the_shipped_config_goes_with_the_files_of_the_seed(tmp_path: Path, keys: dict[str, Any]) -> None:
+    """S13: `configs/prosetting.yaml` with its `.env`, with and without its `training_config.json`."""
+    (tmp_path / ".env").write_text(ENV)
+    (tmp_path / "training_config.json").write_text(json.dumps(keys))
+    (tmp_path / "run.yaml").write_text(
+        f"extends: [{PAGE.parents[2]}/configs/prosetting.yaml, training_config.json]\nrun: {{name: mine}}\n"
+    )
+    loaded = load_with_places("run.yaml", env={}, cwd=tmp_path)
+    train = loaded.config.stages["train"]
+    assert (train.ranks, train.gpus_per_node, train.nodes) == (8, 8, 1)
+    assert isinstance(loaded.config, ProSettingConfig)
+    dpo = loaded.config.dpo
+    assert dpo.per_device_batch_size * dpo.gradient_accumulation_steps * train.world_size == 64
