@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -19,8 +20,8 @@ from hpc_rl.cluster.entry import EndRecord
 from hpc_rl.orchestrate.graph import StageId
 from hpc_rl.orchestrate.reconcile import Run
 from hpc_rl.orchestrate.start import open_run
+from hpc_rl.recipes.columns import Column, Folding
 from hpc_rl.reporting import clock
-from hpc_rl.reporting.columns import Column, Folding
 from hpc_rl.reporting.data import Folder
 from hpc_rl.reporting.gather import gather
 from hpc_rl.reporting.storage import folders
@@ -343,6 +344,16 @@ def test_storage_counts_a_file_once_whatever_its_names(tmp_path: Path) -> None:
     assert found["rounds"] == Folder("rounds", 3 - 1, 120)
     assert found["code"] == Folder("code", 1, 7)
     assert found["."] == Folder(".", 1, 3), "a link's folder is somebody else's"
+
+
+def test_nothing_that_a_recipe_or_a_job_uses_imports_the_report_or_the_doctor() -> None:
+    """docs/architecture.md: imports go one way."""
+    above = ("hpc_rl.reporting", "hpc_rl.health", "hpc_rl.doctor")
+    for file in (source_root() / "hpc_rl").glob("*/**/*.py"):
+        if file.relative_to(source_root() / "hpc_rl").parts[0] not in ("reporting", "health"):
+            nodes = ast.walk(ast.parse(file.read_text()))
+            imported = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+            assert not [name for name in imported if name.startswith(above)], file
 
 
 def test_a_run_of_which_nothing_has_happened_yet_has_a_report(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

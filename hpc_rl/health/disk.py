@@ -11,9 +11,9 @@ from hpc_rl.config.modeling import TrainedModelConfig
 from hpc_rl.config.sampling_recipe import SamplingRecipeConfig
 from hpc_rl.health.findings import Finding, Subject
 from hpc_rl.health.paths import weights_bytes
-from hpc_rl.reporting.text import size
 from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
+from hpc_rl.units import size
 
 AREA = "disk"
 BYTES_PER_TOKEN = 2 * 12

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpc_rl.cluster.choose import gpu_ids
 from hpc_rl.health.findings import Finding, Subject
-from hpc_rl.reporting.text import size
+from hpc_rl.units import size
 
 AREA = "GPUs"
 DRIVER = Path("/proc/driver/nvidia/gpus")

@@ -10,7 +10,7 @@ from hpc_rl.config.checks import check
 from hpc_rl.config.modeling import ModelConfig
 from hpc_rl.config.walk import path_fields
 from hpc_rl.health.findings import Finding, Subject, of_problem
-from hpc_rl.reporting.text import size
+from hpc_rl.units import size
 
 AREA = "paths"
 QUICKLY_READ_BYTES = 8 << 20

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Recipe(Protocol):
-    """What a recipe module offers; besides, `REPORT`: tables of its rounds (`hpc_rl.reporting.columns`), if any."""
+    """What a recipe module offers; besides, `REPORT`: tables of its rounds (`hpc_rl.recipes.columns`), if any."""
 
     def stages(self, config: Config, round: int) -> Iterable[Stage]:
         """The stages of a round (0 is the preparation), each after what it needs."""

@@ -21,7 +21,7 @@ from hpc_rl.engines.weights import Role
 from hpc_rl.orchestrate.graph import Kind, Stage, StageId
 from hpc_rl.recipes import reference
 from hpc_rl.recipes.parts import evaluation_stage, sampling_stage, training_stage, with_service
-from hpc_rl.reporting.prosetting_tables import REPORT as REPORT
+from hpc_rl.recipes.prosetting_report import REPORT as REPORT
 from hpc_rl.sampling.source import SampleTask
 from hpc_rl.training.task import Data, TrainTask
 

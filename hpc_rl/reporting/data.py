@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hpc_rl.reporting.columns import Number, Table
+from hpc_rl.recipes.columns import Number, Table
 from hpc_rl.sampling.summary import Summary
 
 

@@ -17,8 +17,8 @@ from hpc_rl.orchestrate.graph import Kind, Stage, StageId
 from hpc_rl.orchestrate.overview import QUIET
 from hpc_rl.orchestrate.reconcile import Run, end_paths, look
 from hpc_rl.orchestrate.sampled import summarise
+from hpc_rl.recipes.columns import Column, Folding, Number, Table
 from hpc_rl.reporting import clock
-from hpc_rl.reporting.columns import Column, Folding, Number, Table
 from hpc_rl.reporting.data import Cost, Report, Rows, Sampled, Training, Trend, Trouble, WentWithout
 from hpc_rl.reporting.storage import folders
 from hpc_rl.run import manifest

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from hpc_rl.reporting.columns import Number
+from hpc_rl.recipes.columns import Number
 from hpc_rl.reporting.data import Report, Rows, Training, Trouble
 from hpc_rl.sampling.text import text as sampling_text
+from hpc_rl.units import duration, size
 
 LONGEST_ERROR = 300
 """Characters of an error; the log has all of it."""
@@ -158,22 +159,6 @@ def cell(value: Number | None) -> str:
     if abs(value) >= 1000:
         return f"{value:.0f}"
     return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.1e}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: `45 s`, `12 min`, `3.4 h`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def size(number: float) -> str:
-    """Bytes as people say them: `12 KiB`, `3.4 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit in ("B", "KiB") or number >= 100 else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} TiB"
 
 
 def _date(at: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpc_rl.reporting.columns import Column, Table
+from hpc_rl.recipes.columns import Column, Table
 
 REPORT = (
     Table(
