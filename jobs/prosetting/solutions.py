@@ -79,4 +79,4 @@ class Solutions:
         from hpc_rl.engines.loading import load_processor
         from hpc_rl.training.data.encoding import Encoder
 
-        return Encoder(load_processor(self._solver.path))
+        return Encoder(load_processor(self._solver.path), self._solver.chat_template_kwargs)
