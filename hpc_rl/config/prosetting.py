@@ -257,6 +257,7 @@ class ProSettingConfig(SamplingRecipeConfig):
                 what = "nobody to ask: neither client.url nor model is set"
                 by = "TEACHER_BASE_URL, or " if name == "teacher" else ""
                 way_out = f"{by}services.{name}.client.url: an OpenAI-compatible endpoint; or services.{name}.model"
+                way_out += "; or enhance.teacher: teacher" if name == "enhancer" else ""
                 yield Problem(f"services.{name}", what, "an endpoint, or a model to serve", way_out)
 
     def notes(self) -> Iterator[str]:
