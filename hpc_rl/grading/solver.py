@@ -61,8 +61,8 @@ class Grader:
     checker
         The rule.
     judge
-        Which attempts the teacher judges (`grade.judge`). An attempt that was cut off, or is empty, is wrong without
-        asking.
+        Which attempts the teacher judges (`grade.judge`). An attempt that was cut off, or says nothing after its
+        thoughts, is wrong without asking.
     ask
         `TeacherClient.ask_all`; None with `never`.
     """
@@ -116,7 +116,7 @@ class Grader:
         self._known = {}
 
     def _is_for_teacher(self, verdict: Verdict, text: str, cut_off: bool) -> bool:
-        if self._judge == "never" or verdict.right or cut_off or not text.strip():
+        if self._judge == "never" or verdict.right or cut_off or not text.rpartition("</think>")[2].strip():
             return False
         return verdict.right is None or self._judge == "not_right"
 

@@ -7,7 +7,7 @@ A mastered question becomes harder; one that is still being learned becomes a va
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,18 +74,18 @@ def messages(
     shown = {QUESTION: question, ANSWER: answer}
     if solution is not None:
         shown[SOLUTION] = sections.shortened(solution)
-    shown |= {f"{ATTEMPT} {number}": sections.shortened(text) for number, text in enumerate(attempts, 1)}
+    shown |= {f"{ATTEMPT} {number}": sections.shortened(sections.said(text)) for number, text in enumerate(attempts, 1)}
     return {"role": "system", "content": SYSTEM[kind]}, {"role": "user", "content": sections.write(shown)}
 
 
 def ask(
     asked: tuple[Mapping[str, str], ...], question: str, *, seed: int, temperature: float, max_tokens: int,
-    control_tokens: Sequence[str] = (),
+    has_control_token: Callable[[str], bool],
 ) -> Question:  # fmt: skip
     """What the teacher is asked for a variant of `question`; one that has a `fault` is asked for again."""
     return Question(
         asked, SCHEMA, seed=seed, temperature=temperature, max_tokens=max_tokens,
-        check=lambda value: fault(read(value), question, control_tokens),
+        check=lambda value: fault(read(value), question, has_control_token),
     )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def completion(variant: Variant) -> str:
     return json.dumps(said, ensure_ascii=False)
 
 
-def fault(variant: Variant, parent: str, control_tokens: Sequence[str] = ()) -> str:
+def fault(variant: Variant, parent: str, has_control_token: Callable[[str], bool]) -> str:
     """What is wrong with a variant of the question `parent`; "" for nothing.
 
     A text that holds a control token of the solver cannot be shown to it: it would end the round that asks it.
@@ -110,6 +110,6 @@ def fault(variant: Variant, parent: str, control_tokens: Sequence[str] = ()) -> 
     ):  # fmt: skip
         if not text:
             return f"{name} is blank"
-        if any(token in text for token in control_tokens):
+        if has_control_token(text):
             return f"{name} holds a control token"
     return SAME if text_key(variant.question) == text_key(parent) else ""

@@ -27,8 +27,8 @@ SCHEMA: Mapping[str, Any] = {
 
 
 def ask(question: str, reference: str, attempt: str) -> Question:
-    """What the teacher is asked; equal attempts are one question to it, and paid once."""
-    shown = {QUESTION: question, REFERENCE: reference, ATTEMPT: sections.shortened(attempt)}
+    """What the teacher is asked; equal attempts are one question to it, and paid once. It sees no thoughts."""
+    shown = {QUESTION: question, REFERENCE: reference, ATTEMPT: sections.shortened(sections.said(attempt))}
     messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": sections.write(shown)})
     return Question(messages, SCHEMA)
 

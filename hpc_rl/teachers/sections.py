@@ -24,6 +24,11 @@ def read(prompt: str) -> dict[str, str]:
     return {match["title"]: match["text"] for match in _SECTION.finditer(prompt)}
 
 
+def said(attempt: str) -> str:
+    """What a solver says after its thoughts; all of it where it says nothing after them, or has none."""
+    return attempt.rpartition("</think>")[2].strip() or attempt
+
+
 def shortened(text: str, characters: int = SHOWN_CHARACTERS) -> str:
     """A text of about so many characters at most: its beginning and its end, which has the answer."""
     if len(text) <= characters:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 from hpc_rl.cluster.failures import EXIT_BLOCKED
 from hpc_rl.config.prosetting import ProSettingConfig
-from hpc_rl.data.control_tokens import control_tokens
+from hpc_rl.data.control_tokens import ControlTokens
 from hpc_rl.data.questions import Question, count_questions, shard_range, write_questions
 from hpc_rl.orchestrate.job import Job, Shard, open_job
 from hpc_rl.run.seeds import derive
 
 if TYPE_CHECKING:
-    from hpc_rl.grading.answers import Checker
+    from hpc_rl.grading.answers import Checker, Reference
     from hpc_rl.teachers import questions as asking
     from hpc_rl.teachers.answered import Answered
     from hpc_rl.teachers.client import TeacherClient
@@ -39,11 +39,12 @@ KINDS: Mapping[str, Kind] = {"mastered": "harder", "learning": "targeted"}
 EXPLAINED = 3
 """Reasons of a shard that are written to the log."""
 COUNTS = (
-    "asked", "enhanced", "dropped_bad_reply", "dropped_same", "dropped_unreadable", "dropped_unanswered",
+    "asked", "enhanced", "dropped_bad_reply", "dropped_same", "dropped_unreadable", "dropped_contradictory",
+    "dropped_unanswered",
 )  # fmt: skip
 """Questions that a variant was asked of, and what came of it: `enhanced` and the dropped ones add up to `asked`.
 `dropped_unreadable`: the rule that compares answers makes nothing of the new one.
-`dropped_unanswered`: calls failed."""
+`dropped_contradictory`: its solution ends in another answer. `dropped_unanswered`: calls failed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +101,7 @@ class Work:
     ) -> None:
         self._job, self._config, self._shard, self._teacher = job, config, shard, teacher
         self._checker, self._total, self._done = checker, total, 0
-        self._control_tokens = control_tokens(Path(config.solver.path))
+        self._has_control_token = ControlTokens(Path(config.solver.path)).are_in
         self.counts: Counter[str] = Counter()
         self.reasons: list[str] = []
 
@@ -127,7 +128,7 @@ class Work:
         chat = enhancing.messages(kind, question.question, question.answer, question.solution, attempts)
         return enhancing.ask(
             chat, question.question, seed=derive(seed, "enhance", self._job.round, question.question_id),
-            temperature=options.temperature, max_tokens=options.max_tokens, control_tokens=self._control_tokens,
+            temperature=options.temperature, max_tokens=options.max_tokens, has_control_token=self._has_control_token,
         )  # fmt: skip
 
     def _variant(self, one: Answered, reply: asking.Reply | asking.TeacherError) -> Question | None:
@@ -138,14 +139,18 @@ class Work:
         parent = one.question
         self.counts["asked"] += 1
         if isinstance(reply, TeacherError):
-            same = reply.value is not None and enhancing.fault(enhancing.read(reply.value), parent.question)
-            kind = "same" if same == enhancing.SAME else "bad_reply" if reply.bad_reply else "unanswered"
+            last = None if reply.value is None else enhancing.read(reply.value)
+            fault = "" if last is None else enhancing.fault(last, parent.question, self._has_control_token)
+            kind = "same" if fault == enhancing.SAME else "bad_reply" if reply.bad_reply else "unanswered"
             self._drop(f"dropped_{kind}", parent, reply.message)
             return None
         variant = enhancing.read(reply.value)
         own, old = self._checker.reference(variant.answer), self._checker.reference(parent.answer)
         if not own.words or (old.checkable and not own.checkable):
             self._drop("dropped_unreadable", parent, f"the answer of its variant is {variant.answer[:80]!r}")
+            return None
+        if self._contradicts(own, variant.solution):
+            self._drop("dropped_contradictory", parent, f"the solution of its variant is not {variant.answer[:80]!r}")
             return None
         self.counts["enhanced"] += 1
         return Question(
@@ -160,6 +165,13 @@ class Work:
             split=parent.split,
             reason="enhanced",
         )
+
+    def _contradicts(self, answer: Reference, solution: str) -> bool:
+        """Whether a solution states another final answer; one that states none may be anything."""
+        from hpc_rl.grading.extraction import answer_of
+
+        _, how = answer_of(solution, whole=self._checker.answers == "text")
+        return how in ("boxed", "said") and self._checker.verdict(answer, solution).right is False
 
     def _drop(self, count: str, question: Question, why: str) -> None:
         self.counts[count] += 1

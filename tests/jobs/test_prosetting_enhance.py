@@ -103,7 +103,7 @@ def test_what_was_asked_and_what_came_of_it_adds_up(done: Workspace) -> None:
     counted = metrics(done, "enhance")
     assert (counted["asked"], counted["enhanced"]) == (12, 12)
     dropped = [name for name in counted if name.startswith("dropped")]
-    assert len(dropped) == 4 and not any(counted[name] for name in dropped)
+    assert len(dropped) == 5 and not any(counted[name] for name in dropped)
     checked = metrics(done, "grade")
     assert (checked["checked_references"], checked["broken"], checked["graded_by_teacher"]) == (8, 4, 0)
     assert checked["unchecked_references"] == checked["contradictions"] == 0
@@ -150,6 +150,7 @@ def test_what_cannot_be_used_is_dropped_and_counted_by_its_reason(tmp_path: Path
         ("dropped_bad_reply", {**variant, "solution": "It is 2.<eos>"}),  # the solver's control token
         ("dropped_same", "itself"),
         ("dropped_unreadable", {**variant, "answer": "about the same as before"}),
+        ("dropped_contradictory", {**variant, "solution": r"It is \boxed{3}."}),
         ("dropped_unanswered", Misbehave(400)),
     ]
     mastered, hard = of_zones(ws, "mastered", "learning"), of_zones(ws, "too_hard")

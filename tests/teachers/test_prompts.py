@@ -80,9 +80,20 @@ def test_what_a_generator_learns_to_write_is_an_answer_to_the_prompt_it_learns_w
     assert sections.read(user["content"]) == {"Question": "What is 2 + 3?", "Answer": "5"}
 
 
+@pytest.mark.parametrize(
+    ("attempt", "shown"),
+    [("<think>2? 3?</think>\n\nIt is 5.", "It is 5."), ("It is 5.", "It is 5."), ("<think>2? 3?", "<think>2? 3?")],
+)
+def test_a_judge_sees_no_thoughts(attempt: str, shown: str) -> None:
+    """They count for nothing to the rule (S2), and long ones would push out the answer."""
+    _, user = judging.ask("What is 2 + 3?", "5", attempt).messages
+    assert sections.read(user["content"])[judging.ATTEMPT] == shown
+
+
 def test_a_targeted_variant_is_asked_for_with_the_attempts_that_failed() -> None:
     """S4."""
-    _, user = enhancing.messages("targeted", "What is 2 + 3?", "5", "2 + 3 = 5", ("6", "23"))
+    thinks = "<think>Put them side by side.</think>\n\n23"
+    _, user = enhancing.messages("targeted", "What is 2 + 3?", "5", "2 + 3 = 5", ("6", thinks))
     shown = sections.read(user["content"])
     assert shown == {
         "Question": "What is 2 + 3?", "Answer": "5", "Solution": "2 + 3 = 5", "Wrong attempt 1": "6",
@@ -109,7 +120,7 @@ def test_a_variant_of_no_use_is_asked_for_again_and_the_last_one_is_shown(
         parent = "What is 2 + 3?"
         return enhancing.ask(
             enhancing.messages("harder", parent, text, None), parent, seed=1, temperature=0, max_tokens=9,
-            control_tokens=("<eos>", "<|im_end|>"),
+            has_control_token=lambda text: "<|im_end|>" in text,
         )  # fmt: skip
 
     texts = {"better later": [bad, good], "never better": [bad, bad, bad]}
