@@ -76,6 +76,13 @@ class TrainTask:
     def __post_init__(self) -> None:
         if self.validation is not None and self.algorithm != "dpo":
             raise ValueError(f"{self.section} names {self.validation} for validation, but only dpo measures pairs")
+        judge = {"reward_model": self.role, "verifier": self.role, "joint": self.second}.get(self.algorithm)
+        if judge is not None and judge.model.chat_template_kwargs:
+            raise ValueError(
+                f"{judge.name}.chat_template_kwargs: {self.algorithm} must show solutions as the reward-model service "
+                "does, and it has no variables. Remove them, and write their values into the model's "
+                "chat_template.jinja where they matter"
+            )
 
 
 def find(name: str) -> Any:
