@@ -6,7 +6,8 @@ A parquet file of pairs has the columns
     row_id                                      string, whose pictures the prompt shows; read where there are pictures
     prompt_token_ids, chosen_token_ids,
     rejected_token_ids                          lists of token ids, image tokens written out; or in their place
-    prompt, chosen, rejected                    strings, or a chat and what the assistant answers (`encoding`)
+    prompt, chosen, rejected                    strings, or a chat and what the assistant answers (`encoding`); not read
+                                                where token ids are there
 """
 
 from __future__ import annotations
