@@ -113,3 +113,10 @@ class TeacherClientConfig(CallConfig):
         if self.url and "@" in self.url.split("://", 1)[1].split("/", 1)[0]:
             what = "it has a user name or password in it, and configs are readable to others"
             yield Fault(("url",), what, "a URL without", f"put the key into {self.api_key_env}, or into api_key_file")
+
+
+class EnhancerClientConfig(TeacherClientConfig):
+    """How jobs ask the second teacher (S3). Its endpoint may be somebody else's, so the teacher's key is not sent."""
+
+    api_key_env: str = "ENHANCER_API_KEY"
+    """Environment variable of the job that holds the endpoint's key; the key itself is never part of a config."""

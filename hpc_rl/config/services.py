@@ -18,7 +18,7 @@ from hpc_rl.config.base import (
     PositiveInt,
     Section,
 )
-from hpc_rl.config.clients import CallConfig, ClientConfig, TeacherClientConfig
+from hpc_rl.config.clients import CallConfig, ClientConfig, EnhancerClientConfig, TeacherClientConfig
 
 if TYPE_CHECKING:
     from hpc_rl.config.schema import StageConfig
@@ -214,6 +214,13 @@ class TeacherServiceConfig(ServiceConfig):
             yield Fault(("model",), f"{self.model}, but engine rules has no model", "null", "remove one of the two")
 
 
+class EnhancerServiceConfig(TeacherServiceConfig):
+    """A second local teacher, or the endpoint that stands in its place, with a key of its own."""
+
+    client: EnhancerClientConfig = EnhancerClientConfig.model_construct()
+    """Its clients, and those of the endpoint that stands in its place."""
+
+
 class ServicesConfig(Section):
     """The services of a run."""
 
@@ -227,7 +234,7 @@ class ServicesConfig(Section):
     """The reward model."""
     teacher: TeacherServiceConfig = TeacherServiceConfig.model_construct()
     """A teacher of our own."""
-    enhancer: TeacherServiceConfig = TeacherServiceConfig.model_construct()
+    enhancer: EnhancerServiceConfig = EnhancerServiceConfig.model_construct()
     """A second teacher of our own, where one grades and another writes questions (S3)."""
 
     def of(self, name: str) -> ServiceConfig:

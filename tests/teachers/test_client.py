@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from hpc_rl.config.clients import TeacherClientConfig
+from hpc_rl.config.loader import load
+from hpc_rl.run.workspace import Workspace
 from hpc_rl.services.calling import ServiceRefused
 from hpc_rl.services.trust import Untrusted
 from hpc_rl.teachers.cache import Answer, Cache, key_of
@@ -206,6 +208,16 @@ def test_the_key_comes_from_the_environment_or_a_private_file_and_shows_up_nowhe
     written = "".join(path.read_text() for path in (tmp_path / "cache").iterdir())
     for text in (caplog.text, written, repr(vars(asking)), repr(asking.totals)):
         assert KEY not in text and "sk-of-the-file" not in text
+
+
+def test_the_enhancers_endpoint_gets_its_own_key_and_never_the_teachers(teacher: Teacher, tmp_path: Path) -> None:
+    overrides = [f"services.enhancer.client.{name}={value}" for name, value in {"url": teacher.url, **FAST}.items()]
+    config = load("configs/tiny/prosetting.yaml", overrides, {}, cwd=REPOSITORY)
+    for number, environ in enumerate([{}, {"ENHANCER_API_KEY": "sk-of-the-enhancer"}]):
+        found = {"TEACHER_API_KEY": KEY, **environ}
+        with TeacherClient.of_run(Workspace(tmp_path), config, found, "enhancer") as asking:
+            asking.ask_all([question(number)])
+    assert teacher.keys == {"Bearer none", "Bearer sk-of-the-enhancer"}
 
 
 def test_a_proxy_is_used_only_where_the_config_says_so(
