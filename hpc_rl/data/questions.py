@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hpc_rl.data.row_writer import RowWriter
+
 if TYPE_CHECKING:
     from hpc_rl.config.prosetting import QuestionsConfig
 
@@ -89,21 +91,10 @@ def schema() -> Any:
 
 def write_questions(path: Path, questions: Iterable[Question]) -> int:
     """Write questions in order, a row group in memory at a time; how many."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kind, number = schema(), 0
-    with pq.ParquetWriter(path, kind, compression="zstd") as writer:
-        rows: list[dict[str, Any]] = []
+    with RowWriter(path, schema(), ROWS) as writer:
         for question in questions:
-            rows.append(dict(vars(question)))
-            number += 1
-            if len(rows) == ROWS:
-                writer.write_table(pa.Table.from_pylist(rows, kind))
-                rows = []
-        if rows:
-            writer.write_table(pa.Table.from_pylist(rows, kind))
-    return number
+            writer.add(question)
+    return writer.rows
 
 
 def iter_questions(path: Path, places: range | None = None) -> Iterator[Question]:

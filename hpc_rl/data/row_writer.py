@@ -18,12 +18,14 @@ class RowWriter:
     ----------
     path, schema
         The file, and its columns: fields of what is added.
+    rows
+        Most in one row group.
     """
 
-    def __init__(self, path: Path, schema: Any) -> None:
+    def __init__(self, path: Path, schema: Any, rows: int = ROWS) -> None:
         import pyarrow.parquet as pq
 
-        self._schema = schema
+        self._schema, self._most = schema, rows
         self._writer = pq.ParquetWriter(path, schema, compression="zstd")
         self._waiting: list[Any] = []
         self.rows = 0
@@ -40,14 +42,14 @@ class RowWriter:
         """Add a row: something with an attribute for each column."""
         self._waiting.append(row)
         self.rows += 1
-        if len(self._waiting) >= ROWS:
+        if len(self._waiting) >= self._most:
             self._flush()
 
     def add_table(self, table: Any) -> None:
         """Add rows that Arrow has."""
         self._flush()
         fitting = GROUP_BYTES * table.num_rows // max(1, table.nbytes)
-        rows = max(1, min(ROWS, fitting))
+        rows = max(1, min(self._most, fitting))
         self._writer.write_table(table.select(self._schema.names).cast(self._schema), row_group_size=rows)
         self.rows += table.num_rows
 

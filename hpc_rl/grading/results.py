@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from hpc_rl.data.row_writer import RowWriter
+
 Zone = Literal["mastered", "learning", "too_hard", "ungraded"]
 ZONES: tuple[Zone, ...] = ("mastered", "learning", "too_hard", "ungraded")
 ROWS = 4096
@@ -65,19 +67,9 @@ def schema() -> Any:
 
 def write_results(path: Path, results: Iterable[Result]) -> None:
     """Write results in order, a row group in memory at a time."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = schema()
-    with pq.ParquetWriter(path, columns, compression="zstd") as writer:
-        rows: list[dict[str, Any]] = []
+    with RowWriter(path, schema(), ROWS) as writer:
         for one in results:
-            rows.append(dict(vars(one)))
-            if len(rows) == ROWS:
-                writer.write_table(pa.Table.from_pylist(rows, columns))
-                rows = []
-        if rows:
-            writer.write_table(pa.Table.from_pylist(rows, columns))
+            writer.add(one)
 
 
 def iter_results(path: Path) -> Iterator[Result]:

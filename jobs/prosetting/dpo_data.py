@@ -13,6 +13,7 @@ from hpc_rl.config.prosetting import ProSettingConfig
 from hpc_rl.orchestrate import curves
 from hpc_rl.orchestrate.job import Job, Shard, open_job
 from hpc_rl.orchestrate.placing import commit_placed
+from hpc_rl.recipes.prosetting import GENERATOR, PAIRS, VALIDATION
 
 if TYPE_CHECKING:
     from hpc_rl.data.dpo import Known, Pairing
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("hpc_rl")
 
-SPLITS = ("train", "validation")
+FILES = {"train": PAIRS, "validation": VALIDATION}
+"""Of pairs, by the split of their questions."""
 READ_AT_ONCE = 512
 
 
@@ -41,24 +43,24 @@ def make(job: Job, config: ProSettingConfig, shard: Shard) -> None:
     from hpc_rl.run import atomic
     from jobs.prosetting.solutions import Solutions
 
-    names = (*(f"{split}.parquet" for split in SPLITS), "generator.parquet", "dataset_info.json")
+    names = (*FILES.values(), GENERATOR, "dataset_info.json")
     written = {name: shard.output(name) for name in names}
     known, broken = dpo.Known(), broken_in(job)
     solutions = Solutions(config.pairs.reference_solutions, config.grade.answers, config.solver)
     pairing = dpo.Pairing(job.round, config.run.seed, config.pairs.max_per_question, known, solutions)
     with (
-        RowWriter(written["train.parquet"], dpo.schema()) as train,
-        RowWriter(written["validation.parquet"], dpo.schema()) as validation,
-        RowWriter(written["generator.parquet"], generator.schema()) as texts,
+        RowWriter(written[PAIRS], dpo.schema()) as train,
+        RowWriter(written[VALIDATION], dpo.schema()) as validation,
+        RowWriter(written[GENERATOR], generator.schema()) as texts,
     ):
         to = {"train": train, "validation": validation}
-        rounds = {split: taken_over(job, config, split, to[split], known, broken) for split in SPLITS}
-        before = {split: to[split].rows for split in SPLITS}
+        rounds = {split: taken_over(job, config, split, to[split], known, broken) for split in FILES}
+        before = {split: to[split].rows for split in FILES}
         more = pair_up(job, config, pairing, broken, to, texts)
-    for split in SPLITS:
+    for split in FILES:
         rounds[split] |= {job.round} if to[split].rows > before[split] else set()
     metrics = {
-        **{f"pairs_{split}": to[split].rows for split in SPLITS},
+        **{f"pairs_{split}": to[split].rows for split in FILES},
         **pairing.counts,
         **solutions.counts,
         **more,
@@ -67,7 +69,7 @@ def make(job: Job, config: ProSettingConfig, shard: Shard) -> None:
     info = {
         "round": job.round,
         "window": config.data_window,
-        "rounds": {split: sorted(rounds[split]) for split in SPLITS},
+        "rounds": {split: sorted(rounds[split]) for split in FILES},
         "split": "by the question of the file that a question comes from; the same in every round",
         "max_per_question": config.pairs.max_per_question,
         "reference_solutions": config.pairs.reference_solutions,
@@ -78,7 +80,7 @@ def make(job: Job, config: ProSettingConfig, shard: Shard) -> None:
     atomic.write_json(written["dataset_info.json"], info)
     if not train.rows:
         log.warning("no pair to train on: %s", {name: number for name, number in metrics.items() if number})
-    curves.write(job, {f"pairs/{name}": metrics[f"pairs_{name}"] for name in (*SPLITS, "new")})
+    curves.write(job, {f"pairs/{name}": metrics[f"pairs_{name}"] for name in (*FILES, "new")})
     folder = job.ws.dataset_dir(job.round)
     made_from = {"window": config.data_window}
     commit_placed(shard, {path: folder / name for name, path in written.items()}, made_from=made_from, metrics=metrics)
@@ -107,7 +109,7 @@ def pair_up(
     control = ControlTokens(Path((config.generator or config.solver).path))
     counts = {"broken": 0, "generator_unusable": 0}
     for piece in pieces(done.path("graded.parquet") for done in job.inputs(job.round, "grade")):
-        made: dict[str, list[Any]] = {split: [] for split in SPLITS}
+        made: dict[str, list[Any]] = {split: [] for split in FILES}
         for answered in piece.answered():
             question = next(one for place, one in questions if place == answered.place)
             if question.question_id in broken:
@@ -142,7 +144,7 @@ def taken_over(
     if config.data_window == "last" or job.round == 1:
         return rounds
     gone = pa.array(sorted(broken), pa.string())
-    with pq.ParquetFile(job.input(job.round - 1, "dpo_data", 0).path(f"{split}.parquet")) as file:
+    with pq.ParquetFile(job.input(job.round - 1, "dpo_data", 0).path(FILES[split])) as file:
         for batch in file.iter_batches(READ_AT_ONCE):
             kept = batch.filter(pc.invert(pc.is_in(batch["question_id"], gone)))
             to.add_table(pa.Table.from_batches([kept]))
