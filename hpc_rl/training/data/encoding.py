@@ -7,6 +7,7 @@ piece and then looks for the border.)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,8 @@ from hpc_rl.training.data import columns
 from hpc_rl.training.data.columns import CHAT, STRING, TOKENS, Rows
 
 Chat = list[Mapping[str, str]]
+NOWHERE = "(?!)"
+"""A pattern that no text has."""
 
 
 def tokens(
@@ -79,8 +82,9 @@ class Encoder:
         self._tokenizer, self._variables = tokenizer_of(tokenizer), variables
 
     @cached_property
-    def _control(self) -> tuple[str, ...]:
-        return control_tokens(self._tokenizer)
+    def _control(self) -> re.Pattern[str]:
+        """Finds any control token: one search, however many there are."""
+        return re.compile("|".join(map(re.escape, control_tokens(self._tokenizer))) or NOWHERE)
 
     def prompts(self, rows: Rows, column: str) -> list[list[int]]:
         """Token ids of plain prompts, special tokens of the tokenizer's own included, or of chats, up to where the
@@ -131,9 +135,10 @@ class Encoder:
         return whole[len(opened) :]
 
     def _check(self, rows: Rows, row: int, column: str, texts: Sequence[str]) -> None:
-        for token in self._control:
-            if any(token in text for text in texts):
-                rows.refuse(row, column, f"it holds the control token {token}, which would end a message in the chat")
+        for text in texts:
+            if found := self._control.search(text):
+                what = f"it holds the control token {found[0]}, which would end a message in the chat"
+                rows.refuse(row, column, what)
 
     def _render(self, rows: Rows, row: int, column: str, chat: Chat, **more: bool) -> str:
         if self._tokenizer.chat_template is None:
