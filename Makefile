@@ -16,11 +16,17 @@ help:
 install:
 	@tools/install.sh
 
+# Your own .env sets fields of any config that is launched here. --set wins over it, so that a demo is the same for all.
+DEMO = --executor local --set run.workspace=null --set run.continue_on_failure=false \
+  --set services.listener.client.url=null --set services.teacher.client.url=null --set services.teacher.client.model=null
+
 demo: install
-	$(VENV)/bin/python -m hpc_rl.launch configs/tiny/lewis.yaml --executor local
+	$(VENV)/bin/python -m hpc_rl.launch configs/tiny/lewis.yaml $(DEMO)
 
 demo-prosetting: install
-	$(VENV)/bin/python -m hpc_rl.launch configs/tiny/prosetting.yaml --executor local
+	$(VENV)/bin/python -m hpc_rl.launch configs/tiny/prosetting.yaml $(DEMO) \
+	  --set solver.path=models/tiny-solver --set questions.file=configs/tiny/sums.json \
+	  --set stages.train.ranks_per_node=null
 
 test: lint
 	tests/slurm/install.sh

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from hpc_rl import launch
 from hpc_rl.config.environment import NAMES
 from hpc_rl.config.identity import to_json
 from hpc_rl.config.lewis import LewisConfig
@@ -36,6 +38,24 @@ def test_it_loads_from_the_root_of_the_repository(name: str) -> None:
     loaded = load_with_places(name, env={"HOME": "/home/u"}, cwd=REPOSITORY)
     assert loaded.notes == ()
     assert from_json(to_json(loaded.config)) == loaded.config
+
+
+@pytest.mark.parametrize("target", ["demo", "demo-prosetting"])
+def test_a_demo_is_the_same_beside_a_users_own_variables(target: str) -> None:
+    """docs/recipes/prosetting.md has its reader write a `.env`; the demos promise nothing from outside."""
+    mine = {
+        "WORKSPACE_DIR": "/mine", "SOLVER_MODEL_PATH": "/m", "QUESTIONS_FILE": "/q.json", "TRL_NUM_PROCESSES": "8",
+        "TEACHER_BASE_URL": "http://t", "TEACHER_MODEL": "t", "LISTENER_URL": "http://l",
+        "AUTO_CONTINUE_ON_FAILURE": "true",
+    }  # fmt: skip
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "-n", target], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout
+    _, _, typed = shown.replace("\\\n", " ").partition("-m hpc_rl.launch ")
+    arguments = launch.parse(shlex.split(typed))
+    alone, beside_mine = (load(arguments.config, arguments.set, env, cwd=REPOSITORY) for env in ({}, mine))
+    assert alone == load(arguments.config, env={}, cwd=REPOSITORY)
+    assert beside_mine == alone
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
