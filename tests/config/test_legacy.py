@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +252,15 @@ def test_the_shipped_config_goes_with_the_files_of_the_seed(tmp_path: Path, keys
     assert isinstance(loaded.config, ProSettingConfig)
     dpo = loaded.config.dpo
     assert dpo.per_device_batch_size * dpo.gradient_accumulation_steps * train.world_size == 64
+
+
+def test_the_example_of_the_page_has_a_workspace_of_its_own_and_finds_its_files(tmp_path: Path) -> None:
+    """S13: as the page has it, launched from the repository's folder."""
+    (example,) = re.findall(r"((?:^    .*\n)+)", PAGE.read_text().partition("work as they are:\n\n")[2], re.M)[:1]
+    (tmp_path / "training_config.json").write_text(json.dumps(SEED | {"training_framework": "TRL_DPO"}))
+    text = textwrap.dedent(example).replace("configs/", f"{PAGE.parents[2]}/configs/").replace("/path/to/", "")
+    (tmp_path / "my-run.yaml").write_text(text)
+    config = load_with_places(tmp_path / "my-run.yaml", env={}, cwd=PAGE.parents[2]).config
+    assert isinstance(config, ProSettingConfig)
+    assert (config.run.name, config.run.workspace) == ("my-run", PAGE.parents[2] / "runs" / "my-run")
+    assert config.dpo.deepspeed and config.dpo.deepspeed.is_file()
