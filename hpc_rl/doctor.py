@@ -31,7 +31,7 @@ from hpc_rl.health.paths import paths
 from hpc_rl.health.slurm import slurm
 from hpc_rl.health.state import state
 
-QUICK_S, THOROUGH_S = 1.5, 180.0
+QUICK_S, THOROUGH_S = 1.2, 180.0
 """After so long a check that has not ended is given up, and said to be."""
 WIDTH = 120
 

@@ -163,6 +163,8 @@ def from_json(data: Mapping[str, Any], name: str = "training_config.json") -> Co
     ConfigError
         When the data is no config of this version; `name` is the file in the message.
     """
+    if not isinstance(data, Mapping):
+        raise ConfigError([Problem("", f"{name} holds no JSON object", "the config of a run")])
     cls = config_class(data.get("recipe", "lewis"), name)
     try:
         return cls.model_validate(data)

@@ -27,11 +27,15 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes: kept from each round that is still to come, all of these rounds together, and only while one trains."""
+    """Bytes: kept of each round that is still to come, all of these rounds together, and only while one trains.
+
+    `models` is what is certain of `per_round`; the rest is samples, of which most are shorter than they may be.
+    """
 
     per_round: int
     kept: int
     passing: int
+    models: int
 
 
 def disk(subject: Subject) -> Iterator[Finding]:
@@ -43,11 +47,11 @@ def disk(subject: Subject) -> Iterator[Finding]:
     what = f"{size(free)} free at {folder}"
     if need.kept:
         what += (
-            f"; the run still needs about {size(need.kept + need.passing)} ({size(need.per_round)} a round is kept, "
+            f"; the run still needs at most {size(need.kept + need.passing)} ({size(need.per_round)} a round is kept, "
             f"{size(need.passing)} comes and goes while a model trains)"
         )
     remedy = "make room, or choose another --workspace; a quota may be lower still"
-    if free < max(GIB // 8, need.per_round + need.passing):
+    if free < max(GIB // 8, need.models + need.passing):
         yield Finding(AREA, "problem", what, remedy)
     elif free < need.kept + need.passing:
         yield Finding(AREA, "warning", what, remedy)
@@ -69,11 +73,13 @@ def estimate(subject: Subject) -> Need:
             weights = weights_bytes(model.path)
             kept += rounds * (_adapter_bytes(model, weights) if model.lora else weights)
             passing = max(passing, CHECKPOINT * (_adapter_bytes(model, weights) if model.lora else weights))
+    models = kept
     if isinstance(config, SamplingRecipeConfig):
         sample = config.sample
         prompts = sum(config.prompts_in(round, look=not subject.quick) or 0 for round in sorted(open_rounds))
         kept += prompts * sample.samples_per_prompt * sample.max_tokens * BYTES_PER_TOKEN
-    return Need(kept // max(1, len(open_rounds)), kept, passing)
+    rounds = max(1, len(open_rounds))
+    return Need(kept // rounds, kept, passing, models // rounds)
 
 
 def _adapter_bytes(model: TrainedModelConfig, weights: int) -> int:

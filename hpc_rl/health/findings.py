@@ -49,7 +49,7 @@ class Subject:
     @property
     def patience_s(self) -> float:
         """How long an answer from elsewhere is waited for."""
-        return 1.0 if self.quick else 15.0
+        return 0.8 if self.quick else 15.0
 
     @property
     def stage_names(self) -> tuple[str, ...]:

@@ -31,7 +31,11 @@ def machine(subject: Subject, environ: Mapping[str, str] = os.environ, driver: P
     elif greedy:
         what = f"{', '.join(greedy)} ask for up to {most} GPUs, and this machine shows {have}"
         first = greedy[0]
-        yield Finding(AREA, "problem", what, f"--set stages.{first}.gpus_per_node={have} --set stages.{first}.nodes=1")
+        fields = {"gpus_per_node": have, "nodes": 1}
+        if (wanted[first].ranks_per_node or 0) > have:
+            fields["ranks_per_node"] = have
+        remedy = " ".join(f"--set stages.{first}.{name}={value}" for name, value in fields.items())
+        yield Finding(AREA, "problem", what, remedy)
     else:
         yield Finding(AREA, "ok", f"stages ask for up to {most} GPUs; this machine shows {have}")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -79,7 +79,7 @@ def read_sinfo(text: str) -> list[Nodes]:
                     partition=name.rstrip("*"),
                     is_default=name.endswith("*"),
                     is_up=up == "up",
-                    count=int(count),
+                    count=_number(count),
                     cpus=_number(cpus),
                     memory_mb=_number(memory),
                     gpus=_gpus(gres),

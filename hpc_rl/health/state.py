@@ -79,7 +79,7 @@ def _standing(subject: Subject, run: Run) -> Iterator[Finding]:
         yield Finding(AREA, "problem", f"{where}; it stopped: {shown.reason}", "remove the cause, and launch again")
     elif shown.status in ("finished", "running"):
         yield Finding(AREA, "ok", f"{where}; it is {shown.status}")
-    elif shown.status == "idle" and subject.quick:
+    elif shown.status == "idle" and subject.quick and subject.executor == "slurm":
         yield Finding(AREA, "ok", f"{where}; what Slurm has of it is looked at without --quick")
     else:
         reason = f": {shown.reason}" if shown.reason else ""
