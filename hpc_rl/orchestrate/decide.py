@@ -14,7 +14,7 @@ from hpc_rl.cluster.base import Queued
 from hpc_rl.cluster.entry import EndRecord
 from hpc_rl.config.schema import RunConfig
 from hpc_rl.orchestrate.graph import ADVANCE, Graph, Kind, Stage, StageId
-from hpc_rl.orchestrate.tries import dispensable, hopeless, is_to_wait
+from hpc_rl.orchestrate.tries import dispensable, hopeless, is_in_vain, is_to_wait
 from hpc_rl.run.ledger import Attempt, History
 
 
@@ -214,6 +214,10 @@ def decide(view: View, policy: Policy, me: str = "") -> Decision:
         return Decision(tuple(plan.actions), "paused", view.history.paused)
 
     unfinished = [stage for stage in view.graph.work if not view.is_done(stage.id)]
+    if vain := [stage for stage in unfinished if is_in_vain(view, stage)]:  # killed while what belongs together fell
+        plan.actions += [GiveUp(stage, "what needs it was given up") for stage in vain]
+        plan.view = view = view.with_done(vain)
+        unfinished = [stage for stage in unfinished if not view.is_done(stage.id)]
     if not unfinished:
         return _finished(plan)
     reason = view.history.stopped

@@ -33,6 +33,13 @@ def dispensable(view: View, stage: Stage) -> list[Stage]:
     return [other for other in view.graph.of_round(stage.round) if other.id in lost]
 
 
+def is_in_vain(view: View, stage: Stage) -> bool:
+    """True for a stage whose work nobody needs any more: all that needed it was given up."""
+    waiting = [other for other in view.graph.work if stage.id in other.needs]
+    given_up = view.history.given_up.keys()
+    return bool(waiting) and all((o.round, o.name) in given_up and view.is_done(o.id) for o in waiting)
+
+
 def _counting(view: View, stage: Stage) -> list[Attempt]:
     """The attempts at a stage since a person last asked for another try."""
     since = view.history.resumed_at

@@ -414,6 +414,29 @@ def test_a_person_who_launches_is_given_another_try_before_anything_is_given_up(
     assert manifest.done_shards(run.ws, 1, "train") == set()
 
 
+def test_what_only_something_given_up_needs_is_not_done_for_a_person_either(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the manifests of two stages that are given up together."""
+    run = without(make_run("run.continue_on_failure=true", "run.rounds=1"), "score", "train")
+    fail_for_good(run, "score")
+    cluster, real = Cluster(run), manifest.write
+
+    def kill(ws: Any, made: Manifest) -> None:
+        if made.stage == "score":
+            raise Killed
+        real(ws, made)
+
+    monkeypatch.setattr(manifest, "write", kill)
+    with pytest.raises(Killed):
+        bring(run, cluster)
+    monkeypatch.undo()
+    assert manifest.done_shards(run.ws, 1, "train") == {0}
+    assert StageId(1, "score") not in bring(run, cluster, resume=True).submitted
+    assert {stage for _, stage in Ledger(run.ws).history().given_up} == {"score", "train"}
+    assert manifest.read(run.ws, 1, "score", 0).made_from["given_up"] == "what needs it was given up"
+
+
 def test_a_training_that_is_given_up_names_the_round_whose_weights_stand(tmp_path: Path) -> None:
     """S8, S11: `weights_of` the round gives those."""
     file = source_root() / "configs" / "tiny" / "lewis.yaml"
