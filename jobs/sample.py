@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_rl import recipes
 from hpc_rl.cluster.failures import EXIT_BLOCKED, EXIT_NEVER_FITS, EXIT_OUT_OF_TIME
 from hpc_rl.cluster.walltime import Deadline
+from hpc_rl.orchestrate.blocked import blocked
 from hpc_rl.orchestrate.job import Job, open_job
 from hpc_rl.run import manifest
 from hpc_rl.sampling.source import SampleTask
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("hpc_rl")
 
 
+@blocked
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jobs.sample --workspace W --round R`; `--stage` where the recipe calls it something else."""
     job = open_job("sample", argv)
@@ -46,7 +48,6 @@ def sample(job: Job, task: SampleTask) -> int:
     PromptError
         For prompts or stops that cannot be sampled from, before the engine starts.
     """
-    from hpc_rl.engines.compile_cache import SlotLost
     from hpc_rl.engines.engine_spec import EngineSpec
     from hpc_rl.engines.gpus import check_gpus
     from hpc_rl.engines.memory import notches_of, note_notches
@@ -96,9 +97,6 @@ def sample(job: Job, task: SampleTask) -> int:
         except NeverFits as error:
             log.error("NeverFits: %s", error)
             return EXIT_NEVER_FITS
-        except SlotLost as error:
-            log.error("SlotLost: %s", error)
-            return EXIT_BLOCKED
     if ending is Ending.OTHERS:
         left = job.stage.shards - len(manifest.done_shards(job.ws, job.round, job.stage.name))
         log.warning("leaving %s: %d shards are in other hands", job.stage.id, left)

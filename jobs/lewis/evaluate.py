@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hpc_rl.cluster.failures import EXIT_BLOCKED
 from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.orchestrate import curves, evaluation
+from hpc_rl.orchestrate.blocked import blocked
 from hpc_rl.orchestrate.evaluation import Asked
 from hpc_rl.orchestrate.job import Job, Shard, open_job
 from hpc_rl.run.seeds import derive
@@ -24,20 +24,15 @@ log = logging.getLogger("hpc_rl")
 SETS = ("new_views", "validation")
 
 
+@blocked
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jobs.lewis.evaluate --workspace W --round R`; 75 when no listener answers, or to start anew."""
     job = open_job("evaluate", argv)
-    from hpc_rl.engines.compile_cache import SlotLost
     from hpc_rl.engines.gpus import check_gpus
-    from hpc_rl.services.calling import ServiceUnavailable
 
     check_gpus(job.config, job.stage.name)
     for shard in job.shards():
-        try:
-            evaluate(job, shard)
-        except (ServiceUnavailable, SlotLost) as error:
-            log.error("%s: %s", type(error).__name__, error)
-            return EXIT_BLOCKED
+        evaluate(job, shard)
     return 0
 
 

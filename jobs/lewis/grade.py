@@ -12,18 +12,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hpc_rl.cluster.failures import EXIT_BLOCKED
 from hpc_rl.config.lewis import LewisConfig
+from hpc_rl.orchestrate.blocked import blocked
 from hpc_rl.orchestrate.job import Job, Shard, open_job
 
 log = logging.getLogger("hpc_rl")
 
 
+@blocked
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jobs.lewis.grade --workspace W --round R`; 75 when no listener answers (what is graded stays)."""
     job = open_job("grade", argv)
     from hpc_rl.data.lewis import read_rows
-    from hpc_rl.services.calling import ServiceUnavailable
     from hpc_rl.services.client import ListenerClient
 
     config = job.config
@@ -34,11 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ListenerClient(job.ws, config) as listener:
         for shard in job.shards():
             sampled = job.input(job.round, "sample", shard.index).path("samples.parquet")
-            try:
-                grade(job, config, shard, sampled, lambda id: rows[places[id]], listener)
-            except ServiceUnavailable as error:
-                log.error("ServiceUnavailable: %s", error)
-                return EXIT_BLOCKED
+            grade(job, config, shard, sampled, lambda id: rows[places[id]], listener)
     return 0
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from hpc_rl.cluster.failures import EXIT_BLOCKED
 from hpc_rl.config.prosetting import ProSettingConfig
 from hpc_rl.orchestrate import curves, evaluation
+from hpc_rl.orchestrate.blocked import blocked
 from hpc_rl.orchestrate.evaluation import Asked
 from hpc_rl.orchestrate.job import Job, Shard, open_job
 from hpc_rl.run.seeds import derive
@@ -25,19 +25,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("hpc_rl")
 
 
+@blocked
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jobs.prosetting.evaluate --workspace W --round R`; 75 when it is to be started anew."""
     job = open_job("evaluate", argv)
-    from hpc_rl.engines.compile_cache import SlotLost
     from hpc_rl.engines.gpus import check_gpus
 
     check_gpus(job.config, job.stage.name)
     for shard in job.shards():
-        try:
-            evaluate(job, shard)
-        except SlotLost as error:
-            log.error("SlotLost: %s", error)
-            return EXIT_BLOCKED
+        evaluate(job, shard)
     return 0
 
 
