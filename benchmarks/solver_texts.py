@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 KINDS = {"integer": 0.75, "decimal": 0.08, "fraction": 0.10, "expression": 0.05, "tuple": 0.02}
 """How often an answer is of a kind: assumed, between GSM8K (integers only) and MATH."""
-CHARACTERS = 600
-"""Of reasoning before an answer."""
+CHARACTERS, SOLUTION = 600, 250
+"""Of reasoning before the answer in an attempt, and in a reference solution (GSM8K's have about as many)."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,16 @@ def made(number: int, kinds: Sequence[str] = tuple(KINDS), seed: int = 0) -> Mad
     return Made(f"Question {number}: of {a} and {b}, what is the {kind}?", forms, wrong)
 
 
-def attempt(of: Made, number: int, right: bool, seed: int = 0) -> str:
+def solution(of: Made) -> str:
+    """The reference solution of a question."""
+    return attempt(of, -1, right=True, characters=SOLUTION)
+
+
+def attempt(of: Made, number: int, right: bool, seed: int = 0, characters: int = CHARACTERS) -> str:
     """One attempt: some reasoning, and its answer in a box; no two are the same text."""
     draw = random.Random(f"{seed} {of.question} {number}")
     steps = []
-    while sum(map(len, steps)) < CHARACTERS:
+    while sum(map(len, steps)) < characters:
         one, other = draw.randint(1, 10**6), draw.randint(1, 10**6)
         steps.append(f"Then ${one} + {other} = {one + other}$, which we keep in mind. ")
     answer = draw.choice(of.forms if right else of.wrong)

@@ -66,20 +66,23 @@ class Piece:
         texts = pa.concat_arrays(
             [_whole(self.table["text"], pa.string()), pa.array([s.text for s in solutions], pa.string())]
         )
-        pairs = [pair for _, pair in chosen]
+        # one prompt per question, not one per pair: chats are the slowest to make of Python objects
+        asked = {of.place: pair.prompt for of, pair in chosen}
+        places = {place: number for number, place in enumerate(asked)}
+        chats = pa.array(list(asked.values()), kind.field("prompt").type)
         made = {
+            "prompt": chats.take(pa.array([places[of.place] for of, _ in chosen], pa.int64())),
             "chosen": texts.take(pa.array(better, pa.int64())),
             "rejected": texts.take(pa.array(worse, pa.int64())),
-            "chosen_from": ["reference" if row >= rows else "attempt" for row in better],
+            "chosen_from": pa.array(["reference" if row >= rows else "attempt" for row in better], pa.string()),
             "prompt_token_ids": prompts.take(pa.array(worse, pa.int64())),
             "chosen_token_ids": answers.take(pa.array(better, pa.int64())),
             "rejected_token_ids": answers.take(pa.array(worse, pa.int64())),
         }
         columns = [
-            found if isinstance(found := made.get(one.name), pa.Array)
-            else pa.array(found if found is not None else [getattr(pair, one.name) for pair in pairs], one.type)
+            made[one.name] if one.name in made else pa.array([getattr(pair, one.name) for _, pair in chosen], one.type)
             for one in kind
-        ]  # fmt: skip
+        ]
         return pa.Table.from_arrays(columns, schema=kind)
 
 
