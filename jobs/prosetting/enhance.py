@@ -16,10 +16,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpc_rl.cluster.failures import EXIT_BLOCKED
 from hpc_rl.config.prosetting import ProSettingConfig
 from hpc_rl.data.control_tokens import ControlTokens
 from hpc_rl.data.questions import Question, count_questions, shard_range, write_questions
+from hpc_rl.orchestrate.blocked import blocked
 from hpc_rl.orchestrate.job import Job, Shard, open_job
 from hpc_rl.run.seeds import derive
 
@@ -47,21 +47,17 @@ COUNTS = (
 `dropped_contradictory`: its solution ends in another answer. `dropped_unanswered`: calls failed."""
 
 
+@blocked
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jobs.prosetting.enhance --workspace W --round R`; 75 when no teacher answers (answers are kept)."""
     job = open_job("enhance", argv)
-    from hpc_rl.services.calling import ServiceUnavailable
     from hpc_rl.teachers.client import TeacherClient
 
     config = job.config
     assert isinstance(config, ProSettingConfig)
     with TeacherClient.of_run(job.ws, config, service=config.enhance.teacher) as teacher:
         for shard in job.shards():
-            try:
-                enhance(job, config, shard, teacher)
-            except ServiceUnavailable as error:
-                log.error("ServiceUnavailable: %s", error)
-                return EXIT_BLOCKED
+            enhance(job, config, shard, teacher)
     return 0
 
 

@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from hpc_rl.cluster.failures import EXIT_BLOCKED
 from hpc_rl.config.prosetting import ProSettingConfig
+from hpc_rl.orchestrate.blocked import blocked
 from hpc_rl.orchestrate.job import Job, Shard, open_job
 
 if TYPE_CHECKING:
@@ -34,11 +34,10 @@ EXPLAINED = 3
 """Reasons of a shard that are written to the log."""
 
 
+@blocked
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jobs.prosetting.grade --workspace W --round R`; 75 when no teacher answers (what is graded stays)."""
     job = open_job("grade", argv)
-    from hpc_rl.services.calling import ServiceUnavailable
-
     config = job.config
     assert isinstance(config, ProSettingConfig)
     with ExitStack() as stack:
@@ -48,11 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             teacher = stack.enter_context(TeacherClient.of_run(job.ws, config))
         for shard in job.shards():
-            try:
-                grade(job, config, shard, teacher)
-            except ServiceUnavailable as error:
-                log.error("ServiceUnavailable: %s", error)
-                return EXIT_BLOCKED
+            grade(job, config, shard, teacher)
     return 0
 
 

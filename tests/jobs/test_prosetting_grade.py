@@ -152,7 +152,10 @@ def test_a_teacher_may_judge_all_that_is_not_right_but_no_attempt_without_an_end
 ) -> None:
     ws = new_run(*MATH, "grade.judge=not_right", *client_of(teacher))
     publish_pool(ws, 0, POOL)
-    said = {"q000002": [r"\boxed{5} fine", r"\boxed{5}", "fine, but", "  ", "<think>fine</think>"], "q000005": [r"\boxed{9}"] * 2}
+    said = {
+        "q000002": [r"\boxed{5} fine", r"\boxed{5}", "fine, but", "  ", "<think>fine</think>"],
+        "q000005": [r"\boxed{9}"] * 2,
+    }
     publish_attempts(ws, 1, said, cut_off=[("q000002", 2)])
     assert grade.main(arguments(ws)) == 0
     assert [(one.reward, one.graded_by) for one in graded(ws)["q000002"]] == [
