@@ -251,7 +251,7 @@ class ProSettingConfig(SamplingRecipeConfig):
 
         if not manifest.done_shards(Workspace(self.run.workspace), 0, "pool"):
             yield from check_files(self.questions) if rows else check_there(self.questions)
-        for name in sorted({stage.partition(".")[2] for stage in self.service_stages}):
+        for name in sorted({stage.partition(".")[2] for stage in self.service_stages}, reverse=True):
             options = self.services.teacher if name == "teacher" else self.services.enhancer
             if options.client.url is None and options.served_model is None:
                 what = "nobody to ask: neither client.url nor model is set"

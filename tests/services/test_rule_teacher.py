@@ -81,7 +81,8 @@ def test_a_grader_and_an_enhancer_are_served_side_by_side(lab: Lab) -> None:
         assert [isinstance(v, Reply) and judging.is_right(v.value) for v in verdicts] == list(attempts.values())
     chat = enhancing.messages("harder", "07+05=", "210", None)
     with TeacherClient.of_run(lab.ws, config, service="enhancer") as writer:
-        asked = [enhancing.ask(chat, "07+05=", seed=seed, temperature=0.7, max_tokens=50) for seed in range(20)]
+        how: dict[str, Any] = {"temperature": 0.7, "max_tokens": 50, "has_control_token": lambda text: False}
+        asked = [enhancing.ask(chat, "07+05=", seed=seed, **how) for seed in range(20)]
         replies = writer.ask_all(asked)
         assert writer.ask_all(asked) == [
             Reply(r.text, r.value, r.finish_reason, r.prompt_tokens, r.completion_tokens, True)
@@ -183,7 +184,8 @@ NOBODY = [*NO_ENHANCER, "services.teacher={engine: vllm, rules: null}"]
         ([], []),
         (NO_ENHANCER, ["services.enhancer"]),
         (NOBODY, ["services.teacher", "services.enhancer"]),
-        ([*NOBODY, "grade.judge=never"], ["services.enhancer"]),
+        ([*NOBODY, "grade.judge=never"], ["services.teacher", "services.enhancer"]),
+        ([*NOBODY, "grade.judge=never", "grade.check_references=false"], ["services.enhancer"]),
         ([*NOBODY, "enhance.teacher=teacher"], ["services.teacher"]),
         ([*NOBODY, "enhance.teacher=teacher", "services.teacher.client.url=http://a:1/v1"], []),
     ],
