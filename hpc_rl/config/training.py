@@ -187,6 +187,11 @@ class DpoTrainConfig(DataTrainConfig):
     reference: Reference = "pass"
     """Where the reference's log-probabilities come from."""
 
+    @property
+    def reference_stage(self) -> bool:
+        """Whether a stage of its own scores the pairs under the reference."""
+        return self.reference == "stage"
+
 
 class RewardTrainConfig(DataTrainConfig):
     """Reward models and verifiers (V9, V10, T9, A2). A batch is made of questions, each with all of its solutions."""

@@ -85,7 +85,7 @@ def training(config: ProSettingConfig, stage: StageId) -> TrainTask:
         data=Data(StageId(stage.round, "grade"), "graded.parquet") if on_policy else Data(data, PAIRS),
         validation=None if on_policy else VALIDATION,
         nothing_to_learn="keep",
-        reference=reference.output(stage.round) if _has_reference_stage(config) else None,
+        reference=reference.output(stage.round) if config.training.reference_stage else None,
         sampling=config.sample,
         rewards={"correctness": 1.0},
     )
@@ -96,7 +96,7 @@ def _training(config: ProSettingConfig, round: int) -> Iterable[Stage]:
     train, weights = StageId(round, "train"), _weights(config, round - 1)
     data = StageId(round, "grade" if config.backend == "rloo" else "dpo_data")
     needs = (data, *weights)
-    if _has_reference_stage(config):
+    if config.training.reference_stage:
         shards, settings = config.sample.shards, config.training
         yield reference.stage(data, *weights, shards=shards, settings=settings, section=config.backend, optional=True)
         needs = (*needs, StageId(round, reference.NAME))
@@ -116,7 +116,3 @@ def _last_trained(config: ProSettingConfig, round: int) -> int:
 def _weights(config: ProSettingConfig, round: int) -> tuple[StageId, ...]:
     """The stage that left the solver as it is after a round, if one did."""
     return (StageId(last, "train"),) if (last := _last_trained(config, round)) else ()
-
-
-def _has_reference_stage(config: ProSettingConfig) -> bool:
-    return config.dpo.reference == "stage" if config.backend == "dpo" else config.rloo.reference_stage
