@@ -239,6 +239,16 @@ def test_s16_everything_of_a_round_is_kept_where_its_results_say(new_run: NewRun
             assert about["files"][name].split("/")[1] == f"round_{round:02d}"
 
 
+def test_a_run_goes_on_without_the_file_once_round_0_has_taken_its_questions_over_s15(
+    new_run: NewRun, tmp_path: Path
+) -> None:
+    for prepared in (False, True):
+        config = load(new_run(prepare=prepared).root, 0, "pool").config
+        (tmp_path / "questions.jsonl").unlink()
+        wrong = [problem.field for problem in config.file_problems()]
+        assert ("questions.file" in wrong) is not prepared, wrong
+
+
 def test_s18_reward_zones_and_diversity_are_curves(new_run: NewRun) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
