@@ -138,7 +138,7 @@ def evaluate(job: Job, shard: Shard) -> None:
         "answering_s": round(time.monotonic() - started, 2),
     }
     points = {f"evaluate/{name}": value for name, value in metrics.items()}
-    curves.write(job, points | curves.of_sampling(job, config.sampling_stage))
+    curves.write(job, points)
     made_from = {"weights": weights.hash, "engine": engine.kind, "temperature": config.evaluate.temperature}
     if shard.commit([table], made_from=made_from, metrics=metrics):
         log.info("round %d: %s", job.round, metrics)

@@ -102,7 +102,8 @@ def make_pool(job: Job, config: ProSettingConfig, shard: Shard) -> None:
     }
     atomic.write_json(summary, about)
     reward = {} if graded["mean_reward"] is None else {"grade/mean_reward": graded["mean_reward"]}
-    curves.write(job, {**reward, **{f"pool/{name}": value for name, value in metrics.items()}})
+    points = {**reward, **{f"pool/{name}": value for name, value in metrics.items()}}
+    curves.write(job, points | curves.of_sampling(job, config.sampling_stage))
     commit_placed(shard, written, made_from={}, metrics=metrics)
 
 

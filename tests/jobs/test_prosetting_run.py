@@ -100,7 +100,8 @@ def test_curves_of_the_run_have_a_point_for_each_round_s18(run: Run) -> None:
     """S18: mean reward, zones, diversity, and what came of them."""
     events = EventAccumulator(str(run.ws.tb_dir / "run")).Reload()
     assert [point.step for point in events.Scalars("evaluate/accuracy")] == [0, ROUNDS]
-    for name in ("grade/mean_reward", "pool/zone_mastered", "pool/diversity", "pool/questions"):
+    pool = ("pool/zone_mastered", "pool/diversity", "pool/questions")
+    for name in ("grade/mean_reward", *pool, "sampling/acceptance/solver"):  # of rounds that only collect, too
         points = {point.step: point.value for point in events.Scalars(name)}
         assert set(points) >= set(range(1, ROUNDS + 1)), name
     (pool,) = made(run, 1, "pool")
