@@ -25,8 +25,9 @@ def said(question: Question) -> Any:
 def variant(kind: enhancing.Kind, a: int, b: int, seed: int, attempts: tuple[str, ...] = ()) -> tuple[int, int]:
     asked = sums.question(a, b)
     chat = enhancing.messages(kind, asked, sums.answer(a, b), sums.answer(a, b), attempts)
-    made = enhancing.read(said(enhancing.ask(chat, asked, seed=seed, temperature=0.7, max_tokens=100)))
-    assert not enhancing.fault(made, asked)
+    how: dict[str, Any] = {"temperature": 0.7, "max_tokens": 100, "has_control_token": lambda text: False}
+    made = enhancing.read(said(enhancing.ask(chat, asked, seed=seed, **how)))
+    assert not enhancing.fault(made, asked, how["has_control_token"])
     terms = sums.parse(made.question)
     assert terms is not None and made.answer == made.solution == sums.answer(*terms)
     return terms
