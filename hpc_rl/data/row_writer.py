@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ class RowWriter:
     """
 
     def __init__(self, path: Path, schema: Any, rows: int = ROWS) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         self._schema, self._most = schema, rows
-        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
+        # no dictionary of token ids: they repeat too little, and it takes three times as long and more room
+        repeated = [name for name, kind in _leaves(schema) if not pa.types.is_integer(kind)]
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=repeated)
         self._waiting: list[Any] = []
         self.rows = 0
 
@@ -60,3 +64,17 @@ class RowWriter:
             columns = [pa.array([getattr(row, one.name) for row in self._waiting], one.type) for one in self._schema]
             self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))
             self._waiting = []
+
+
+def _leaves(fields: Iterable[Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """The columns of a parquet file, by the names that parquet has for parts of lists and structs, and their types."""
+    import pyarrow as pa
+
+    for field in fields:
+        name, kind = f"{above}{field.name}", field.type
+        while pa.types.is_list(kind):
+            name, kind = f"{name}.list.element", kind.value_type
+        if pa.types.is_struct(kind):
+            yield from _leaves(kind, f"{name}.")
+        else:
+            yield name, kind
