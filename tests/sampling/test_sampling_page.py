@@ -19,6 +19,7 @@ import yaml
 from hpc_rl import config as configs
 from hpc_rl.config.lewis import LewisConfig
 from hpc_rl.config.phases import SampleConfig
+from hpc_rl.config.prosetting import CollectConfig
 from hpc_rl.engines.transformers_engine import TransformersEngine
 from hpc_rl.grading.samples import Sample
 from hpc_rl.orchestrate import job as jobs
@@ -162,4 +163,5 @@ def test_the_lines_of_the_report_that_the_page_explains_are_its_lines() -> None:
 
 def test_the_fields_that_the_page_names_are_there() -> None:
     named = set(re.findall(r"`sample\.(\w+)", PAGE))
-    assert named and named <= set(SampleConfig.model_fields), named - set(SampleConfig.model_fields)
+    known = {*SampleConfig.model_fields, *CollectConfig.model_fields}
+    assert named and named <= known, named - known

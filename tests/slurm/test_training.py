@@ -60,7 +60,8 @@ DISTURB: dict[str, Callable[[ClusterRun, str], None]] = {
 @pytest.mark.parametrize(
     "names",
     [
-        ["dpo", "grpo", "joint"],
+        ["dpo", "grpo"],
+        pytest.param(["joint"], marks=pytest.mark.slow),
         pytest.param(["sft", "weighted_sft"], marks=pytest.mark.slow),
         pytest.param(["rloo", "reward_model"], marks=pytest.mark.slow),
     ],
