@@ -13,7 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpc_rl.data.questions import Question
 from hpc_rl.run.seeds import derive
@@ -36,8 +36,7 @@ class Solution:
     token_ids: Sequence[int]
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """One row of train.parquet or validation.parquet, less its tokens.
 
     Attributes

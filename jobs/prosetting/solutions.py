@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpc_rl.data.dpo import Solution
@@ -53,26 +52,20 @@ class Solutions:
         if verdict.right is False:
             self.counts["wrong_reference_solution"] += 1
             return None
-        token_ids = self._encode(question, prompt, question.solution)
+        token_ids = self._encode(prompt, question.solution)
         if not token_ids:
             self.counts["unusable_reference_solution"] += 1
             return None
         return Solution(question.solution, token_ids)
 
-    def _encode(self, question: Question, prompt: Sequence[Mapping[str, str]], text: str) -> list[int]:
+    def _encode(self, prompt: Sequence[Mapping[str, str]], text: str) -> list[int]:
         """What the template puts behind the prompt for this answer, as training would; nothing where it does not."""
-        import pyarrow as pa
+        from hpc_rl.training.data.encoding import NotShown
 
-        from hpc_rl.training.data.columns import CHAT, STRING, Rows
-        from hpc_rl.training.errors import UnusableData
-
-        columns = {"id": ([question.question_id], STRING), "prompt": ([prompt], CHAT), "chosen": ([text], STRING)}
-        batch = pa.RecordBatch.from_pydict({name: pa.array(*column) for name, column in columns.items()})
         try:
-            (token_ids,) = self._encoder.answers(Rows(Path(self._solver.path), 0, "id", batch), "prompt", "chosen")
-        except UnusableData:
+            return self._encoder.answer(prompt, text)
+        except NotShown:
             return []
-        return token_ids
 
     @cached_property
     def _encoder(self) -> Encoder:

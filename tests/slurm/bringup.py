@@ -51,9 +51,9 @@ class Daemons:
     def start(self, settings: Settings, *, detached: bool) -> None:
         """Make folders, keys, configuration and hosts, then start every daemon (nodes register a moment later)."""
         # munged refuses keys and sockets below a folder that others can write to, so modes do not depend on the umask
-        for name in ("", "etc", "run", "log", "state", "spool", "dev", "munge", "sql"):
+        for name in ("", "etc", "run", "log", "state", "spool", "dev", "munge", "sql", "sql-tmp"):
             (self.root / name).mkdir(parents=not name)
-            (self.root / name).chmod(0o700 if name in ("munge", "sql", "state") else 0o755)
+            (self.root / name).chmod(0o700 if name in ("munge", "sql", "sql-tmp", "state") else 0o755)
         ports = write_settings(self.root, settings)
         self.hosts.start(detached=detached)
         run, munge = self.root / "run", self.root / "munge"
@@ -71,12 +71,14 @@ class Daemons:
 
     def _start_database(self, port: int) -> None:
         sql = f"--datadir={self.root}/sql"
+        # of its own: a server that starts removes what looks like temporary tables, of another cluster's server too
+        tmp = f"TMPDIR={self.root}/sql-tmp"
         self.launch(
-            *("mariadb-install-db", "--no-defaults", sql, "--user=root", "--skip-test-db"),
+            *("env", tmp, "mariadb-install-db", "--no-defaults", sql, "--user=root", "--skip-test-db"),
             *("--auth-root-authentication-method=socket", "--auth-root-socket-user=root"),
         )
         self.launch(
-            *("setsid", "--fork", "mariadbd", "--no-defaults", sql, "--user=root"),
+            *("env", tmp, "setsid", "--fork", "mariadbd", "--no-defaults", sql, "--user=root"),
             *(f"--socket={self.root}/run/sql.sock", f"--pid-file={self.root}/run/mariadbd.pid"),
             *("--bind-address=127.0.0.1", f"--port={port}", "--skip-name-resolve"),
             *(f"--init-file={self.root}/munge/accounting.sql", "--performance-schema=off"),

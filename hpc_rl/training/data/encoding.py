@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,13 @@ from hpc_rl.engines.loading import control_tokens, tokenizer_of
 from hpc_rl.training.data import columns
 from hpc_rl.training.data.columns import CHAT, STRING, TOKENS, Rows
 
-Chat = list[Mapping[str, str]]
+Chat = Sequence[Mapping[str, str]]
 NOWHERE = "(?!)"
 """A pattern that no text has."""
+
+
+class NotShown(ValueError):
+    """What the chat template does not show as it is; the message says why."""
 
 
 def tokens(
@@ -89,9 +94,14 @@ class Encoder:
     def prompts(self, rows: Rows, column: str) -> list[list[int]]:
         """Token ids of plain prompts, special tokens of the tokenizer's own included, or of chats, up to where the
         assistant answers."""
+        said = rows[column].to_pylist()
         if rows[column].type == STRING:
-            return self._ids(rows[column].to_pylist(), True)
-        return self._ids([self._opened(rows, row, column) for row in range(len(rows))], False)
+            return self._ids(said, True)
+        opened = []
+        for row, chat in enumerate(said):
+            with _named(rows, row, column):
+                opened.append(self._opened(chat))
+        return self._ids(opened, False)
 
     def answers(self, rows: Rows, prompt: str, column: str) -> list[list[int]]:
         """Token ids of what follows a prompt: of a plain text and the end-of-text token after it; of what an assistant
@@ -102,7 +112,22 @@ class Encoder:
             if end is None:
                 rows.refuse(0, column, "the tokenizer has no eos_token, so nothing would end the text")
             return [[*ids, end] for ids in self._ids(said, False)]
-        return self._ids([self._answered(rows, row, prompt, column, text) for row, text in enumerate(said)], False)
+        behind = []
+        for row, (chat, text) in enumerate(zip(rows[prompt].to_pylist(), said, strict=True)):
+            with _named(rows, row, prompt):
+                opened = self._opened(chat)
+            with _named(rows, row, column):
+                behind.append(self._behind(opened, chat, text))
+        return self._ids(behind, False)
+
+    def answer(self, chat: Chat, text: str) -> list[int]:
+        """Token ids of one answer, as `answers` has them.
+
+        Raises
+        ------
+        NotShown
+        """
+        return self._ids([self._behind(self._opened(chat), chat, text)], False)[0]
 
     def solutions(self, rows: Rows, question: str, solution: str, system_prompt: str | None) -> list[list[int]]:
         """Token ids of questions with solutions, as the reward-model service shows them to its model."""
@@ -112,43 +137,52 @@ class Encoder:
             zip(*(rows[name].to_pylist() for name in (question, solution)), strict=True)
         ):
             chat: Chat = [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-            self._check(rows, row, question, [asked])
-            self._check(rows, row, solution, [said])
-            texts.append(self._render(rows, row, question, chat))
+            with _named(rows, row, solution):
+                self._check(said)
+            with _named(rows, row, question):
+                self._check(asked)
+                texts.append(self._render(chat))
         return self._ids(texts, False)
 
-    def _opened(self, rows: Rows, row: int, column: str) -> str:
-        chat: Chat = rows[column][row].as_py()
-        self._check(rows, row, column, [message["content"] for message in chat])
-        return self._render(rows, row, column, chat, add_generation_prompt=True)
+    def _opened(self, chat: Chat) -> str:
+        """The prompt, up to where the assistant answers."""
+        for message in chat:
+            self._check(message["content"])
+        return self._render(chat, add_generation_prompt=True)
 
-    def _answered(self, rows: Rows, row: int, prompt: str, column: str, text: str) -> str:
-        self._check(rows, row, column, [text])
-        opened = self._opened(rows, row, prompt)
-        chat: Chat = [*rows[prompt][row].as_py(), {"role": "assistant", "content": text}]
-        whole = self._render(rows, row, column, chat)
+    def _behind(self, opened: str, chat: Chat, text: str) -> str:
+        """What the template puts behind the opened prompt for this answer."""
+        self._check(text)
+        whole = self._render([*chat, {"role": "assistant", "content": text}])
         if not whole.startswith(opened):
-            rows.refuse(
-                row, column, "the chat template does not show an answer as the continuation of its prompt (it may drop "
-                "or add something before it, like thoughts). Give token ids in place of texts"
-            )  # fmt: skip
+            raise NotShown(
+                "the chat template does not show an answer as the continuation of its prompt (it may drop or add "
+                "something before it, like thoughts). Give token ids in place of texts"
+            )
         return whole[len(opened) :]
 
-    def _check(self, rows: Rows, row: int, column: str, texts: Sequence[str]) -> None:
-        for text in texts:
-            if found := self._control.search(text):
-                what = f"it holds the control token {found[0]}, which would end a message in the chat"
-                rows.refuse(row, column, what)
+    def _check(self, text: str) -> None:
+        if found := self._control.search(text):
+            raise NotShown(f"it holds the control token {found[0]}, which would end a message in the chat")
 
-    def _render(self, rows: Rows, row: int, column: str, chat: Chat, **more: bool) -> str:
+    def _render(self, chat: Chat, **more: bool) -> str:
         if self._tokenizer.chat_template is None:
-            rows.refuse(row, column, "it is a chat, but the model has no chat template (chat_template.jinja)")
+            raise NotShown("it is a chat, but the model has no chat template (chat_template.jinja)")
         try:
             text: str = self._tokenizer.apply_chat_template(chat, tokenize=False, **more, **self._variables)
         except Exception as error:  # templates are programs, and raise what they like
-            raise rows.complaint(row, column, f"the chat template does not take these messages: {error}") from error
+            raise NotShown(f"the chat template does not take these messages: {error}") from error
         return text
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         found: list[list[int]] = self._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
         return found
+
+
+@contextmanager
+def _named(rows: Rows, row: int, column: str) -> Iterator[None]:
+    """Says which value it is that is not shown."""
+    try:
+        yield
+    except NotShown as error:
+        raise rows.complaint(row, column, str(error)) from error
