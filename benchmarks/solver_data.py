@@ -6,12 +6,12 @@
 Makes the workspace of a ProSetting run with the pool and the attempts of round 1 (benchmarks/solver_texts.py), then
 runs the real job bodies, each in a process of its own; no teacher is asked, and a file of variants stands for enhance.
 Beside them the bare checker: the same Checker over the same texts in memory, and nothing else, on some of the shards,
-in one process of the same run.
+before the jobs and after them.
 
 Rates are attempts per second of CPU time; of the jobs with the start of the process, of the bare checker without.
 Prints them, the ratio of all three jobs together to the bare checker, and peak memory. Exit status 1 when a job takes
-more than 1.5 GB, or the ratio is below 0.8. With answers that are all whole numbers (`--kinds integer`) a check takes microseconds, less than reading and
-writing the attempt: the ratio is small there, and the rate high.
+more than 1.5 GB, or the ratio is below 0.8. With answers that are all whole numbers (`--kinds integer`) a check takes
+microseconds, less than reading and writing the attempt: the ratio is small there, and the rate high.
 """
 
 from __future__ import annotations
@@ -197,13 +197,17 @@ def run_side(root: Path, name: str, bare_shards: int) -> dict[str, float]:
 
 def measure(root: Path, attempts: int, bare_shards: int) -> dict[str, dict[str, float]]:
     """What each side took; rates in attempts per second of CPU time."""
-    taken = {"bare": run_side(root, "bare", bare_shards)}
-    taken["bare"]["rate"] = taken["bare"]["attempts"] / taken["bare"]["cpu_s"]
+    before = run_side(root, "bare", bare_shards)
+    jobs = {}
     for name in JOBS:
-        taken[name] = run_side(root, name, bare_shards)
-        taken[name]["rate"] = attempts / taken[name]["cpu_s"]
+        jobs[name] = run_side(root, name, bare_shards)
+        jobs[name]["rate"] = attempts / jobs[name]["cpu_s"]
         if name == "grade":
             enhance(root)
+    after = run_side(root, "bare", bare_shards)  # a machine may become slower while this runs
+    bare = {name: before[name] + after[name] for name in before}
+    bare |= {"rate": bare["attempts"] / bare["cpu_s"], "peak_mb": max(before["peak_mb"], after["peak_mb"])}
+    taken = {"bare": bare, **jobs}
     cpu_s = sum(taken[name]["cpu_s"] for name in JOBS)
     taken["together"] = {
         "cpu_s": cpu_s, "wall_s": sum(taken[name]["wall_s"] for name in JOBS), "rate": attempts / cpu_s,

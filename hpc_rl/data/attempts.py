@@ -11,7 +11,7 @@ from typing import Any
 from hpc_rl.data.dpo import Attempts, Pair, Solution, schema
 
 COLUMNS = ("group", "text", "reward_correctness", "prompt_token_ids", "token_ids")
-MOST_BYTES = 32 * 2**20
+MOST_BYTES = 4 * 2**20
 """Attempts in memory at once, as long as they are of more than one row group."""
 
 
