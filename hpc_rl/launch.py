@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import sys
@@ -15,13 +16,14 @@ from pathlib import Path
 from hpc_rl import config as configs
 from hpc_rl import recipes
 from hpc_rl.cluster.base import ExecutorError
-from hpc_rl.cluster.choose import executor_name, make_executor, slurm_problems
+from hpc_rl.cluster.choose import executor_name, gpu_ids, make_executor, slurm_problems
 from hpc_rl.config import ConfigError
 from hpc_rl.config.checks import check
 from hpc_rl.config.errors import format_problems
 from hpc_rl.config.schema import Config
 from hpc_rl.orchestrate import plan
 from hpc_rl.orchestrate.decide import Decision, Policy
+from hpc_rl.orchestrate.gpus import gpu_problems
 from hpc_rl.orchestrate.graph import ADVANCE
 from hpc_rl.orchestrate.reconcile import DRIVER_LEASE, Run, RunBusy, look, reconcile
 from hpc_rl.orchestrate.start import OtherConfig, open_run, store_config
@@ -101,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if name == "slurm" and not (arguments.init or problems):
             problems = slurm_problems(loaded.config)
+        if name == "local" and not (arguments.init or problems):
+            problems = gpu_problems(loaded.config, recipes.graph_of(loaded.config), len(gpu_ids(os.environ)))
         if problems:
             raise ConfigError(problems)
         return start(recipes.resolve(loaded.config), name, arguments)

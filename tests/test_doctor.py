@@ -423,11 +423,11 @@ def test_gpus_of_this_machine_against_those_that_stages_ask_for(
         (driver / name).mkdir(parents=True)
     assert [f.level for f in machine(subject_of(config, *two, quick=True), {}, driver)] == ["ok"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert "train ask for up to 2 GPUs, and this machine shows 1" in only(ask(*two), "GPUs", "problem")
+    assert "train asks for 2 GPUs, and this machine has 1" in only(ask(*two), "GPUs", "problem")
     (ranks,) = [one for one in ask(*two, "stages.train.ranks_per_node=2") if one["area"] == "GPUs"]
     assert not of(ask(*two, *ranks["remedy"].replace("--set ", "").split()), "GPUs", "problem")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
-    assert "up to 2 GPUs; this machine shows 2" in only(ask(*two), "GPUs", "ok")
+    assert "up to 2 GPUs at once; this machine shows 2" in only(ask(*two), "GPUs", "ok")
     assert "stages.train.mem_gb is 1e+06" in only(ask("stages.train.mem_gb=1000000"), "memory", "warning")
 
 

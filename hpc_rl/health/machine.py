@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hpc_rl.cluster.choose import gpu_ids
-from hpc_rl.health.findings import Finding, Subject
+from hpc_rl.health.findings import Finding, Subject, of_problem
+from hpc_rl.orchestrate.gpus import gpu_problems, gpus_at_once
 from hpc_rl.units import size
 
 AREA = "GPUs"
@@ -17,29 +18,21 @@ GIB = 1 << 30
 
 def machine(subject: Subject, environ: Mapping[str, str] = os.environ, driver: Path = DRIVER) -> Iterator[Finding]:
     """GPUs and memory."""
-    wanted = {name: subject.config.stage(name) for name in subject.stage_names}
-    asked = {name: stage.gpus_per_node * stage.nodes for name, stage in wanted.items()}
-    most = max(asked.values(), default=0)
+    most = max(gpus_at_once(subject.config, subject.graph).values(), default=0)
     have = _gpus(environ, driver) if subject.quick else len(gpu_ids(environ))
-    greedy = [name for name, gpus in asked.items() if gpus > have]
+    problems = gpu_problems(subject.config, subject.graph, have)
     if not most:
         yield Finding(AREA, "ok", f"no stage asks for GPUs; this machine shows {have}")
     elif not have:
-        what = f"{', '.join(greedy)} ask for up to {most} GPUs, and this machine shows none"
+        what = f"stages ask for up to {most} GPUs, and this machine shows none"
         remedy = "see whether nvidia-smi works here; without GPUs these stages work on the CPU, which is slow"
         yield Finding(AREA, "warning", what, remedy)
-    elif greedy:
-        what = f"{', '.join(greedy)} ask for up to {most} GPUs, and this machine shows {have}"
-        first = greedy[0]
-        fields = {"gpus_per_node": have, "nodes": 1}
-        if (wanted[first].ranks_per_node or 0) > have:
-            fields["ranks_per_node"] = have
-        remedy = " ".join(f"--set stages.{first}.{name}={value}" for name, value in fields.items())
-        yield Finding(AREA, "problem", what, remedy)
-    else:
-        yield Finding(AREA, "ok", f"stages ask for up to {most} GPUs; this machine shows {have}")
+    elif not problems:
+        yield Finding(AREA, "ok", f"stages ask for up to {most} GPUs at once; this machine shows {have}")
+    yield from (of_problem(AREA, problem) for problem in problems)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for name, stage in wanted.items():
+    for name in subject.stage_names:
+        stage = subject.config.stage(name)
         if stage.mem_gb is not None and stage.mem_gb * GIB > memory:
             what = f"stages.{name}.mem_gb is {stage.mem_gb:g}, and this machine has {size(memory)}"
             yield Finding("memory", "warning", what, "jobs here are not held to it: see that they fit, or lower it")
