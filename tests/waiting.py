@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
 Found = TypeVar("Found")
 
@@ -14,12 +13,21 @@ PATIENCE_S = 180.0
 """More than anything takes on a machine that is ten times slower; who waits so long waits in vain."""
 
 
+class Process(Protocol):
+    """A `subprocess.Popen`, or what can be asked as one."""
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+
 def wait_for(
     condition: Callable[[], Found],
     what: str | Callable[[], str],
     *,
     within_s: float = PATIENCE_S,
-    of: subprocess.Popen[Any] | None = None,
+    of: Process | None = None,
     pause_s: float = 0.01,
 ) -> Found:
     """What `condition` returns, as soon as that is true.

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services import handoff
 from jobs import serve
+from tests.forked import Forked
 from tests.waiting import PATIENCE_S, wait_for
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def arguments(ws: Workspace, round: int = 1) -> list[str]:
@@ -25,13 +19,12 @@ def arguments(ws: Workspace, round: int = 1) -> list[str]:
 
 
 @contextmanager
-def listener(ws: Workspace, job_id: str) -> Iterator[Any]:
+def listener(ws: Workspace, job_id: str) -> Iterator[Forked]:
     """`jobs.serve` in a process of its own; in the context once it is published."""
-    environment = {**os.environ, "HPC_RL_JOB_ID": job_id, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "jobs.serve", *arguments(ws), "--stage", "grade.listener"]
-    with (ws.root / f"serve-{job_id}.out").open("wb") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, cwd=REPOSITORY)
-    folder, said = ws.service_dir("listener"), (ws.root / f"serve-{job_id}.out").read_text
+    out = ws.root / f"serve-{job_id}.out"
+    options = [*arguments(ws), "--stage", "grade.listener"]
+    process = Forked("jobs.serve", options, out, {"HPC_RL_JOB_ID": job_id})
+    folder, said = ws.service_dir("listener"), out.read_text
     try:
         wait_for(lambda: f"job-{job_id}" in [one.replica for one in handoff.discover(folder)], said, of=process)
         yield process

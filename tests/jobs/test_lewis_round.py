@@ -23,6 +23,7 @@ from hpc_rl.run.seeds import derive
 from hpc_rl.run.workspace import Workspace
 from jobs import sample
 from jobs.lewis import evaluate, grade
+from tests.forked import Forked
 from tests.jobs.listening import arguments, listener, listener_thread
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -103,9 +104,7 @@ def test_rewards_are_the_same_when_the_listener_is_killed_while_it_grades(sample
     disturbed = new_run("services.listener.client.chunk_size=1", "services.listener.client.chunk_delay_s=0.1")
     assert sample.main(arguments(disturbed)) == 0
     with listener(disturbed, "1") as first:
-        command = [sys.executable, "-m", "jobs.lewis.grade", *arguments(disturbed)]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        grading = subprocess.Popen(command, env=environment, cwd=REPOSITORY)
+        grading = Forked("jobs.lewis.grade", arguments(disturbed), disturbed.root / "grade.out")
         try:
             while not list(disturbed.stage_dir(1, "grade").glob("leases/*.lease.*")):
                 assert grading.poll() is None

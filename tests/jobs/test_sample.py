@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -20,14 +16,14 @@ from hpc_rl.sampling.prompts import PromptError
 from hpc_rl.sampling.record import read_records
 from hpc_rl.sampling.tally import Tally
 from jobs import sample
+from tests.forked import Forked
 from tests.jobs.listening import arguments
 from tests.waiting import PATIENCE_S, wait_for
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SHARDS, PROMPTS, GROUP = 3, 8, 4  # 8 prompts in shards of 3
 
 NewRun = Callable[..., Workspace]
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Forked]
 
 
 def samples_of(ws: Workspace) -> list[Sample]:
@@ -45,15 +41,10 @@ def assert_the_same(ws: Workspace, other: Workspace) -> None:
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Starts the job as a process of its own; ends what is left."""
-    started = []
+    started = list[Forked]()
 
-    def start_one(ws: Workspace, **environment: str) -> subprocess.Popen[str]:
-        own = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        command = [sys.executable, "-m", "jobs.sample", *arguments(ws)]
-        log = (ws.root / f"task{len(started)}.out").open("w")
-        started.append(
-            subprocess.Popen(command, env={**os.environ, **own, **environment}, cwd=REPOSITORY, stdout=log, text=True)
-        )
+    def start_one(ws: Workspace) -> Forked:
+        started.append(Forked("jobs.sample", arguments(ws), ws.root / f"task{len(started)}.out"))
         return started[-1]
 
     yield start_one
@@ -74,7 +65,7 @@ def test_a_killed_task_and_one_that_is_told_to_leave_change_nothing(
     undisturbed = new_run(*slow)
     assert sample.main(arguments(undisturbed)) == 0
     ws = new_run(*slow, "run.lease_ttl_s=600")
-    for end in (subprocess.Popen.kill, subprocess.Popen.terminate):
+    for end in (Forked.kill, Forked.terminate):
         before = len(manifest.done_shards(ws, 1, "sample"))
         task = start(ws)
         wait_for(lambda before=before: len(manifest.done_shards(ws, 1, "sample")) > before, "a shard", of=task)
