@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from hpc_rl.orchestrate.job import load
 from hpc_rl.orchestrate.start import open_run
 from hpc_rl.recipes import lewis
 from hpc_rl.run.workspace import Workspace
+from tests.forked import Forked
 from tests.waiting import PATIENCE_S
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -190,7 +189,7 @@ class Ranks:
     """The processes of one training job, as `srun` would start them."""
 
     ws: Workspace
-    processes: list[subprocess.Popen[bytes]]
+    processes: list[Forked]
     logs: list[Path]
 
     def wait(self, timeout_s: float = 2 * PATIENCE_S) -> list[int]:
@@ -214,22 +213,20 @@ class Ranks:
 
 
 def start_ranks(
-    ws: Workspace, ranks: int = 1, job_id: str = "1", program: Sequence[str] = ("-m", "jobs.train"),
+    ws: Workspace, ranks: int = 1, job_id: str = "1", program: Sequence[str] = ("jobs.train",),
     environment: Mapping[str, str] | None = None, round: int = 1,
 ) -> Ranks:  # fmt: skip
     """Start `jobs.train` (or a program that stands in for it) on a number of ranks."""
-    command = [sys.executable, *program, "--workspace", str(ws.root), "--round", str(round)]
+    module, *arguments = program
+    arguments += ["--workspace", str(ws.root), "--round", str(round)]
     processes, logs = [], []
     for rank in range(ranks):
         logs.append(ws.root / f"train-{job_id}-{rank}.out")
         variables = {
-            **os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(ranks), "HPC_RL_JOB_ID": job_id, "HPC_RL_RESTART": "0", "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(REPOSITORY), **(environment or {}),
+            "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
+            "HPC_RL_JOB_ID": job_id, "HPC_RL_RESTART": "0", **(environment or {}),
         }  # fmt: skip
-        with logs[-1].open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables, cwd=REPOSITORY)
-        processes.append(process)
+        processes.append(Forked(module, arguments, logs[-1], variables))
     return Ranks(ws, processes, logs)
 
 

@@ -16,7 +16,7 @@ from hpc_rl.training.ranks.distributed import World
 from tests.training.conftest import start_ranks
 from tests.waiting import PATIENCE_S, wait_for
 
-PROGRAM = ("-m", "tests.training.ranks")
+PROGRAM = ("tests.training.ranks",)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def test_gradients_that_are_no_numbers_end_it_though_the_loss_is_one(tmp_path: P
 
 
 def test_on_one_rank_it_ends_all_and_deepspeed_does_not_leave_the_step_out(tmp_path: Path) -> None:
-    ranks = start_ranks(Workspace(tmp_path), 2, program=("-m", "tests.training.diverging"))
+    ranks = start_ranks(Workspace(tmp_path), 2, program=("tests.training.diverging",))
     assert ranks.wait() == [0, 0], ranks.said()
     told = [[json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")] for log in ranks.logs]
     for rank, (loss, gradients) in enumerate(told):

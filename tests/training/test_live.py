@@ -94,7 +94,7 @@ def test_without_a_listener_all_ranks_are_blocked_and_nothing_is_scored(new_run:
 
 
 def test_what_goes_wrong_on_rank_0_is_known_to_all_ranks_at_once_and_keeps_its_meaning(tmp_path: Path) -> None:
-    ranks = start_ranks(Workspace(tmp_path), 2, "1", ("-m", "tests.training.ranks", "reward_live"))
+    ranks = start_ranks(Workspace(tmp_path), 2, "1", ("tests.training.ranks", "reward_live"))
     assert ranks.wait() == [0, 0], ranks.said()
     first, second = ([line for line in log.read_text().splitlines() if "RAISED" in line] for log in ranks.logs)
     assert len(first) == len(second) == 2, ranks.said()

@@ -35,7 +35,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Notes]]
     with_lora = open_run_of_one_with_lora(folder)
     for mode in ("lora", *MODES):
         open_run_of_two(folder, mode)
-    ranks = start_ranks(Workspace(folder), 2, "pool", ("-m", "tests.training.pool"))
+    ranks = start_ranks(Workspace(folder), 2, "pool", ("tests.training.pool",))
     try:
         alone = {"one": train_all(one), "one_lora": train_all(with_lora, WITH_LORA)}
         assert ranks.wait(3 * PATIENCE_S) == [0, 0], ranks.said()

@@ -21,7 +21,7 @@ from hpc_rl.training.ranks.meeting import MeetingFailed, VersionsDiffer
 from tests.training.conftest import start_ranks
 from tests.waiting import PATIENCE_S, wait_for
 
-PROGRAM = ("-m", "tests.training.ranks", "meet_two_nodes")
+PROGRAM = ("tests.training.ranks", "meet_two_nodes")
 Meet = Callable[..., list[BaseException | None]]
 
 

@@ -145,7 +145,7 @@ def test_numbers_that_end_leave_the_last_good_checkpoint_and_name_it(new_run: Ne
 
 def test_killed_while_saving_the_checkpoint_before_counts(new_run: NewRun, plain: Workspace, tmp_path: Path) -> None:
     killed = new_run()
-    ranks = start_ranks(killed, 1, program=("-m", "tests.training.ranks", "killed_while_saving"))
+    ranks = start_ranks(killed, 1, program=("tests.training.ranks", "killed_while_saving"))
     assert ranks.wait() == [-signal.SIGKILL], ranks.said()
     folders = sorted(path.name for path in killed.stage_dir(1, "train").glob("checkpoints/*/*"))
     assert folders == ["checkpoint-2", "checkpoint-4"] and checkpoints(killed) == ["checkpoint-2"]
