@@ -17,7 +17,7 @@ import pytest
 from tests.slurm.bringup import why_unavailable
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.runs import ClusterRun
-from tests.slurm.small_lewis import CONFIG, SMALL
+from tests.slurm.small_lewis import CONFIG, SMALL, TWO_RANKS
 
 HERE = Path(__file__).parent
 
@@ -52,10 +52,12 @@ def _leave_the_cluster_as_found(request: pytest.FixtureRequest) -> Iterator[None
 
 @pytest.fixture(scope="session")
 def undisturbed(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterRun]:
-    """The small run that nobody disturbs, on one machine: where jobs run changes no sample. Of all tests."""
+    """The small run that nobody disturbs, to its end; trained on two nodes. Of all tests."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    run = ClusterRun(cluster, folder, CONFIG, SMALL)
-    run.launch("--executor", "local")
+    run = ClusterRun(cluster, folder, CONFIG, [*SMALL, *TWO_RANKS])
+    run.launch()
+    assert not run.manifests(1, "sample"), "the launcher stayed until round 1 was under way"
+    run.wait_until_finished()
     yield run
     shutil.rmtree(folder, ignore_errors=True)
 

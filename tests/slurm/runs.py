@@ -87,7 +87,8 @@ class ClusterRun:
 
         Requeued jobs are released from the pause that Slurm puts before their next start.
 
-        What moves a run on moves its queue: `status`, a Python process, is asked when that has changed, or seldom.
+        A run that is over, well or not, soon has nothing queued: `status`, a process of half a second, is asked then,
+        and seldom before.
 
         Raises
         ------
@@ -95,16 +96,15 @@ class ClusterRun:
             When it stops, falls idle, or does not end in time; with `status` as a user would see it.
         """
         deadline = time.monotonic() + timeout_s
-        seen: list[tuple[str, str]] | None = None
-        asked = 0.0
+        asked = time.monotonic()
         while not enough():
             queue = self.cluster.queue()
             for job in queue:
                 if job.state == "PENDING" and job.reason == "BeginTime":
                     self.cluster.start_now(job.id)
-            shown, now = [(job.id, job.state) for job in queue], time.monotonic()
-            if shown != seen or now > asked + 10:
-                seen, asked = shown, now
+            now = time.monotonic()
+            if not queue or now > asked + 10:
+                asked = now
                 state = self.status()
                 if state["status"] == "finished":
                     return

@@ -23,6 +23,7 @@ SMALL = (
     "data.scenes.views_test=4",
     "data.train_rows=64",
     "data.eval_rows={new_views: 24, validation: 24}",
+    "stages.prepare.tasks=1",
     # one rank, which starts faster; cases about training have TWO_RANKS
     "stages.train.nodes=1",
     "train.per_device_batch_size=32",
@@ -35,7 +36,21 @@ UNHURRIED = (
 )
 """A shard takes a second to be graded, so that the middle of grading can be met on a busy machine too."""
 
+SAMPLING_ONLY = ("stages.grade.sbatch={hold: true}", "stages.grade.listener.sbatch={hold: true}")
+GRADING_ONLY = ("stages.train.sbatch={hold: true}",)
+"""What comes after a test's subject is submitted, and never starts."""
+
 Samples = dict[str, tuple[tuple[int, ...], float]]
+
+
+def drawn_by(run: ClusterRun) -> dict[str, tuple[int, ...]]:
+    """sample id → token ids. Fails when an id occurs twice."""
+    found: dict[str, tuple[int, ...]] = {}
+    for made in run.manifests(1, "sample"):
+        for row in pq.read_table(made.path("samples.parquet")).to_pylist():
+            assert row["sample_id"] not in found, f"{row['sample_id']} was drawn twice"
+            found[row["sample_id"]] = tuple(row["token_ids"])
+    return found
 
 
 def samples_of(run: ClusterRun, round: int = 1) -> Samples:
@@ -56,10 +71,11 @@ def assert_grades_the_same_samples(run: ClusterRun, undisturbed: ClusterRun) -> 
     assert found == expected
 
 
-def assert_finishes_with_the_same_samples(run: ClusterRun, undisturbed: ClusterRun) -> None:
-    run.wait_until_finished()
-    assert_grades_the_same_samples(run, undisturbed)
-    assert run.manifests(1, "evaluate")[0].metrics["n_validation"] == 24
+def assert_draws_the_same_samples(run: ClusterRun, undisturbed: ClusterRun) -> None:
+    run.wait_until_finished(enough=lambda: len(manifest.done_shards(run.ws, 1, "sample")) == 8)
+    expected, found = drawn_by(undisturbed), drawn_by(run)
+    assert len(expected) == 32 * 4
+    assert found == expected
 
 
 def in_the_middle_of_grading(run: ClusterRun) -> Callable[[], bool]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -89,9 +88,18 @@ def test_a_launch_killed_around_its_sbatch_is_repeated_without_loss_or_double(ma
         assert adopted == (when == "after")
 
 
-def test_an_advance_killed_around_its_sbatch_is_replaced_by_the_spare(make_run: Make) -> None:
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [(3, "before"), (2, "after")],
+        pytest.param([(3, "after"), (2, "before")], marks=pytest.mark.slow),
+    ],
+    ids=["once each", "the other way round"],
+)
+def test_an_advance_killed_around_its_sbatch_is_replaced_by_the_spare(
+    make_run: Make, cases: list[tuple[int, str]]
+) -> None:
     """Launch queues rounds 1 and 2; the first advance submits round 3, or, where there is none, the last spare."""
-    cases = list(product((3, 2), ("before", "after")))
     runs = [make_run(f"run.rounds={rounds}", folder=f"{rounds}-{when}") for rounds, when in cases]
     happened = []
     for run, (_, when) in zip(runs, cases, strict=True):

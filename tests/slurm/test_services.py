@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
 from hpc_rl.orchestrate.graph import StageId
 from hpc_rl.orchestrate.reconcile import end_records
 from hpc_rl.run import atomic
@@ -20,6 +22,7 @@ from hpc_rl.services import handoff
 from hpc_rl.services.records import Endpoint
 from tests.slurm.runs import ClusterRun
 from tests.slurm.small_lewis import (
+    GRADING_ONLY,
     TWO_RANKS,
     UNHURRIED,
     assert_grades_the_same_samples,
@@ -106,7 +109,7 @@ def somebody_else_on_the_port_of_a_dead_listener(run: ClusterRun) -> Iterator[li
 def test_a_listener_moves_to_another_node_while_grading_and_a_dead_one_has_left_its_record(
     run_from: RunFrom, undisturbed: ClusterRun
 ) -> None:
-    run = run_from("sample", settings=(*UNHURRIED, "stages.grade.listener.sbatch={exclude: node1}"))
+    run = run_from("sample", settings=(*UNHURRIED, *GRADING_ONLY, "stages.grade.listener.sbatch={exclude: node1}"))
     with somebody_else_on_the_port_of_a_dead_listener(run) as asked:
         run.launch()
         wait_for_the_middle_of_grading(run)
@@ -118,6 +121,7 @@ def test_a_listener_moves_to_another_node_while_grading_and_a_dead_one_has_left_
     assert run.submissions()[1, "grade.listener"] == 1
 
 
+@pytest.mark.slow
 def test_a_listener_moves_to_another_node_while_a_live_trainer_asks_it(run_from: RunFrom) -> None:
     soon = "services.listener.client.chunk_delay_s=0.25"  # live training asks more often
     live = (*UNHURRIED, soon, *TWO_RANKS, "train.rollouts=live", "stages.train.listener.sbatch={exclude: node1}")
@@ -144,7 +148,7 @@ def test_a_listener_moves_to_another_node_while_a_live_trainer_asks_it(run_from:
 
 
 def test_a_listener_in_one_job_with_its_consumer(run_from: RunFrom, undisturbed: ClusterRun) -> None:
-    run = run_from("sample", settings=(*UNHURRIED, "services.listener.placement=hetjob"))
+    run = run_from("sample", settings=(*UNHURRIED, *GRADING_ONLY, "services.listener.placement=hetjob"))
     run.launch()
     wait_for_the_middle_of_grading(run)
     (grade,), (listener,) = run.attempts(1, "grade"), run.attempts(1, "grade.listener")
@@ -171,7 +175,7 @@ def test_a_listener_in_one_job_with_its_consumer(run_from: RunFrom, undisturbed:
 def test_a_replica_that_is_lost_for_good_while_grading(run_from: RunFrom, undisturbed: ClusterRun) -> None:
     """Each of the two takes all GPUs of a node."""
     listener = "stages.grade.listener={tasks: 2, gpus_per_node: 2, ranks_per_node: 1, sbatch: {exclude: node1}}"
-    run = run_from("sample", settings=(*UNHURRIED, listener, "stages.grade.sbatch={hold: true}"))
+    run = run_from("sample", settings=(*UNHURRIED, *GRADING_ONLY, listener, "stages.grade.sbatch={hold: true}"))
     run.launch()
     replicas = run.wait_for(lambda: len(published(run)) == 2 and published(run), "both replicas")
     run.cluster.run(["scontrol", "release", *(run.attempts(1, "grade")[0].job_ids or ())])

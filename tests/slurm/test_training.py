@@ -52,7 +52,7 @@ def job_of(run: ClusterRun, algorithm: str) -> str:
 
 
 DISTURB: dict[str, Callable[[ClusterRun, str], None]] = {
-    "dpo": warn, "grpo": kill_a_rank, "joint": cancel,
+    "dpo": kill_a_rank, "grpo": warn, "joint": cancel,
     "sft": requeue, "weighted_sft": kill_a_rank, "rloo": warn, "reward_model": cancel,
 }  # fmt: skip
 
@@ -60,8 +60,8 @@ DISTURB: dict[str, Callable[[ClusterRun, str], None]] = {
 @pytest.mark.parametrize(
     "names",
     [
-        ["dpo", "grpo"],
-        pytest.param(["joint"], marks=pytest.mark.slow),
+        ["dpo"],
+        pytest.param(["grpo", "joint"], marks=pytest.mark.slow),
         pytest.param(["sft", "weighted_sft"], marks=pytest.mark.slow),
         pytest.param(["rloo", "reward_model"], marks=pytest.mark.slow),
     ],
