@@ -81,12 +81,11 @@ def _row(number: int, problem: str) -> GameRow:
     )
 
 
-def run(side: str, root: Path) -> dict[str, Any]:
-    """One side, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.million_sides", side, str(root)]
+def run(side: str, *roots: Path) -> list[dict[str, Any]]:
+    """One side of one round after the other, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.million_sides", side, *map(str, roots)]
     done = subprocess.run(command, cwd=source_root(), stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(roots) :]]
 
 
 def footprint(folder: Path) -> tuple[int, int]:
@@ -100,7 +99,7 @@ def measure(root: Path, shards: int) -> bool:
     print(f"{'side':<8} {'seconds':>9} {'peak':>10} {'before data':>12}")
     kept = True
     for side in SIDES:
-        found = run(side, root)
+        (found,) = run(side, root)
         kept = kept and found["peak_mb"] <= MOST_MB
         rest = {name: value for name, value in found.items() if name not in ("seconds", "before_mb", "peak_mb", "said")}
         said = ", ".join(f"{name} {value}" for name, value in rest.items())

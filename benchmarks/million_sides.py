@@ -1,8 +1,9 @@
 """The sides of `benchmarks.million`: each is what one job or command does, in a process of its own, as it is measured.
 
-    python -m benchmarks.million_sides SIDE WORKSPACE
+    python -m benchmarks.million_sides SIDE WORKSPACE …
 
-prints one line of JSON: seconds, the process's peak memory, and what it took before the round's data was touched.
+prints one line of JSON for each workspace: seconds, the process's peak memory, and what it took before that round's
+data was touched. Several, in one process, have their libraries in common: what differs is what grows with the round.
 """
 
 from __future__ import annotations
@@ -211,12 +212,8 @@ def memory_mb(what: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{what}:"))
 
 
-def main() -> int:
-    """Run one side."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.million_sides")
-    parser.add_argument("side", choices=SIDES)
-    parser.add_argument("workspace", type=Path)
-    arguments = parser.parse_args()
+def measured(side: str, root: Path) -> dict[str, Any]:
+    """One side of one round."""
     before_mb = 0.0
 
     def ready() -> None:
@@ -224,9 +221,19 @@ def main() -> int:
         before_mb = memory_mb("VmRSS")
 
     began = time.monotonic()
-    found = SIDES[arguments.side](arguments.workspace, ready)
+    found = SIDES[side](root, ready)
     took = {"seconds": round(time.monotonic() - began, 1), "before_mb": before_mb, "peak_mb": memory_mb("VmHWM")}
-    print(json.dumps({**took, **found}))
+    return {**took, **found}
+
+
+def main() -> int:
+    """Run one side."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.million_sides")
+    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("workspaces", type=Path, nargs="+")
+    arguments = parser.parse_args()
+    for root in arguments.workspaces:
+        print(json.dumps(measured(arguments.side, root)), flush=True)
     return 0
 
 
