@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from hpc_rl.orchestrate.reconcile import Run
 from hpc_rl.run import manifest
 from hpc_rl.teachers import sums
 from jobs.prosetting import evaluate, questions
+from tests.forked import Forked
 from tests.jobs.solving import open_prosetting
 from tools import tiny_sums
 
@@ -26,21 +26,15 @@ CONFIG = "configs/tiny/prosetting.yaml"
 ROUNDS = 2
 
 
-def launch(workspace: Path, *options: str) -> Run:
-    """Play the tiny run to its end."""
-    command = [sys.executable, "-m", "hpc_rl.launch", CONFIG, "--workspace", str(workspace), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    played = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-    assert played.returncode == 0, played.stdout[-6000:] + played.stderr[-6000:]
-    return Run.load(workspace)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two rounds in one process: one that collects and one that trains."""
-    folder = tmp_path_factory.mktemp("tiny") / "run"
+    folder = tmp_path_factory.mktemp("tiny")
     settings = (f"run.rounds={ROUNDS}", "sample.engine=transformers")
-    return launch(folder, "--executor", "debug", *(part for one in settings for part in ("--set", one)))
+    where = ("--workspace", str(folder / "run"), "--executor", "debug")
+    launch = (str(REPOSITORY / CONFIG), *where, *(part for one in settings for part in ("--set", one)))
+    assert Forked("hpc_rl.launch", launch, folder / "said").wait() == 0, (folder / "said").read_text()[-6000:]
+    return Run.load(folder / "run")
 
 
 def made(run: Run, round: int, stage: str) -> list[manifest.StoredManifest]:

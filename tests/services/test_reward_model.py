@@ -28,6 +28,7 @@ from hpc_rl.services.client import ScoreError
 from hpc_rl.services.frame import CannotServe
 from hpc_rl.services.hosting import Hosted, host
 from hpc_rl.services.reward_model_client import Candidates, RewardModelClient
+from tests.forked import Forked
 from tests.waiting import PATIENCE_S, wait_for
 from tools.tiny_reward_model import write
 
@@ -125,14 +126,12 @@ def same(scores: Any, wanted: list[list[float]]) -> bool:
 
 def test_served_by_hand_it_scores_b_questions_with_n_solutions(tmp_path: Path, folder: Path) -> None:
     ws = Workspace(tmp_path / "run")
-    python = sys.executable
     launch = f"-m hpc_rl.launch configs/tiny/lewis.yaml --init --workspace {ws.root}".split()
     sets = [f"services.reward_model.{pair}" for pair in (f"model={folder}", "dtype=float32")]
-    command = [python, *launch, *(word for pair in sets for word in ("--set", pair))]
+    command = [sys.executable, *launch, *(word for pair in sets for word in ("--set", pair))]
     subprocess.run(command, cwd=REPOSITORY, env=QUIET, check=True, capture_output=True)
-    serve = [python, "-m", "jobs.serve", *f"--workspace {ws.root} --round 0 --service reward_model".split()]
-    with (tmp_path / "serve.log").open("wb") as log:
-        process = subprocess.Popen(serve, cwd=REPOSITORY, env=QUIET, stdout=log, stderr=subprocess.STDOUT)
+    serve = f"--workspace {ws.root} --round 0 --service reward_model".split()
+    process = Forked("jobs.serve", serve, tmp_path / "serve.log")
     try:
         said_so_far = (tmp_path / "serve.log").read_text
         found = wait_for(lambda: handoff.discover(ws.service_dir("reward_model")), said_so_far, of=process)

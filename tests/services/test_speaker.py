@@ -21,6 +21,7 @@ from hpc_rl.run import atomic
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services import handoff
 from hpc_rl.services.records import Endpoint
+from tests.forked import Forked
 from tests.waiting import PATIENCE_S, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -32,7 +33,7 @@ class Service:
     """The service's process and record."""
 
     ws: Workspace
-    process: subprocess.Popen[bytes]
+    process: Forked
     endpoint: Endpoint
 
     def post(self, route: str, body: Any, token: str | None = None) -> httpx.Response:
@@ -49,8 +50,10 @@ def picture(path: Path, height: int, width: int) -> None:
     Image.fromarray(noise).save(path)
 
 
-def serve(ws: Workspace, round: int) -> list[str]:
-    return [sys.executable, "-m", "jobs.serve", *f"--workspace {ws.root} --round {round} --service speaker".split()]
+def serve(ws: Workspace, round: int) -> tuple[Forked, Path]:
+    """The process and its log."""
+    log = ws.root / f"serve-{round}.log"
+    return Forked("jobs.serve", f"--workspace {ws.root} --round {round} --service speaker".split(), log), log
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +72,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 @pytest.fixture(scope="module")
 def service(workspace: Workspace) -> Iterator[Service]:
     folder = workspace.service_dir("speaker")
-    with (workspace.root / "serve.log").open("wb") as log:
-        process = subprocess.Popen(serve(workspace, 0), cwd=REPOSITORY, env=QUIET, stdout=log, stderr=subprocess.STDOUT)
-    found = wait_for(lambda: handoff.discover(folder), (workspace.root / "serve.log").read_text, of=process)
+    process, log = serve(workspace, 0)
+    found = wait_for(lambda: handoff.discover(folder), log.read_text, of=process)
     yield Service(workspace, process, found[0])
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM
@@ -132,8 +134,6 @@ def test_every_route_wants_the_token(service: Service, route: str) -> None:
 
 
 def test_a_round_that_is_not_trained_has_no_speaker(workspace: Workspace) -> None:
-    done = subprocess.run(
-        serve(workspace, 2), cwd=REPOSITORY, env=QUIET, capture_output=True, text=True, timeout=PATIENCE_S
-    )
-    assert done.returncode == 1
-    assert "is not done: there are no weights yet" in done.stderr
+    process, log = serve(workspace, 2)
+    assert process.wait(PATIENCE_S) == 1
+    assert "is not done: there are no weights yet" in log.read_text()
