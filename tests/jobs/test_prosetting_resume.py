@@ -18,6 +18,7 @@ from hpc_rl.orchestrate.job import load
 from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.teachers import sums
+from tests.forked import Forked
 from tests.jobs.dying import DONE, KILLS
 from tests.teachers.server import Teacher
 from tests.waiting import PATIENCE_S, wait_for
@@ -60,7 +61,13 @@ class Runs:
         """An undisturbed one, and one whose launcher, in which its bodies are too, is killed as `orders` say."""
         plans = [self._new("undisturbed"), self._new("killed", orders)]
         paths = [str(path) for ws, kills in plans for path in (ws.root, kills)]
-        code, said = self._run("tests.jobs.dying", str(self._config), *paths)
+        log = self._folder / "said"
+        process = Forked("tests.jobs.dying", [str(self._config), *paths], log)
+        try:
+            code = process.wait(2 * PATIENCE_S)
+        finally:
+            process.kill()
+        said = log.read_text()
         assert code == 0, said
         assert [line for line in said.splitlines() if line.startswith("launches: ")] == [
             "launches: 1", f"launches: {len(orders) + 1}"
@@ -90,11 +97,10 @@ class Runs:
             (kills / order).touch()
         return Workspace(self._folder / name), kills
 
-    def _run(self, *program: str, kills: Path | None = None) -> tuple[int, str]:
+    def _run(self, *program: str, kills: Path) -> tuple[int, str]:
         """Exit code and output."""
-        told = {KILLS: str(kills)} if kills else {}
         process = subprocess.Popen(
-            [sys.executable, "-m", *program], cwd=REPOSITORY, text=True, env={**os.environ, **told},
+            [sys.executable, "-m", *program], cwd=REPOSITORY, text=True, env={**os.environ, KILLS: str(kills)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
