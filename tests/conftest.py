@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -29,6 +34,7 @@ if "VLLM_CACHE_ROOT" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["VLLM_CACHE_ROOT"], ignore_errors=True)
 
 LONG = ("engines", "training", "jobs")
+TESTS = Path(__file__).parent
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
@@ -36,7 +42,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers (`-n 3`) a file's tests stay together; tests of the cluster are two groups with one each.
 
     Those go first: they take longest, and mostly wait. Then the folders with long files, so that none is the last one.
-    One group is of those that begin with the undisturbed run, so that it is played once.
+    One group is of those that begin with the undisturbed run, so that it is played once; one of the scripts that use
+    vLLM, so that it is imported once.
     """
 
     def place(item: pytest.Item) -> tuple[int, str]:
@@ -45,8 +52,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             return 0, "undisturbed"
         if "cluster" in fixtures:
             return 1, "cluster"
+        if "run_with_vllm" in fixtures:
+            return 2, "vllm"
         return 3 - (item.path.parent.name in LONG), str(item.path)
 
     items.sort(key=lambda item: place(item)[0])
     for item in items:
         item.add_marker(pytest.mark.xdist_group(place(item)[1]))
+
+
+@pytest.fixture(scope="session")
+def run_with_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
+    """Runs a script with its arguments to its end, in a process that has imported vLLM (`vllm_forks.py`)."""
+    folder = tmp_path_factory.mktemp("vllm_forks")
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TESTS / "vllm_forks.py")]
+    with (
+        (folder / "log").open("wb") as log,
+        subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as forks,
+    ):
+        assert forks.stdin is not None and forks.stdout is not None
+        asks, answers = forks.stdin, forks.stdout
+
+        def run(script: Path, *arguments: object) -> None:
+            own = folder / f"{script.stem}.log"
+            asks.write(json.dumps([str(script), [*map(str, arguments)], str(own)]) + "\n")
+            asks.flush()
+            code = answers.readline().strip()
+            assert code == "0", (own if own.exists() else folder / "log").read_text()[-3000:]
+
+        yield run

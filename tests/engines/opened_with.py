@@ -41,6 +41,18 @@ def open_and_sample(asked: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def main(out: Path, *asked: dict[str, Any]) -> None:
+    """Open one engine after the other; all but the last may fail, which is written down too."""
+    found: list[dict[str, Any]] = []
+    for one in asked[:-1]:
+        try:
+            found.append(open_and_sample(one))
+        except ValueError as error:
+            found.append({"failed": str(error)})
+        out.write_text(json.dumps(found))
+    out.write_text(json.dumps([*found, open_and_sample(asked[-1])]))
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
-    Path(sys.argv[2]).write_text(json.dumps(open_and_sample(json.loads(sys.argv[1]))))
+    main(Path(sys.argv[1]), *map(json.loads, sys.argv[2:]))

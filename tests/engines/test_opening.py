@@ -193,9 +193,9 @@ def test_nor_is_a_merger_of_them_kept(speaker_folder: Path, adapter_folder: Path
     assert not list((tmp_path / "local").rglob("*.safetensors"))
 
 
-def in_a_job(ws: Workspace, name: str, asked: Mapping[str, Any], out: Path, **environment: str) -> EndRecord:
-    """Open an engine in a process of its own, under the entry process of a job; how that ended."""
-    body = (sys.executable, str(HERE / "opened_with.py"), json.dumps(asked), str(out))
+def in_a_job(ws: Workspace, name: str, out: Path, *asked: Mapping[str, Any], **environment: str) -> EndRecord:
+    """Open engines in a process of their own, under the entry process of a job; how that ended."""
+    body = (sys.executable, str(HERE / "opened_with.py"), str(out), *map(json.dumps, asked))
     return run_job(ws, name, body, environment)
 
 
@@ -233,7 +233,7 @@ def test_an_engine_that_takes_too_much_takes_less_the_next_time_and_then_samples
         "cache_dir": str(ws.compile_cache),
     }
     out = tmp_path / "out.json"
-    end = in_a_job(ws, "sample-a1", asked, out)
+    end = in_a_job(ws, "sample-a1", out, asked)
     assert end.outcome == "out of memory" and "requested memory for kv (10000.0 GiB)" in end.error
     assert notches_of(ws, 1, "sample") == 1
     assert len(list(ws.compile_cache.glob("*/slot_00/unsettled"))) == 1, "it did not get ready"
@@ -241,12 +241,12 @@ def test_an_engine_that_takes_too_much_takes_less_the_next_time_and_then_samples
         assert run_job(ws, f"sample-a{number}", (sys.executable, "-c", FAILING)).outcome == "out of memory"
 
     notches = notches_of(ws, 1, "sample")
-    end = in_a_job(ws, "sample-a5", {**asked, "notches": notches}, out)
+    end = in_a_job(ws, "sample-a5", out, {**asked, "notches": notches})
     assert end.outcome == "done", end.error
     said = ws.resolve(end.log).read_text()
     assert "WARNING after running out of memory 4 times: cpu_kv_cache_gib" in said
     assert "instead of 10000.0, max_num_seqs 16 instead of null" in said
-    opened = json.loads(out.read_text())
+    (opened,) = json.loads(out.read_text())
     about = opened["description"]
     assert (about["engine"], about["asked"], about["notches"], about["max_num_seqs"]) == ("vllm", "auto", 4, 16)
     assert 0 < about["cpu_kv_cache_gib"] < 100 and about["load_strategy"] == "lazy"
@@ -259,17 +259,6 @@ def test_an_engine_that_takes_too_much_takes_less_the_next_time_and_then_samples
     assert opened["tokens"] == other["tokens"]
 
 
-def test_a_cache_without_room_for_one_prompt_is_an_error_that_says_what_to_raise(
-    ws: Workspace, speaker_folder: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("vllm", reason="vLLM is not installed here")
-    sample = {"engine": "auto", "cpu_kv_cache_gib": 0.0001}
-    end = in_a_job(ws, "sample-a1", {"base": str(speaker_folder), "sample": sample}, tmp_path / "out.json")
-    assert end.outcome == "error", "less memory would not help"
-    assert "the KV cache has no room with cpu_kv_cache_gib 0.0001: raise sample.cpu_kv_cache_gib, lower" in end.error
-    assert notches_of(ws, 1, "sample") == 0
-
-
 @pytest.mark.slow
 def test_what_an_engine_in_processes_of_its_own_died_of_is_looked_for_in_the_log(
     ws: Workspace, speaker_folder: Path, tmp_path: Path
@@ -277,28 +266,34 @@ def test_what_an_engine_in_processes_of_its_own_died_of_is_looked_for_in_the_log
     pytest.importorskip("vllm", reason="vLLM is not installed here")
     apart = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # as with tensor_parallel_size > 1
     asked = {"base": str(speaker_folder), "sample": {"engine": "auto", "cpu_kv_cache_gib": 10_000.0}}
-    end = in_a_job(ws, "sample-a1", asked, tmp_path / "out.json", **apart)
+    end = in_a_job(ws, "sample-a1", tmp_path / "out.json", asked, **apart)
     assert end.outcome == "out of memory"
     assert "EngineCoreFailed: the engine's processes did not start; why is in the log above" in end.error
     assert "no room with cpu_kv_cache_gib 10000: raise sample.cpu_kv_cache_gib, lower" in end.error
 
 
-def test_an_architecture_that_vllm_does_not_know_is_sampled_with_transformers_by_auto_alone(
+def test_what_vllm_cannot_open_is_an_error_or_is_sampled_with_transformers_by_auto(
     ws: Workspace, speaker_folder: Path, tmp_path: Path
 ) -> None:
+    """An architecture that it does not know; a cache without room for one prompt. In one job, to import it once."""
     pytest.importorskip("vllm", reason="vLLM is not installed here")
     folder, out = tmp_path / "new", tmp_path / "out.json"
     shutil.copytree(speaker_folder, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen9VLForEverything"]}))
-    end = in_a_job(ws, "sample-a1", {"base": str(folder), "sample": {"engine": "vllm"}}, out)
-    assert end.outcome == "error" and "Qwen9VLForEverything" in ws.resolve(end.log).read_text()
-    assert not out.exists()
-    end = in_a_job(ws, "sample-a2", {"base": str(folder), "sample": {"engine": "auto"}}, out)
-    assert end.outcome == "done", end.error
-    opened = json.loads(out.read_text())
+    unknown = [{"base": str(folder), "sample": {"engine": engine}} for engine in ("vllm", "auto")]
+    no_room = {"base": str(speaker_folder), "sample": {"engine": "auto", "cpu_kv_cache_gib": 0.0001}}
+    end = in_a_job(ws, "sample-a1", out, *unknown, no_room)
+
+    by_vllm, by_auto = json.loads(out.read_text())
+    assert by_vllm.keys() == {"failed"} and "Qwen9VLForEverything" in by_vllm["failed"]
     why = "vLLM: Model architectures ['Qwen9VLForEverything'] are not supported for now"
-    assert (opened["description"]["engine"], opened["description"]["why"]) == ("transformers", why)
-    assert f"WARNING engine auto: sampling with transformers, which is slower. {why}" in ws.resolve(end.log).read_text()
+    assert (by_auto["description"]["engine"], by_auto["description"]["why"]) == ("transformers", why)
+    said = ws.resolve(end.log).read_text()
+    assert f"WARNING engine auto: sampling with transformers, which is slower. {why}" in said
     plain = open_and_sample({"base": str(speaker_folder), "sample": {"engine": "transformers"}})
-    assert opened["tokens"] == plain["tokens"]
+    assert by_auto["tokens"] == plain["tokens"]
+
+    assert end.outcome == "error", "less memory would not help"
+    assert "the KV cache has no room with cpu_kv_cache_gib 0.0001: raise sample.cpu_kv_cache_gib, lower" in end.error
+    assert notches_of(ws, 1, "sample") == 0

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,17 +158,14 @@ def test_a_chat_template_must_show_the_solution(folder: Path, tmp_path: Path) ->
             load(copy)
 
 
-def test_both_engines_agree(folder: Path, tmp_path: Path) -> None:
+def test_both_engines_agree(run_with_vllm: Callable[..., None], folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed here")
     rows = rows_of(load(folder))
     rows.append((rows[0] * POSITIONS)[:POSITIONS])  # as long as can be
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     silent = edit(folder, tmp_path / "silent", id2label=None, label2id=None)
     script = Path(__file__).with_name("score_with_vllm.py")
-    command = [sys.executable, script, silent, tmp_path / "rows.json", tmp_path / "out.json"]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    run_with_vllm(script, silent, tmp_path / "rows.json", tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
     for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 1e-2)):
         assert found[dtype] == pytest.approx(load(folder, dtype=dtype).scores(rows), abs=tolerance)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +21,15 @@ pytest.importorskip("vllm", reason="vLLM is not installed here")
 
 
 @pytest.fixture(scope="module")
-def sampled(speaker_folder: Path, adapter_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def sampled(
+    run_with_vllm: Callable[..., None],
+    speaker_folder: Path,
+    adapter_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Any:
     """What `sample_with_vllm.py` got, by the name of the run."""
     folder = tmp_path_factory.mktemp("vllm")
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{here.parents[1]}:{here.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(here / "sample_with_vllm.py"), str(speaker_folder), str(adapter_folder), str(folder)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    run_with_vllm(Path(__file__).with_name("sample_with_vllm.py"), speaker_folder, adapter_folder, folder)
     return _read(json.loads((folder / "completions.json").read_text()))
 
 

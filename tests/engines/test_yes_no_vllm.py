@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +27,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def said(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def said(run_with_vllm: Callable[..., None], folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What `judge_with_vllm.py` got, by the name of the case."""
     out = tmp_path_factory.mktemp("vllm") / "answers.json"
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{here.parents[1]}:{here.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(here / "judge_with_vllm.py"), str(folder), str(out)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    run_with_vllm(Path(__file__).with_name("judge_with_vllm.py"), folder, out)
     return json.loads(out.read_text())
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,16 +14,14 @@ from tests.training.test_export import base, gathered, trained
 __all__ = ["base"]  # a fixture
 
 
-def test_vllm_answers_as_the_trained_models_did(base: Path, tmp_path: Path) -> None:
+def test_vllm_answers_as_the_trained_models_did(run_with_vllm: Callable[..., None], base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed here")
     policy, judge = (gathered(trained(base, head, lora=True), base) for head in ("lm", "score"))
     both = export.write(policy, tmp_path / "policy", "t", dtype="float32", export="both")
     reward = export.write(judge, tmp_path / "judge", "t", dtype="float32", export="merged")
     ids = policy.probe.question["input_ids"][0]
     script = Path(__file__).with_name("serve_with_vllm.py")
-    command = [sys.executable, script, base, both, both / "merged", reward, json.dumps(ids.tolist()), tmp_path / "out"]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    run_with_vllm(script, base, both, both / "merged", reward, json.dumps(ids.tolist()), tmp_path / "out")
     found = json.loads((tmp_path / "out").read_text())
     expected = policy.probe.answer.log_softmax(-1)[0, :-1].gather(1, ids[1:, None])[:, 0].tolist()
     assert found["adapter"] == pytest.approx(expected, abs=1e-3)
