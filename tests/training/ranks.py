@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,33 @@ def meet_two_nodes(folder: Path) -> int:
         preflight.check = check_briefly
     with process_group(folder, preflight_s=PATIENCE_S) as world:
         print(json.dumps(world.preflight), flush=True)
+    return 0
+
+
+def once_per_node(folder: Path, fails: bool) -> int:
+    """Four ranks of two nodes, the first of each of which works, or fails at it on the second."""
+    import torch.distributed as dist
+
+    from hpc_rl.training.ranks import nodes
+    from hpc_rl.training.ranks.distributed import get_world_info
+
+    rank = get_world_info().rank
+    socket.gethostname = lambda: f"node{rank // 2}"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=4)
+    worked = []
+
+    def work() -> str:
+        worked.append(rank)
+        if fails and rank == 2:
+            raise ValueError("node1 has no room")
+        return f"made by {rank}"
+
+    try:
+        said = nodes.once_per_node(rank, work)
+    except ValueError as error:
+        said = str(error)
+    print(json.dumps([worked, said]), flush=True)
+    dist.destroy_process_group()
     return 0
 
 
@@ -189,5 +218,9 @@ if __name__ == "__main__":
     name, rest = sys.argv[1], sys.argv[2:]
     if name == "killed_while_saving":
         sys.exit(killed_while_saving(rest))
-    programs = {"meet": meet, "meet_two_nodes": meet_two_nodes, "hang": hang, "reward_live": reward_live}
+    programs = {
+        "meet": meet, "meet_two_nodes": meet_two_nodes, "hang": hang, "reward_live": reward_live,
+        "once_per_node_works": partial(once_per_node, fails=False),
+        "once_per_node_fails": partial(once_per_node, fails=True),
+    }  # fmt: skip
     sys.exit(programs[name](parse_arguments("train", rest).workspace))

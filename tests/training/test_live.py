@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +16,8 @@ from hpc_rl.run import manifest
 from hpc_rl.run.workspace import Workspace
 from hpc_rl.services import handoff
 from jobs import train
-from tests.training.conftest import REPOSITORY, NewRun, Ranks, start_ranks
+from tests.forked import Forked
+from tests.training.conftest import NewRun, Ranks, start_ranks
 from tests.waiting import PATIENCE_S, wait_for
 
 LIVE = (
@@ -31,13 +29,8 @@ LIVE = (
 @contextmanager
 def listener(ws: Workspace) -> Iterator[str]:
     """`jobs.serve` for the train stage; its URL."""
-    command = [sys.executable, "-m", "jobs.serve", "--workspace", str(ws.root), "--round", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HPC_RL_JOB_ID": "9"}
-    with (ws.root / "serve.out").open("wb") as out:
-        process = subprocess.Popen(
-            [*command, "--stage", "train.listener"], env=environment, stdout=out, stderr=subprocess.STDOUT,
-            cwd=REPOSITORY,
-        )  # fmt: skip
+    arguments = ("--workspace", str(ws.root), "--round", "1", "--stage", "train.listener")
+    process = Forked("jobs.serve", arguments, ws.root / "serve.out", {"HPC_RL_JOB_ID": "9"})
     try:
         folder = ws.service_dir("listener")
         (found,) = wait_for(lambda: handoff.discover(folder), (ws.root / "serve.out").read_text, of=process)
