@@ -14,7 +14,8 @@ from tests.slurm.runs import REPOSITORY, ClusterRun
 
 CONFIG = "benchmarks/noop.yaml"
 STAGES = ("sample", "grade", "score", "train", "evaluate")
-FAST = ("run.lease_ttl_s=3", "run.gate_patience_s=2", "run.rounds=2")
+FAST = ("run.lease_ttl_s=3", "run.gate_patience_s=2", "run.rounds=2", "stages.sample.tasks=2")
+ONE_ROUND = "run.rounds=1"
 
 Make = Callable[..., ClusterRun]
 
@@ -36,7 +37,7 @@ def assert_each_stage_was_done_once(run: ClusterRun, rounds: int = 2) -> None:
 
 
 def test_launch_returns_while_the_run_has_hardly_begun_and_the_run_finishes_by_itself(make_run: Make) -> None:
-    run = make_run("cluster.max_array_size=3")  # an array is split where Slurm would refuse it
+    run = make_run("stages.sample.tasks=4", "cluster.max_array_size=3")  # an array is split where Slurm would refuse it
     said = run.launch().stdout
     assert "you can log off" in said and str(run.ws.root) in said
     assert not run.manifests(1, "evaluate")
@@ -52,7 +53,7 @@ def test_launch_returns_while_the_run_has_hardly_begun_and_the_run_finishes_by_i
 def test_of_two_launches_at_the_same_moment_one_submits_every_stage_once_and_a_later_one_changes_nothing(
     make_run: Make,
 ) -> None:
-    run = make_run()
+    run = make_run(ONE_ROUND)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     both = [run.cluster.popen(run.launch_command(), cwd=REPOSITORY, env=run.env, **pipes) for _ in range(2)]
     said = [process.communicate(timeout=300)[0] for process in both]
@@ -66,7 +67,7 @@ def test_of_two_launches_at_the_same_moment_one_submits_every_stage_once_and_a_l
     added = run.ws.ledger_path.read_text()[len(before) :]
     assert '"round": 1, "stage": "sample"' not in added
     run.wait_until_finished()
-    assert_each_stage_was_done_once(run)
+    assert_each_stage_was_done_once(run, rounds=1)
 
 
 def test_a_launch_killed_around_its_sbatch_is_repeated_without_loss_or_double(make_run: Make) -> None:
@@ -124,7 +125,7 @@ def test_an_advance_that_is_cancelled_in_the_queue_is_replaced_by_the_spare(make
 
 
 def test_cancel_takes_exactly_this_runs_jobs_and_launch_goes_on(make_run: Make) -> None:
-    run = make_run()
+    run = make_run(ONE_ROUND)
     other = run.cluster.sbatch("--wrap=sleep 300", f"--output={run.folder}/other.out")
     run.launch()
     run.wait_for(lambda: run.manifests(1, "sample"), "the first shard")
