@@ -36,10 +36,15 @@ LORA = (
 WITH_LORA = ("dpo", "grpo", "joint")
 """What that one trains."""
 PLAIN = tuple(name for name in FILES if name not in ("weighted_sft", "rloo"))
-"""What is trained without DeepSpeed too; the others are sft and grpo with another loss."""
+"""What is trained in all modes; the others, which are sft and grpo with another loss, with ZeRO-3 alone."""
 Notes = dict[str, dict[str, Any]]
 """By algorithm: `losses` and `grad_norms` of the steps; `validation`, what the manifest says of it; `engine`, what
 wrapped the model, and its `zero_stage`."""
+
+
+def trained_in(mode: str) -> tuple[str, ...]:
+    """The algorithms of one of `MODES`."""
+    return tuple(FILES) if mode == "zero3" else PLAIN
 
 
 def open_run_of_one(folder: Path, *settings: str) -> Path:
@@ -136,7 +141,7 @@ def main(folder: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    notes = {mode: train_all(folder / mode, PLAIN if mode == "plain" else tuple(FILES)) for mode in MODES}
+    notes = {mode: train_all(folder / mode, trained_in(mode)) for mode in MODES}
     notes["lora"] = train_all(folder / "lora", WITH_LORA)
     if os.environ["RANK"] == "0":
         (folder / "notes.json").write_text(json.dumps(notes))

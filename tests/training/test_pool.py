@@ -10,17 +10,16 @@ from typing import Any
 import pytest
 
 from hpc_rl.run.workspace import Workspace
-from tests.training.algorithms_recipe import FILES
 from tests.training.conftest import start_ranks
 from tests.training.pool import (
     MODES,
-    PLAIN,
     WITH_LORA,
     Notes,
     open_run_of_one,
     open_run_of_one_with_lora,
     open_run_of_two,
     train_all,
+    trained_in,
 )
 from tests.waiting import PATIENCE_S
 
@@ -45,9 +44,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Notes]]
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize(
-    ("mode", "algorithm"), [(mode, name) for mode in MODES for name in (PLAIN if mode == "plain" else FILES)]
-)
+@pytest.mark.parametrize(("mode", "algorithm"), [(mode, name) for mode in MODES for name in trained_in(mode)])
 def test_two_ranks_have_the_losses_of_one_process(pool: dict[str, Notes], algorithm: str, mode: str) -> None:
     alone, both = pool["one"][algorithm], pool[mode][algorithm]
     assert alone["engine"].startswith("Qwen2For") and (both["engine"], both["zero_stage"]) == MODES[mode]
