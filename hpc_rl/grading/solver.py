@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -73,7 +73,7 @@ class Grader:
         self._of, self._reference = "", checker.reference("")
         self._known: dict[tuple[str, bool], Grade] = {}
 
-    def grade(self, attempts: Sequence[Attempt]) -> list[Grade]:
+    def grade(self, attempts: Iterable[Attempt]) -> list[Grade]:
         """A grade for each, in order.
 
         Parameters

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_rl.config.prosetting import ProSettingConfig
 from hpc_rl.orchestrate.blocked import blocked
 from hpc_rl.orchestrate.job import Job, Shard, open_job
+from hpc_rl.run.garbage import collect_seldom
 
 if TYPE_CHECKING:
     from hpc_rl.data.questions import Question
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = open_job("grade", argv)
     config = job.config
     assert isinstance(config, ProSettingConfig)
+    collect_seldom()
     with ExitStack() as stack:
         teacher = None
         if config.grade.asks_teacher:
@@ -193,11 +195,10 @@ def _graded(table: Any, tally: _Tally, grader: Grader) -> tuple[Any, list[Grade]
         table = table.filter(table["accepted"])
     cut_off = pc.equal(table["finish_reason"], "length").to_pylist()
     named = zip(table["group"].to_pylist(), table["row_id"].to_pylist(), strict=True)
-    attempts = [
+    grades = grader.grade(
         Attempt(tally.question(place, id), text, cut)
         for (place, id), text, cut in zip(named, table["text"].to_pylist(), cut_off, strict=True)
-    ]
-    grades = grader.grade(attempts)
+    )
     tally.counts["cut_off"] += sum(cut_off)
     rewards = [None if grade.right is None else float(grade.right) for grade in grades]
     added = {
