@@ -19,7 +19,7 @@ from hpc_rl.cluster.base import ExecutorError
 from hpc_rl.cluster.choose import executor_name, gpu_ids, make_executor, slurm_problems
 from hpc_rl.config import ConfigError
 from hpc_rl.config.checks import check
-from hpc_rl.config.errors import format_problems
+from hpc_rl.config.errors import Problem, format_problems
 from hpc_rl.config.schema import Config
 from hpc_rl.orchestrate import plan
 from hpc_rl.orchestrate.decide import Decision, Policy
@@ -33,6 +33,7 @@ from hpc_rl.run.code import snapshot
 from hpc_rl.run.lease import Lease, acquire
 from hpc_rl.run.lease import look as look_at_lease
 from hpc_rl.run.ledger import Ledger
+from hpc_rl.run.workspace import Workspace
 
 
 def say(line: str) -> None:
@@ -96,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(note)
         name = executor_name(loaded.config)
         problems = check(loaded.config, loaded.places)
+        if name == "local" and not (arguments.init or problems):
+            problems = too_few_gpus(loaded.config)
         if arguments.dry_run:
             plan.show(loaded.config, name, arguments.verbose)
             if problems:
@@ -103,14 +106,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if name == "slurm" and not (arguments.init or problems):
             problems = slurm_problems(loaded.config)
-        if name == "local" and not (arguments.init or problems):
-            problems = gpu_problems(loaded.config, recipes.graph_of(loaded.config), len(gpu_ids(os.environ)))
         if problems:
             raise ConfigError(problems)
         return start(recipes.resolve(loaded.config), name, arguments)
     except (ConfigError, OtherConfig, RunBusy, ExecutorError, CorruptFile, NotClosed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def too_few_gpus(config: Config) -> list[Problem]:
+    """What this machine has too few GPUs for, before a run begins; one that has begun may be past it."""
+    if Workspace(config.run.workspace).config_path.exists():
+        return []
+    return gpu_problems(config, recipes.graph_of(config), len(gpu_ids(os.environ)))
 
 
 def start(config: Config, executor: str, arguments: argparse.Namespace) -> int:

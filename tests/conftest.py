@@ -5,11 +5,14 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,8 @@ if "VLLM_CACHE_ROOT" not in os.environ:
 
 LONG = ("engines", "training", "jobs")
 TESTS = Path(__file__).parent
+LONGEST_S = 600.0
+"""Of a script that uses vLLM."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
@@ -70,17 +75,23 @@ def run_with_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
     with (
         (folder / "log").open("wb") as log,
         subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            start_new_session=True,
         ) as forks,
-    ):
+    ):  # fmt: skip
         assert forks.stdin is not None and forks.stdout is not None
         asks, answers = forks.stdin, forks.stdout
 
         def run(script: Path, *arguments: object) -> None:
             own = folder / f"{script.stem}.log"
-            asks.write(json.dumps([str(script), [*map(str, arguments)], str(own)]) + "\n")
-            asks.flush()
-            code = answers.readline().strip()
+            code = ""
+            with suppress(BrokenPipeError):  # its import failed
+                asks.write(json.dumps([str(script), [*map(str, arguments)], str(own)]) + "\n")
+                asks.flush()
+                if select.select([answers], [], [], LONGEST_S)[0]:
+                    code = answers.readline().strip()
+                else:
+                    os.killpg(forks.pid, signal.SIGKILL)
             assert code == "0", (own if own.exists() else folder / "log").read_text()[-3000:]
 
         yield run

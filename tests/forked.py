@@ -5,6 +5,7 @@ They are started and killed as others are. What starts them is not their subject
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -18,6 +19,8 @@ HEAVY = (
     "jobs.train", "hpc_rl.training.run", "hpc_rl.training.trl_parts", "deepspeed",
 )  # fmt: skip
 """What takes long to import; never a process that has used it, whose threads a fork would miss."""
+
+REPOSITORY = Path(__file__).parent.parent
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(list(HEAVY))
@@ -43,6 +46,7 @@ class Forked:
         log.touch()
         self._process = _FORKS.Process(target=_run, args=(module, list(arguments), log, variables))
         self._process.start()
+        atexit.register(self._process.kill)  # before multiprocessing, at its end, waits for it
 
     @property
     def pid(self) -> int:
@@ -80,4 +84,9 @@ def _run(module: str, arguments: list[str], log: Path, environment: dict[str, st
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    os.chdir(REPOSITORY)
+    atexit._clear()  # what the parent does at its end is not ours
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # a fork ends without

@@ -6,6 +6,7 @@ output goes, and answers with its exit code.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import runpy
@@ -25,6 +26,7 @@ def main() -> None:
     from vllm.model_executor.models import registry
 
     # what a model class can do is looked up in the fork itself; vLLM would import itself once more for each class
+    assert hasattr(registry, "_run_in_subprocess")
     registry._run_in_subprocess = lambda look: look()
     for line in sys.stdin:
         script, arguments, log = json.loads(line)
@@ -36,6 +38,7 @@ def main() -> None:
 
 def _run(script: str, arguments: list[str], log: str) -> None:
     code = 1
+    atexit._clear()  # what the parent does at its end is not ours
     try:
         with Path(log).open("w") as out:
             os.dup2(out.fileno(), 1)
@@ -43,9 +46,12 @@ def _run(script: str, arguments: list[str], log: str) -> None:
         sys.argv = [script, *arguments]
         runpy.run_path(script, run_name="__main__")
         code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
     finally:
         if code:
             traceback.print_exc()
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -18,13 +18,16 @@ GIB = 1 << 30
 
 def machine(subject: Subject, environ: Mapping[str, str] = os.environ, driver: Path = DRIVER) -> Iterator[Finding]:
     """GPUs and memory."""
-    most = max(gpus_at_once(subject.config, subject.graph).values(), default=0)
+    asked = gpus_at_once(subject.config, subject.graph)
+    most = max(asked.values(), default=0)
     have = _gpus(environ, driver) if subject.quick else len(gpu_ids(environ))
-    problems = gpu_problems(subject.config, subject.graph, have)
+    # a debug run is one process, whose stages share what there is
+    problems = gpu_problems(subject.config, subject.graph, have) if subject.executor == "local" else []
     if not most:
         yield Finding(AREA, "ok", f"no stage asks for GPUs; this machine shows {have}")
     elif not have:
-        what = f"stages ask for up to {most} GPUs, and this machine shows none"
+        greedy = [names[0] for names, gpus in asked.items() if gpus and len(names) == 1]
+        what = f"{', '.join(greedy)} ask for up to {most} GPUs, and this machine shows none"
         remedy = "see whether nvidia-smi works here; without GPUs these stages work on the CPU, which is slow"
         yield Finding(AREA, "warning", what, remedy)
     elif not problems:

@@ -1,6 +1,7 @@
 """GPUs of one machine against what stages hold at once: a stage with the services that must be up while it runs.
 
 A stage that asks a service on the machine's only GPU would wait for ever: the service stays up until the stage is done.
+Looked at is each stage by itself, not what two of them and their services hold at the same time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ Names = tuple[str, ...]
 
 
 def gpus_at_once(config: Config, graph: Graph) -> dict[Names, int]:
-    """GPUs of one task of each stage and all replicas of the services that it asks, by the names of all these."""
+    """GPUs of a task of each stage, by its name; and, where it asks services, of it and all their replicas together."""
 
     def of_task(name: str) -> int:
         options = config.stage(name)
@@ -23,36 +24,37 @@ def gpus_at_once(config: Config, graph: Graph) -> dict[Names, int]:
     def of_service(id: StageId) -> int:
         return task_count(config, graph[id]) * of_task(id.name)
 
-    found = {}
+    found: dict[Names, int] = {}
     for stage in graph.stages:
+        found[(stage.name,)] = own = of_task(stage.name)
         services = [id for id in (*stage.uses, *stage.beside) if of_task(id.name)]
-        names = (stage.name, *(id.name for id in services))
-        found[names] = of_task(stage.name) + sum(map(of_service, services))
+        if own and services:  # without GPUs it starts as soon as one replica has started
+            found[(stage.name, *(id.name for id in services))] = own + sum(map(of_service, services))
     return found
 
 
 def gpu_problems(config: Config, graph: Graph, have: int) -> list[Problem]:
     """Stages for which a machine has too few GPUs; none for a machine that has none, where all work on the CPU."""
-    asked = gpus_at_once(config, graph)
-    alone = {names for names, gpus in asked.items() if len(names) == 1 and gpus > have}
+    too_many = {names: gpus for names, gpus in gpus_at_once(config, graph).items() if have and gpus > have}
+    alone = {name for name, *services in too_many if not services}
     found = []
-    for names, gpus in asked.items():
-        if not have or gpus <= have or any((name,) in alone for name in names[1:]):
-            continue
-        first, field = names[0], f"stages.{names[-1]}.gpus_per_node"
-        if len(names) == 1:
+    for names, gpus in too_many.items():
+        first, *services = names
+        if not services:
             options = config.stage(first)
             fields = {"gpus_per_node": have, "nodes": 1}
             if (options.ranks_per_node or 0) > have:
                 fields["ranks_per_node"] = have
+            field, what = f"stages.{first}.gpus_per_node", f"{first} asks for {gpus} GPUs, and this machine has {have}"
             way_out = " ".join(f"--set stages.{first}.{name}={value}" for name, value in fields.items())
-            found.append(Problem(field, f"{first} asks for {gpus} GPUs, and this machine has {have}", way_out=way_out))
-        else:
+            found.append(Problem(field, what, way_out=way_out))
+        elif not alone.intersection(names):
+            field = f"stages.{services[-1]}.gpus_per_node"
             what = f"{' and '.join(names)} hold {gpus} GPUs at the same time, and this machine has {have}"
-            services = ", ".join(f"services.{name.rpartition('.')[2]}.client.url" for name in names[1:])
+            elsewhere = ", ".join(f"services.{name.rpartition('.')[2]}.client.url" for name in services)
             way_out = (
-                f"--set {field}=0, where it can work on the CPU; or give each fewer; or let the service run elsewhere "
-                f"({services})"
+                f"--set {field}=0, where it can work on the CPU; or give each fewer (gpus_per_node; tasks are replicas "
+                f"of a service); or let the service run elsewhere ({elsewhere})"
             )
             found.append(Problem(field, what, way_out=way_out))
     return found

@@ -14,7 +14,7 @@ from hpc_rl.orchestrate import curves
 from hpc_rl.orchestrate.job import Job, Shard, open_job
 from hpc_rl.orchestrate.placing import commit_placed
 from hpc_rl.recipes.prosetting import GENERATOR, PAIRS, VALIDATION
-from hpc_rl.run.garbage import collect_seldom
+from hpc_rl.run.garbage import seldom_collected
 
 if TYPE_CHECKING:
     from hpc_rl.data.dpo import Known, Pairing
@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jobs.prosetting.dpo_data --workspace W --round R`"""
     job = open_job("dpo_data", argv)
     assert isinstance(job.config, ProSettingConfig)
-    collect_seldom()
-    for shard in job.shards():
-        make(job, job.config, shard)
+    with seldom_collected():
+        for shard in job.shards():
+            make(job, job.config, shard)
     return 0
 
 

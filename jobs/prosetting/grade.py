@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_rl.config.prosetting import ProSettingConfig
 from hpc_rl.orchestrate.blocked import blocked
 from hpc_rl.orchestrate.job import Job, Shard, open_job
-from hpc_rl.run.garbage import collect_seldom
+from hpc_rl.run.garbage import seldom_collected
 
 if TYPE_CHECKING:
     from hpc_rl.data.questions import Question
@@ -41,13 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = open_job("grade", argv)
     config = job.config
     assert isinstance(config, ProSettingConfig)
-    collect_seldom()
     with ExitStack() as stack:
         teacher = None
         if config.grade.asks_teacher:
             from hpc_rl.teachers.client import TeacherClient
 
             teacher = stack.enter_context(TeacherClient.of_run(job.ws, config))
+        stack.enter_context(seldom_collected())
         for shard in job.shards():
             grade(job, config, shard, teacher)
     return 0

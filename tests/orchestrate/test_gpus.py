@@ -33,13 +33,24 @@ def test_a_stage_and_its_service_need_their_gpus_at_the_same_time(tmp_path: Path
     assert problems(tmp_path, 1, *BOTH, placed, "stages.grade.listener.gpus_per_node=0") == []  # the way out
 
 
-def test_every_replica_counts_and_what_is_too_large_alone_is_said_once(tmp_path: Path) -> None:
-    replicas = ("stages.grade.listener.tasks=3", "services.listener.placement=job")
-    assert problems(tmp_path, 4, *BOTH, *replicas) == []
-    assert "hold 4 GPUs" in problems(tmp_path, 3, *BOTH, *replicas)[0]
-    large = ("stages.grade.listener.gpus_per_node=4", "stages.grade.listener.ranks_per_node=1")
-    (said,) = problems(tmp_path, 2, *large)
-    assert "grade.listener asks for 4 GPUs" in said
+def test_every_replica_counts_but_a_stage_without_gpus_starts_beside_the_first(tmp_path: Path) -> None:
+    replicas = "stages.grade.listener.tasks=3"
+    assert problems(tmp_path, 4, *BOTH, replicas) == []
+    assert "hold 4 GPUs" in problems(tmp_path, 3, *BOTH, replicas)[0]
+    assert problems(tmp_path, 2, BOTH[1], replicas) == []
+
+
+@pytest.mark.parametrize("large", ["train", "train.listener"])
+def test_what_is_too_large_alone_is_said_once_with_a_way_out_that_works(tmp_path: Path, large: str) -> None:
+    live = ["train.rollouts=live", "stages.train.gpus_per_node=1", "stages.train.listener.gpus_per_node=1"]
+    live += [f"stages.{large}.gpus_per_node=4", f"stages.{large}.ranks_per_node=1"]
+    (said,) = problems(tmp_path, 3, *live)
+    assert f"{large} asks for 4 GPUs" in said
+    (way_out,) = (line for line in said.splitlines() if "way out" in line)
+    live += way_out.partition(":")[2].replace("--set", "").split()
+    (said,) = problems(tmp_path, 3, *live)
+    assert "train and train.listener hold 4 GPUs" in said
+    assert problems(tmp_path, 3, *live, "stages.train.listener.gpus_per_node=0") == []
 
 
 def test_a_machine_without_gpus_deals_out_none(tmp_path: Path) -> None:
@@ -55,3 +66,14 @@ def test_launch_says_so_before_it_starts_anything(
     assert launch.main(arguments) == 2
     assert "grade and grade.listener hold 2 GPUs" in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
+
+
+def test_a_run_that_has_begun_is_not_refused_for_what_it_may_have_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    config = configs.load(TINY, BOTH, {}, tmp_path / "w")
+    assert launch.too_few_gpus(config)
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w/training_config.json").touch()
+    assert launch.too_few_gpus(config) == []

@@ -14,7 +14,7 @@ from tests.slurm.runs import ClusterRun
 CONFIG = "tests/slurm/lewis.yaml"
 SMALL = (
     "run.rounds=1",
-    "sample.engine=transformers",  # starts faster than vLLM; the first test has the real engine
+    "sample.engine=transformers",  # starts faster than vLLM; the slow test of test_lewis.py has the real engine
     "sample.prompts_per_round=32",
     "sample.samples_per_prompt=4",
     "sample.shard_size=4",
@@ -37,8 +37,9 @@ UNHURRIED = (
 """A shard takes a second to be graded, so that the middle of grading can be met on a busy machine too."""
 
 SAMPLING_ONLY = ("stages.grade.sbatch={hold: true}", "stages.grade.listener.sbatch={hold: true}")
+"""What comes after sampling is submitted, and never starts."""
 GRADING_ONLY = ("stages.train.sbatch={hold: true}",)
-"""What comes after a test's subject is submitted, and never starts."""
+"""What comes after grading is submitted, and never starts."""
 
 Samples = dict[str, tuple[tuple[int, ...], float]]
 

@@ -33,7 +33,7 @@ def test_a_round_over_several_nodes_after_the_launcher_is_gone(undisturbed: Clus
     assert run.status()["status"] == "finished"
     assert set(run.submissions().values()) == {1}, "nobody was killed, so everything was submitted once"
     hosts = {name: {end.host for end in end_records(run.ws, StageId(1, name))} for name in ("sample", "grade", "train")}
-    assert len(hosts["sample"]) == len(hosts["train"]) == 2
+    assert len(hosts["train"]) == 2
     assert hosts["grade"].isdisjoint({"node4"})  # where the listener is
     assert len(run.manifests(1, "sample")) == 8 and len(samples_of(run)) == 32 * 4
     (trained,) = run.manifests(1, "train")

@@ -52,7 +52,7 @@ def job_of(run: ClusterRun, algorithm: str) -> str:
 
 
 DISTURB: dict[str, Callable[[ClusterRun, str], None]] = {
-    "dpo": kill_a_rank, "grpo": warn, "joint": cancel,
+    "dpo": warn, "grpo": kill_a_rank, "joint": cancel,
     "sft": requeue, "weighted_sft": kill_a_rank, "rloo": warn, "reward_model": cancel,
 }  # fmt: skip
 

@@ -114,6 +114,8 @@ class Encoder:
             return [[*ids, end] for ids in self._ids(said, False)]
         behind = []
         for row, (chat, text) in enumerate(zip(rows[prompt].to_pylist(), said, strict=True)):
+            with _named(rows, row, column):
+                self._check(text)
             with _named(rows, row, prompt):
                 opened = self._opened(chat)
             with _named(rows, row, column):
@@ -127,6 +129,7 @@ class Encoder:
         ------
         NotShown
         """
+        self._check(text)
         return self._ids([self._behind(self._opened(chat), chat, text)], False)[0]
 
     def solutions(self, rows: Rows, question: str, solution: str, system_prompt: str | None) -> list[list[int]]:
@@ -137,10 +140,11 @@ class Encoder:
             zip(*(rows[name].to_pylist() for name in (question, solution)), strict=True)
         ):
             chat: Chat = [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+            with _named(rows, row, question):
+                self._check(asked)
             with _named(rows, row, solution):
                 self._check(said)
             with _named(rows, row, question):
-                self._check(asked)
                 texts.append(self._render(chat))
         return self._ids(texts, False)
 
@@ -152,7 +156,6 @@ class Encoder:
 
     def _behind(self, opened: str, chat: Chat, text: str) -> str:
         """What the template puts behind the opened prompt for this answer."""
-        self._check(text)
         whole = self._render([*chat, {"role": "assistant", "content": text}])
         if not whole.startswith(opened):
             raise NotShown(
