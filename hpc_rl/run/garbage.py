@@ -14,7 +14,7 @@ YOUNGER = 20
 
 @contextmanager
 def seldom_collected() -> Iterator[None]:
-    """Look for garbage less often meanwhile: in grading that is a twentieth of its time. Costs a few megabytes."""
+    """Look for garbage less often meanwhile: it goes through all that is kept each time. Costs a few megabytes."""
     before = gc.get_threshold()
     gc.set_threshold(NEW_OBJECTS, YOUNGER, YOUNGER)
     try:

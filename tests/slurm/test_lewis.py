@@ -19,6 +19,7 @@ from tests.slurm.runs import ClusterRun
 from tests.slurm.small_lewis import (
     CONFIG,
     SAMPLING_ONLY,
+    SMALL,
     UNHURRIED,
     assert_draws_the_same_samples,
     assert_grades_the_same_samples,
@@ -41,6 +42,14 @@ def test_a_round_over_several_nodes_after_the_launcher_is_gone(undisturbed: Clus
     assert [run.manifests(round, "evaluate")[0].metrics["n_validation"] for round in (0, 1)] == [24, 24]
     assert any(run.ws.tb_dir.rglob("events.out.tfevents.*"))
     assert "1" in run.tool("hpc_rl.report").stdout
+
+
+@pytest.mark.slow
+def test_where_jobs_run_changes_no_sample(cluster: SlurmCluster, undisturbed: ClusterRun, tmp_path: Path) -> None:
+    here = ClusterRun(cluster, tmp_path, CONFIG, SMALL)
+    here.launch("--executor", "local")
+    assert_grades_the_same_samples(here, undisturbed)
+    assert here.manifests(1, "evaluate")[0].metrics["n_validation"] == 24
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ LORA = (
 WITH_LORA = ("dpo", "grpo", "joint")
 """What that one trains."""
 PLAIN = tuple(name for name in FILES if name not in ("weighted_sft", "rloo"))
-"""What is trained in all modes; the others, which are sft and grpo with another loss, with ZeRO-3 alone."""
+"""What is trained without DeepSpeed too; the others are sft and grpo with another loss."""
 Notes = dict[str, dict[str, Any]]
 """By algorithm: `losses` and `grad_norms` of the steps; `validation`, what the manifest says of it; `engine`, what
 wrapped the model, and its `zero_stage`."""
@@ -44,7 +44,7 @@ wrapped the model, and its `zero_stage`."""
 
 def trained_in(mode: str) -> tuple[str, ...]:
     """The algorithms of one of `MODES`."""
-    return tuple(FILES) if mode == "zero3" else PLAIN
+    return PLAIN if mode == "plain" else tuple(FILES)
 
 
 def open_run_of_one(folder: Path, *settings: str) -> Path:
